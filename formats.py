@@ -1,0 +1,219 @@
+"""The files around the detector: COCO annotations and results, read with checks and written whole.
+
+Nothing here imports torch, so that a wrong file is reported before anything slow is loaded. Boxes stay `xywh` as in the
+files (x, y, width, height in pixels, float64): the two evaluation protocols are defined on them to the last digit.
+"""
+import functools
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+class InputError(Exception):
+    """Bad input from outside. The message is one line: which file, which entry, what to do."""
+
+
+def command(main):
+    """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
+
+    Ctrl-C exits with 130 and SIGTERM with 143, as shells expect; a reader that closes the pipe (`| head`) is no error.
+    """
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        except ValueError:
+            pass  # only the main thread may set handlers; elsewhere SIGTERM keeps its default
+        try:
+            return main(argv)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
+            sys.exit(0)
+        except (InputError, OSError) as error:
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: {text}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+    return wrapped
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    A reader sees the old file or the new one, never half of either.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, a file is to be written there")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write `content` as JSON, whole or not at all; NaN and infinity are refused (they are not JSON)."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8")
+
+
+def read_json(path):
+    """The content of a JSON file. Raises InputError if it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: a byte order mark is accepted
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+@dataclass
+class Annotations:
+    """The faces of one COCO-format file as arrays; faces are sorted by image, in file order within one."""
+    path: Path                # the file; names are relative to its folder
+    category: int             # id of the face category
+    ids: np.ndarray           # [I] int64, image ids
+    names: list               # [I] str, file_name as written
+    sizes: np.ndarray         # [I, 2] int64, width and height as written, 0 if the file does not say
+    image: np.ndarray         # [M] int64, the index (not the id) of each face's image
+    xywh: np.ndarray          # [M, 4] float64
+    area: np.ndarray          # [M] float64, width x height where the file gives none
+    ignored: np.ndarray       # [M] bool: iscrowd, or a box that cannot be learned (empty, or outside its picture)
+    counts: dict = field(default_factory=dict)  # what was met on the way, for the reports
+
+    def file(self, index):
+        """The path of picture `index`."""
+        return self.path.parent / self.names[index]
+
+
+def read_annotations(path):
+    """Read a COCO-format file into `Annotations`.
+
+    Faces are the category `face`, or the only category there is. Images without faces are kept. Boxes that are empty,
+    reversed or outside their picture are kept and marked ignored. Raises InputError for what cannot be read safely.
+    """
+    path = Path(path)
+    content = read_json(path)
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path}: not COCO annotations, no list \"{key}\"")
+    images, annotations = content["images"], content["annotations"]
+    for kind, entries in (("images", images), ("annotations", annotations)):
+        _check_ids(path, kind, entries)
+    for index, entry in enumerate(images):
+        name = entry.get("file_name")
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name")
+
+    category = _face_category(path, content.get("categories"), annotations)
+    faces = [a for a in annotations if a.get("category_id") == category]
+    index_of = {entry["id"]: index for index, entry in enumerate(images)}
+    try:
+        image = np.array([index_of[a["image_id"]] for a in faces], np.int64)
+    except (KeyError, TypeError):
+        bad = next(a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
+        raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
+                         "which is not in \"images\"") from None
+    xywh = _numbers(path, faces, "bbox", (4,))
+    area = _numbers(path, [{"area": a.get("area", float(w * h)), "id": a["id"]} for a, (w, h) in zip(faces, xywh[:, 2:])],
+                    "area", ())
+    sizes = np.array([[_size(path, e, "width"), _size(path, e, "height")] for e in images], np.int64).reshape(-1, 2)
+
+    crowd = np.array([bool(a.get("iscrowd", 0)) for a in faces], bool)
+    empty = (xywh[:, 2:] <= 0).any(1)
+    known, size = (sizes[image] > 0).all(1), sizes[image]
+    outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
+    order = np.argsort(image, kind="stable")
+    counts = {"images": len(images), "faces": len(faces), "images without faces": len(images) - len(np.unique(image)),
+              "crowd": int(crowd.sum()), "empty boxes": int(empty.sum()), "boxes outside": int(outside.sum()),
+              "of other categories": len(annotations) - len(faces)}
+    return Annotations(path, category, np.array([e["id"] for e in images], np.int64), [e["file_name"] for e in images],
+                       sizes, image[order], xywh[order], area[order], (crowd | empty | outside)[order], counts)
+
+
+def read_results(path, annotations):
+    """Read detections in COCO results form, `[{image_id, category_id, bbox, score}]`.
+
+    Returns image indices `[D]`, xywh `[D, 4]`, scores `[D]`, float64, in file order; other categories are left out.
+    Raises InputError for unknown images and for numbers that are not finite.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise InputError(f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
+    entries = [dict(e, id=n) for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
+    index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
+    try:
+        image = np.array([index_of[e["image_id"]] for e in entries], np.int64)
+    except (KeyError, TypeError):
+        bad = next(e for e in entries if not isinstance(e.get("image_id"), int) or e["image_id"] not in index_of)
+        raise InputError(f"{path}: entry {bad['id']} is of image {bad.get('image_id')!r}, "
+                         f"which is not in {annotations.path}") from None
+    return image, _numbers(path, entries, "bbox", (4,)), _numbers(path, entries, "score", ())
+
+
+def results(annotations, image, xywh, score):
+    """Detections as a COCO results list: the inverse of `read_results`."""
+    ids = annotations.ids[np.asarray(image, np.int64)].tolist()
+    return [{"image_id": i, "category_id": annotations.category, "bbox": box, "score": s}
+            for i, box, s in zip(ids, np.asarray(xywh, np.float64).tolist(), np.asarray(score, np.float64).tolist())]
+
+
+def _check_ids(path, kind, entries):
+    """Every entry is an object with its own integer id."""
+    seen = set()
+    for index, entry in enumerate(entries):
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= 2 ** 63:
+            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"")
+        if number in seen:
+            raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
+        seen.add(number)
+
+
+def _face_category(path, categories, annotations):
+    """The id of the category `face`, or of the only one."""
+    if categories is None:  # tolerated where nothing is ambiguous
+        categories = [{"id": i, "name": str(i)} for i in {a.get("category_id") for a in annotations}] or [{"id": 1}]
+    if not isinstance(categories, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories):
+        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
+    named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
+    if len(named) == 1 or len(categories) == 1:
+        return (named or [categories[0]["id"]])[0]
+    names = ", ".join(str(c.get("name")) for c in categories) or "none"
+    raise InputError(f"{path}: which category is the face? One must be named \"face\", there are: {names}")
+
+
+def _numbers(path, entries, key, shape):
+    """`entries[*][key]` as one finite float64 array `[len(entries), *shape]`; the first bad entry is named."""
+    def good(value):
+        values = value if shape else [value]
+        return (isinstance(values, list) and len(values) == (shape or (1,))[0]
+                and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e15 for v in values))
+    for entry in entries:  # `abs(nan) < x` is False, so NaN is bad too
+        if not good(entry.get(key)):
+            expected = f"{shape[0]} finite numbers" if shape else "a finite number"
+            raise InputError(f"{path}: entry {entry['id']}: {key} is {str(entry.get(key))[:60]}, {expected} expected")
+    return np.array([e[key] for e in entries], np.float64).reshape(len(entries), *shape)
+
+
+def _size(path, entry, key):
+    value = entry.get(key) or 0
+    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise InputError(f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
+    return int(value)
