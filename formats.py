@@ -3,13 +3,14 @@
 Nothing here imports torch, so that a wrong file is reported before anything slow is loaded. Boxes stay `xywh` as in the
 files (x, y, width, height in pixels, float64): the two evaluation protocols are defined on them to the last digit.
 """
+import argparse
 import functools
 import json
 import os
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,26 @@ def command(main):
             print("interrupted", file=sys.stderr)
             sys.exit(130)
     return wrapped
+
+
+@contextmanager
+def bad_values():
+    """Turn ValueError (how model.py, which knows nothing of this file, reports bad files) into InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def parse_size(text):
+    """`S` or `WxH` (as 320x240) to (width, height) in pixels, for argparse."""
+    try:
+        width, height = (int(side) for side in (text.lower().split("x") if "x" in text.lower() else (text, text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
+    if not 16 <= min(width, height) <= max(width, height) <= 8192:
+        raise argparse.ArgumentTypeError(f"{text!r}: sides between 16 and 8192 pixels expected")
+    return width, height
 
 
 @contextmanager
@@ -100,6 +121,14 @@ class Annotations:
     def file(self, index):
         """The path of picture `index`."""
         return self.path.parent / self.names[index]
+
+    def without(self, left_out, image):
+        """These Annotations without the photos at indices `left_out`, and indices `image` `[D]` renumbered to match."""
+        kept = np.setdiff1d(np.arange(len(self.ids)), list(left_out))
+        faces = np.isin(self.image, kept)
+        return replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
+                       image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces], area=self.area[faces],
+                       ignored=self.ignored[faces]), np.searchsorted(kept, image)
 
 
 def read_annotations(path):

@@ -1,0 +1,152 @@
+"""Anchors: where they are, which faces they answer for, and how boxes are coded against them.
+
+As a command it fits anchor sizes to a dataset, beside the hand-designed ones:
+
+    python anchors.py --data data/train.json            # nine anchors, scatter in anchors.png
+    python anchors.py --data data/train.json -k 6 --size 320x240
+"""
+import argparse
+import math
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
+
+from formats import InputError, command, parse_size, read_annotations, whole_file
+from model import HAND_DESIGNED, STRIDE
+
+VARIANCES = (0.1, 0.1, 0.2, 0.2)
+POSITIVE_IOU = 0.4
+MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no offset overflows exp
+
+
+def make_anchors(config, rounded=True, grid=None):
+    """All anchors `[A, 4]`, xyxy in pixels of the network input, cells row-major, anchor fastest.
+
+    `rounded`: corners rounded in pixel-inclusive coordinates before the grid shifts are added, as training and the
+    generic export have it; else unrounded, centred on the cell, as PriorBoxClustered (the DetectionOutput export) has
+    it. `grid`: columns and rows, the configuration's own unless given.
+    """
+    columns, rows = grid or config.grid
+    sides = torch.tensor(config.anchors, dtype=torch.float64)               # [n, 2]
+    if rounded:  # half to even, on the inclusive corners of a box centred in the cell's pixels 0..15
+        centre = (STRIDE - 1) / 2
+        first, last = torch.round(centre - (sides - 1) / 2), torch.round(centre + (sides - 1) / 2)
+        base = torch.cat([first, last + 1], 1)                              # [n, 4]
+    else:
+        base = torch.cat([STRIDE / 2 - sides / 2, STRIDE / 2 + sides / 2], 1)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    shifts = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4) * STRIDE       # [cells, 1, 4]
+    return (shifts + base).reshape(-1, 4).float()                           # [cells * n, 4]
+
+
+def encode(boxes, anchors):
+    """Offsets `[..., 4]` of boxes `[..., 4]` against anchors `[..., 4]`, both xyxy (SSD, Liu et al. 2016, section 2.2)."""
+    boxes, anchors = box_convert(boxes, "xyxy", "cxcywh"), box_convert(anchors, "xyxy", "cxcywh")
+    centres = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
+    sides = torch.log((boxes[..., 2:] / anchors[..., 2:]).clamp(min=1e-6))
+    return torch.cat([centres, sides], -1) / boxes.new_tensor(VARIANCES)
+
+
+def decode(offsets, anchors):
+    """Boxes `[..., 4]`, xyxy, of offsets `[..., 4]` against anchors `[..., 4]`; the inverse of `encode`."""
+    anchors = box_convert(anchors, "xyxy", "cxcywh")
+    scaled = offsets * offsets.new_tensor(VARIANCES)
+    centres = anchors[..., :2] + scaled[..., :2] * anchors[..., 2:]
+    sides = anchors[..., 2:] * scaled[..., 2:].clamp(max=MAX_LOG).exp()
+    return torch.cat([centres - sides / 2, centres + sides / 2], -1)
+
+
+def match(anchors, faces, ignored, image, batch):
+    """Targets of a whole batch: labels `[B, A]` (1 face, 0 background, -1 neither) and offsets `[B, A, 4]` (0 if no face).
+
+    anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
+    place in the batch of each face's image; batch B. An anchor is positive if its IoU with some face is 0.4 or more;
+    besides, every face takes its best anchor. Anchors that reach 0.4 with ignored faces only are neither.
+    """
+    number = torch.arange(len(faces), device=faces.device)
+    iou = box_iou(faces, anchors)                                           # [T, A]
+    learned = iou.masked_fill(ignored[:, None], 0)
+    learned[number, learned.argmax(1)] += 2 * (~ignored)                    # lifts its best anchor above every other
+    rows = image[:, None].expand_as(iou)
+    zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
+    top = zeros.scatter_reduce(0, rows, learned, "amax")
+    # Which face that was: the first in order among equals. T stands for none, and is a row of its own below.
+    candidates = torch.where(learned == top[image], number[:, None], len(faces))
+    face = torch.full_like(zeros, len(faces), dtype=torch.int64).scatter_reduce(0, rows, candidates, "amin")
+    positive = top >= POSITIVE_IOU
+    unsure = zeros.scatter_reduce(0, rows, iou * ignored[:, None], "amax") >= POSITIVE_IOU
+    labels = positive.long() - (unsure & ~positive).long()
+    boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
+    return labels, encode(boxes, anchors).masked_fill(~positive[..., None], 0)
+
+
+def shape_iou(sides, anchors):
+    """IoU `[M, k]` of sides `[M, 2]` and anchors `[k, 2]` laid on one centre (numpy)."""
+    common = np.minimum(sides[:, None], anchors).prod(2)
+    return common / (sides.prod(1)[:, None] + anchors.prod(1) - common)
+
+
+def fit(sides, k, seed=0, iterations=300):
+    """k anchors `[k, 2]` for face sides `[M, 2]`: k-means with 1 - IoU as the distance (YOLO9000, section 2), by area."""
+    centres = np.random.default_rng(seed).choice(np.unique(sides, axis=0), k, replace=False)
+    nearest = None
+    for _ in range(iterations):
+        previous, nearest = nearest, shape_iou(sides, centres).argmax(1)
+        if previous is not None and (nearest == previous).all():
+            break
+        centres = np.stack([sides[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(k)])
+    return centres[centres.prod(1).argsort()]
+
+
+def network_sides(annotations, width, height):
+    """Sides `[M, 2]` of the faces not ignored, in pixels of a `width` x `height` network input."""
+    sizes = annotations.sizes[annotations.image]
+    if (sizes <= 0).any():
+        name = annotations.names[annotations.image[(sizes <= 0).any(1)][0]]
+        raise InputError(f"{annotations.path}: image {name} has no width and height, they are needed here")
+    sides = annotations.xywh[:, 2:] * (width, height) / sizes
+    return sides[~annotations.ignored]
+
+
+def draw_scatter(path, sides, sets):
+    """Face sides as a log-log scatter with each of `sets` {label: anchors `[k, 2]`} over it, to a PNG."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(7, 7), layout="constrained").subplots()
+    axes.loglog(*sides.T, ".", color="0.6", markersize=2, alpha=0.5, label=f"{len(sides):,} faces")
+    for marker, (label, anchors) in zip("sD", sets.items()):
+        axes.loglog(*anchors.T, marker, markersize=9, markerfacecolor="none", markeredgewidth=2, label=label)
+    axes.set(xlabel="width at the network's input [px]", ylabel="height at the network's input [px]")
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path) as temporary:
+        axes.figure.savefig(temporary, dpi=110)
+
+
+@command
+def main(argv=None):
+    """Fit anchors to a dataset and print them beside the hand-designed ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
+    parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
+    parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
+    parser.add_argument("--out", default="anchors.png", help="the scatter (default %(default)s)")
+    args = parser.parse_args(argv)
+    sides = network_sides(read_annotations(args.data), *args.size)
+    distinct = len(np.unique(sides, axis=0))
+    if not 1 <= args.k <= distinct:
+        raise InputError(f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different face sizes")
+    sets = {"hand-designed": np.array(HAND_DESIGNED) * args.size / 300, "fitted": fit(sides, args.k)}
+    for label, anchors in sets.items():
+        best = shape_iou(sides, anchors).max(1)
+        print(f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {(best >= POSITIVE_IOU).mean():.3f}  "
+              + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors))
+    draw_scatter(args.out, sides, sets)
+    at_300 = " ".join(f"{w:.1f}x{h:.1f}" for w, h in sets["fitted"] * 300 / np.array(args.size))
+    print(f"{len(sides)} faces; scatter in {args.out}; to train with the fitted ones:\n"
+          f"python train.py --size {args.size[0]}x{args.size[1]} --anchors {at_300}")
+
+
+if __name__ == "__main__":
+    main()

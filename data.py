@@ -1,0 +1,271 @@
+"""Photos and their faces, from the disk to a batch: read, augment, collate, load.
+
+As a command it shows photos with their faces, the first thing to do with one's own labels:
+
+    python data.py --data data/train.json --out grid.png              # as they are
+    python data.py --data data/train.json --out grid.png --augment    # as the training sees them
+"""
+import argparse
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_iou
+
+from formats import InputError, command, parse_size, read_annotations
+from pictures import IGNORED, draw_faces, grid, load_picture, picture_size, save_picture
+
+CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
+CROP_TRIES = 40
+
+
+def random_view(rng, size, faces):
+    """The part of a picture to train on, xyxy in its pixels; what lies outside the picture is black.
+
+    First the picture may be placed on a canvas 1-2 times its size, then a part of the canvas is taken that some face
+    overlaps with a random least IoU (SSD, Liu et al. 2016, section 2.2; torchvision's RandomZoomOut, RandomIoUCrop).
+    size (width, height); faces `[N, 4]`, xyxy.
+    """
+    size = np.array(size, float)
+    origin, canvas = np.zeros(2), size
+    if rng.random() < 0.5:
+        canvas = size * rng.uniform(1, 2)
+        origin = -(canvas - size) * rng.random(2)
+    centres = (faces[:, :2] + faces[:, 2:]) / 2
+    while True:
+        least = CROP_IOUS[rng.integers(len(CROP_IOUS))]
+        if least is None or not len(faces):
+            return np.concatenate([origin, origin + canvas])
+        sides = rng.uniform(0.1, 1, (CROP_TRIES, 2)) * canvas
+        corner = origin + (canvas - sides) * rng.random((CROP_TRIES, 2))
+        views = np.concatenate([corner, corner + sides], 1)                             # [tries, 4]
+        aspect = sides[:, 0] / sides[:, 1]
+        inside = ((corner[:, None] < centres) & (centres < views[:, None, 2:])).all(2)  # [tries, N]
+        iou = box_iou(torch.from_numpy(views), torch.from_numpy(faces)).numpy()
+        good = (aspect >= 0.5) & (aspect <= 2) & inside.any(1) & ((iou * inside).max(1) >= least)
+        if good.any():
+            return views[good.argmax()]
+
+
+def distort_colours(image, rng):
+    """Photometric distortion of a PIL image, each with probability 0.5: brightness, contrast, saturation, hue.
+
+    brightness +-32 of 255, contrast and saturation x 0.5-1.5, hue +-18 degrees; the contrast comes before or after the
+    colours (Howard 2013, as SSD has it). All of it works pixel by pixel, so it may follow the crop and cost less.
+    """
+    coins, levels = rng.random(5) < 0.5, np.arange(256.0)
+    add = rng.uniform(-32, 32) * coins[0]
+    contrast = rng.uniform(0.5, 1.5) if coins[1] else 1
+    saturation = rng.uniform(0.5, 1.5) if coins[2] else 1
+    hue = rng.uniform(-18, 18) * coins[3]
+    first, last = (contrast, 1) if coins[4] else (1, contrast)
+    table = lambda values: values.round().clip(0, 255).astype(np.uint8).tolist()
+    if add or first != 1:
+        image = image.point(table((levels + add) * first) * 3)
+    if saturation != 1 or hue:
+        turned = ((levels + hue * 256 / 360).round() % 256).astype(np.uint8).tolist()
+        image = image.convert("HSV").point(turned + table(levels * saturation) + table(levels)).convert("RGB")
+    return image.point(table(levels * last) * 3) if last != 1 else image
+
+
+def resize_view(image, view, width, height):
+    """The part `view` (xyxy, pixels of `image`) resized to `width` x `height`: what lies inside, and its corner there."""
+    (x1, y1, x2, y2), (w, h) = view, image.size
+    sx, sy = width / (x2 - x1), height / (y2 - y1)
+    left, top = math.ceil(max(0, -x1 * sx) - 1e-6), math.ceil(max(0, -y1 * sy) - 1e-6)
+    right, bottom = math.floor(min(width, (w - x1) * sx) + 1e-6), math.floor(min(height, (h - y1) * sy) + 1e-6)
+    if right <= left or bottom <= top:
+        return Image.new("RGB", (1, 1)), (0, 0)
+    box = (max(0, x1 + left / sx), max(0, y1 + top / sy), min(w, x1 + right / sx), min(h, y1 + bottom / sy))
+    return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box), (left, top)
+
+
+@dataclass
+class Item:
+    """One photo as the network sees it."""
+    index: int             # of the photo in its Annotations
+    picture: torch.Tensor  # uint8 `[3, H, W]`, RGB
+    faces: np.ndarray      # float32 `[N, 4]`, xyxy in pixels of `picture`
+    ignored: np.ndarray    # bool `[N]`
+    size: tuple            # (width, height) of the photo on disk, upright
+    error: str = ""        # why the photo could not be read; it is then black and has no faces
+
+
+class FaceDataset(Dataset):
+    """The photos of some Annotations at network size. All it holds are arrays, which forked workers share.
+
+    Its keys are (index, seed): seed None for the photo as it is, else a sequence of integers that fixes its
+    augmentation, whichever worker does it. Faces with a side below `min_face` pixels of the photo are ignored.
+    """
+
+    def __init__(self, annotations, width, height, min_face=0):
+        self.width, self.height, self.folder, self.source = width, height, annotations.path.parent, annotations.path
+        self.names = np.array([name.encode() for name in annotations.names] or [b""])
+        self.sizes = annotations.sizes
+        self.starts = np.searchsorted(annotations.image, np.arange(len(annotations.ids) + 1))
+        corner, sides = np.split(annotations.xywh, 2, 1)
+        self.faces = np.concatenate([corner, corner + sides], 1)
+        self.ignored = annotations.ignored | (sides < min_face).any(1)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, key):
+        index, seed = key
+        own = slice(self.starts[index], self.starts[index + 1])
+        try:
+            return self._read(index, seed, self.faces[own], self.ignored[own])
+        except InputError as error:  # what to do about it is for the caller to say
+            picture = torch.zeros(3, self.height, self.width, dtype=torch.uint8)
+            return Item(index, picture, np.zeros((0, 4), np.float32), np.zeros(0, bool), (1, 1), str(error))
+
+    def _read(self, index, seed, faces, ignored):
+        path, target = self.folder / self.names[index].decode(), (self.width, self.height)
+        size = picture_size(path)
+        if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:
+            raise InputError(f"{path}: is {size[0]}x{size[1]}, but {self.source} says "
+                             f"{self.sizes[index][0]}x{self.sizes[index][1]}")
+        rng = None if seed is None else np.random.default_rng(seed)
+        if rng:
+            view = random_view(rng, size, faces[~ignored])
+            image = load_picture(path, max(target / (view[2:] - view[:2])))
+        else:  # evaluation decodes at full size: its resize is defined as PIL's on the whole picture
+            view = np.array([0, 0, *size], float)
+            image = load_picture(path)
+        inside, corner = resize_view(image, view * (np.array(image.size * 2) / (size * 2)), *target)
+        faces = (faces - np.tile(view[:2], 2)) * np.tile(target / (view[2:] - view[:2]), 2)
+        if rng:
+            inside = distort_colours(inside, rng)
+            centres = (faces[:, :2] + faces[:, 2:]) / 2
+            kept = ((centres > 0) & (centres < target)).all(1)
+            faces, ignored = faces[kept], ignored[kept]
+        if inside.size != target:
+            whole = Image.new("RGB", target)
+            whole.paste(inside, corner)
+            inside = whole
+        faces = faces.clip(0, target * 2)
+        if rng and rng.random() < 0.5:
+            inside = inside.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            faces[:, [0, 2]] = self.width - faces[:, [2, 0]]
+        picture = torch.from_numpy(np.array(inside)).permute(2, 0, 1).contiguous()
+        return Item(index, picture, faces.astype(np.float32), ignored, size)
+
+
+@dataclass
+class Batch:
+    """B photos and all T faces on them."""
+    images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
+    faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
+    ignored: torch.Tensor  # bool `[T]`
+    image: torch.Tensor    # int64 `[T]`, each face's place in the batch
+    index: list            # B indices of the photos in their Annotations
+    sizes: list            # B sizes (width, height) on disk
+    errors: dict           # {index: one line} of the photos that could not be read
+
+    def to(self, device):
+        """The same batch with its tensors on `device`, copied without waiting where they are pinned."""
+        move = lambda name: getattr(self, name).to(device, non_blocking=True)
+        return replace(self, **{name: move(name) for name in ("images", "faces", "ignored", "image")})
+
+    def pin_memory(self):
+        """The same batch in page-locked memory; called by the DataLoader."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", "faces", "ignored", "image")})
+
+
+def collate(items):
+    """Items to a Batch."""
+    counts = [len(item.faces) for item in items]
+    return Batch(torch.stack([item.picture for item in items]),
+                 torch.from_numpy(np.concatenate([item.faces for item in items])),
+                 torch.from_numpy(np.concatenate([item.ignored for item in items])),
+                 torch.arange(len(items)).repeat_interleave(torch.tensor(counts)),
+                 [item.index for item in items], [item.size for item in items],
+                 {item.index: item.error for item in items if item.error})
+
+
+class TrainBatches:
+    """The batches of an epoch for one process: a pure function of seed, epoch and place, so any of it can be redone.
+
+    An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world` processes;
+    process `rank` takes every world-th. Together the processes' k-th batches are one process's k-th batch of
+    `world` times the size. Set `epoch` before iterating, and `start` to skip batches already done.
+    """
+
+    def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1):
+        self.n, self.batch, self.repeat, self.seed, self.rank, self.world = n, batch, repeat, seed, rank, world
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return math.ceil(math.ceil(self.n * self.repeat / self.world) / self.batch) - self.start
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n * self.repeat) % self.n
+        places = np.arange(self.rank, math.ceil(len(order) / self.world) * self.world, self.world)
+        for first in range(self.start * self.batch, len(places), self.batch):
+            yield [(int(order[place % len(order)]), (self.seed, self.epoch, int(place)))
+                   for place in places[first:first + self.batch]]
+
+
+def eval_batches(n, batch, rank=0, world=1):
+    """The batches of process `rank` that together show each of n photos once, as it is.
+
+    They are cut before they are dealt out: a photo's company, and so its detections, are the same for any `world`.
+    """
+    return [[(index, None) for index in range(first, min(first + batch, n))] for first in range(0, n, batch)][rank::world]
+
+
+def make_loader(dataset, batches, workers, device="cpu"):
+    """A DataLoader of Batches; its `workers` live as long as it does."""
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda")
+
+
+def describe(annotations, min_face):
+    """Counts and face sizes as lines of text."""
+    sides = annotations.xywh[~annotations.ignored, 2:].min(1) if (~annotations.ignored).any() else np.zeros(0)
+    lines = [", ".join(f"{count:,} {what}" for what, count in annotations.counts.items() if count or what == "faces")]
+    if len(sides):
+        quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
+        lines.append("smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
+                     .format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
+    return lines
+
+
+@command
+def main(argv=None):
+    """Show photos of a dataset with their faces."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
+    parser.add_argument("--out", default="grid.png", help="the picture (default %(default)s)")
+    parser.add_argument("--augment", action="store_true", help="show the training's view, augmented, at --size")
+    parser.add_argument("--count", type=int, default=16, help="photos shown (default %(default)s)")
+    parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
+    parser.add_argument("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
+    args = parser.parse_args(argv)
+    annotations = read_annotations(args.data)
+    if not len(annotations.ids) or args.count < 1:
+        raise InputError(f"{args.data}: no photos to show")
+    dataset = FaceDataset(annotations, *args.size, args.min_face)
+    pictures = []
+    for place, index in enumerate(np.random.default_rng(args.seed).permutation(len(dataset))[:args.count]):
+        if args.augment:
+            item = dataset[index, (args.seed, place)]
+            image, faces, ignored, error = (Image.fromarray(item.picture.permute(1, 2, 0).numpy()), item.faces,
+                                            item.ignored, item.error)
+        else:
+            own = slice(dataset.starts[index], dataset.starts[index + 1])
+            image, faces, ignored, error = load_picture(annotations.file(index)), dataset.faces[own], dataset.ignored[own], ""
+        if error:
+            raise InputError(error)
+        pictures.append(draw_faces(draw_faces(image, faces[~ignored]), faces[ignored], colour=IGNORED))
+    save_picture(grid(pictures), args.out)
+    print("\n".join(describe(annotations, args.min_face)))
+    print(f"{len(pictures)} photos in {args.out}: faces green, ignored ones orange")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The network: MobileNetV2 (width 0.75) with one SSD head, 1.03 M parameters, 0.51 GMACs at 300 x 300.
+
+Parameter names are those of the official training snapshots, so theirs and ours load without a mapping. This file
+imports nothing of this repository: copy it and `load_model` works elsewhere.
+"""
+import math
+import pickle
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+STRIDE = 16  # input pixels per cell of the only feature map
+
+# Widths and heights of the anchors, pixels of a 300 x 300 input, hand-designed by the reference system.
+HAND_DESIGNED = ((9.4, 15.0), (25.1, 39.6), (14.7, 25.5), (34.7, 63.2), (143.0, 227.5), (77.4, 162.9), (128.8, 124.5),
+                 (51.1, 105.1), (75.6, 72.6))
+
+# MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride at 1,
+# so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
+ROWS = (
+    # expansion t, channels c, blocks n, stride s
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 1),
+    (4, 480, 1, 1),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What shapes the weights; saved with them, so that a checkpoint rebuilds its model without flags."""
+    input_width: int = 300
+    input_height: int = 300
+    width: float = 0.75                # multiplies every channel count
+    anchors: tuple = HAND_DESIGNED     # (width, height) in pixels of the network input
+
+    def __post_init__(self):
+        object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
+        if min(self.input_width, self.input_height) < STRIDE:
+            raise ValueError(f"input {self.input_width}x{self.input_height}: at least {STRIDE} pixels a side are needed")
+        if not 0 < self.width < 100 or int(16 * self.width) < 1:
+            raise ValueError(f"width {self.width}: between 0.0625 and 100 expected")
+        if not self.anchors or min(min(a) for a in self.anchors) <= 0:
+            raise ValueError("anchors: at least one, with positive sides")
+
+    @property
+    def grid(self):
+        """Columns and rows of the feature map."""
+        return math.ceil(self.input_width / STRIDE), math.ceil(self.input_height / STRIDE)
+
+    @classmethod
+    def new(cls, input_width, input_height, width=0.75, anchors=HAND_DESIGNED):
+        """The configuration of an untrained model: anchors given for 300 x 300 are scaled to its input."""
+        scaled = [(w * input_width / 300, h * input_height / 300) for w, h in anchors]
+        return cls(input_width, input_height, width, scaled)
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise 3x3, project 1x1 without activation; the input is added where the shapes agree."""
+
+    def __init__(self, inputs, outputs, stride, expansion):
+        super().__init__()
+        hidden = inputs * expansion
+        expand = [] if expansion == 1 else [
+            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(
+            *expand,
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """Images `[B, 3, H, W]`, RGB in 0-1, to features `[B, int(480 w), ceil(H / 16), ceil(W / 16)]`."""
+
+    def __init__(self, width):
+        super().__init__()
+        channels = int(32 * width)
+        self.bn_first = nn.BatchNorm2d(3)  # takes the place of mean and deviation in the preprocessing
+        layers = [nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels),
+                                nn.ReLU(inplace=True))]
+        for expansion, outputs, blocks, stride in ROWS:
+            for block in range(blocks):
+                layers.append(InvertedResidual(channels, int(outputs * width), stride if block == 0 else 1, expansion))
+                channels = int(outputs * width)
+        self.features = nn.Sequential(*layers)
+        self.channels = channels
+
+    def forward(self, images):
+        return self.features(self.bn_first(images))
+
+
+class SSDHead(nn.Module):
+    """Features `[B, C, h, w]` to logits `[B, A, 2]` and offsets `[B, A, 4]`, cells row-major, anchor fastest."""
+
+    def __init__(self, channels, anchors):
+        super().__init__()
+        self.reg_convs = nn.ModuleList([self._branch(channels, anchors * 4)])
+        self.cls_convs = nn.ModuleList([self._branch(channels, anchors * 2)])
+        self.loss_weights = nn.Parameter(torch.zeros(2))  # learned balance of class and box loss, see loss.py
+
+    @staticmethod
+    def _branch(channels, outputs):
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels),
+                             nn.ReLU(inplace=True), nn.Conv2d(channels, outputs, 1))
+
+    def forward(self, features):
+        logits, offsets = self.cls_convs[0](features), self.reg_convs[0](features)  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
+        return (logits.permute(0, 2, 3, 1).reshape(len(logits), -1, 2),             # [B, A, 2]
+                offsets.permute(0, 2, 3, 1).reshape(len(offsets), -1, 4))           # [B, A, 4]
+
+
+class SSD(nn.Module):
+    """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` (background, face) and offsets `[B, A, 4]`.
+
+    Fully convolutional: any input of at least 16 x 16 works, with A = 9 * ceil(H / 16) * ceil(W / 16).
+    """
+
+    def __init__(self, config=Config()):
+        super().__init__()
+        self.config = config
+        self.backbone = MobileNetV2(config.width)
+        self.bbox_head = SSDHead(self.backbone.channels, len(config.anchors))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.bbox_head.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images):
+        return self.bbox_head(self.backbone(images))
+
+    @property
+    def loss_weights(self):
+        """The two learned weights of class and box loss, `[2]`."""
+        return self.bbox_head.loss_weights
+
+
+def checkpoint(model, **more):
+    """What a checkpoint of ours holds: configuration and weights (and `more`), plain types and tensors only."""
+    return {"config": asdict(model.config), "state_dict": model.state_dict(), **more}
+
+
+def read_checkpoint(path):
+    """A checkpoint's content, on the CPU. No code in the file is run. Raises ValueError if it is not one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused, it holds more than tensors and plain values (or is no checkpoint)") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError):
+        raise ValueError(f"{path}: not a checkpoint, or a truncated one") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError(f"{path}: a checkpoint without \"state_dict\", ours or the official snapshots' is expected")
+    return content
+
+
+def config_of(content, path=""):
+    """The Config of a checkpoint's content; an official snapshot has none, there the shapes tell."""
+    try:
+        if "config" in content:
+            return Config(**content["config"])
+        state = content["state_dict"]
+        anchors = HAND_DESIGNED[:len(state["bbox_head.cls_convs.0.3.weight"]) // 2]
+        return Config(width=len(state["backbone.features.0.0.weight"]) / 32, anchors=anchors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this detector ({error})") from None
+
+
+def load_model(path):
+    """The model of a checkpoint, ours or an official snapshot, in evaluation mode on the CPU.
+
+    An averaged set of weights is preferred where there is one. Raises ValueError, one line, if the file does not fit.
+    """
+    content = read_checkpoint(path)
+    model = SSD(config_of(content, path))
+    try:
+        model.load_state_dict(content.get("ema") or content["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
+        raise ValueError(f"{path}: not a checkpoint of this detector ({reason[:160]})") from None
+    return model.eval()
+
+
+def load_weights(model, path):
+    """Start `model` from a detector snapshot of any shape; returns the names of tensors that did not fit.
+
+    Raises ValueError if the file is no checkpoint, or none of it fits.
+    """
+    content = read_checkpoint(path)
+    own, state = model.state_dict(), content.get("ema") or content["state_dict"]
+    fitting = {name: state[name] for name in own
+               if isinstance(state.get(name), torch.Tensor) and state[name].shape == own[name].shape}
+    if not any(tensor.ndim for tensor in fitting.values()):
+        raise ValueError(f"{path}: no tensor of it fits this model")
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def load_imagenet(model, path=None):
+    """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to the model's shape.
+
+    The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path` is a file
+    of the weights; without it torchvision downloads them. Raises ValueError if they cannot be had or do not fit.
+    """
+    from torchvision.models import MobileNet_V2_Weights
+    weights = MobileNet_V2_Weights.IMAGENET1K_V1
+    try:
+        source = (torch.load(path, map_location="cpu", weights_only=True) if path
+                  else weights.get_state_dict(progress=True, check_hash=True))
+    except OSError as error:
+        raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} and give its path") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}") from None
+    blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
+    wanted = {f"features.{n}" for n in range(blocks)}
+    pick = lambda state: {k: v for k, v in state.items() if ".".join(k.split(".")[:2]) in wanted}
+    ours, theirs = pick(model.backbone.state_dict()), pick(source)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
+    # The two nest their layers differently but list them in the same order.
+    for (name, own), tensor in zip(ours.items(), theirs.values()):
+        if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):
+            raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {name} {tuple(own.shape)}")
+        own.copy_(tensor[tuple(slice(n) for n in own.shape)])

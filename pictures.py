@@ -1,0 +1,77 @@
+"""Photos in, pictures out: read any picture file upright as RGB, draw boxes on it, lay pictures side by side."""
+import math
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from formats import InputError, whole_file
+
+ORIENTATION = 0x0112  # the EXIF tag
+FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
+
+
+def picture_size(path):
+    """Upright (width, height) of a picture, from its file's header. Raises InputError if it cannot be read."""
+    with _opened(path) as image:
+        return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size  # 5-8 lie on their side
+
+
+def load_picture(path, scale=1):
+    """An upright RGB picture (PIL), whatever its file holds. Raises InputError if it cannot be read.
+
+    EXIF orientation is applied; grey, CMYK, 16-bit, palette and alpha pictures become RGB; of an animation the first
+    frame is taken. A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8, as long as that is not below `scale`.
+    """
+    with _opened(path) as image:
+        if scale < 1:
+            image.draft("RGB", [math.ceil(side * scale) for side in image.size])
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path):
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such picture") from None
+    except Exception as error:  # decoders raise nearly everything on broken files
+        raise InputError(f"{path}: cannot be read as a picture ({error or type(error).__name__})") from None
+
+
+def draw_faces(image, boxes, scores=None, colour=FACE):
+    """A copy of `image` (PIL, RGB) with boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` as text."""
+    image = image.copy()
+    draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
+    font = ImageFont.load_default(max(9, round(max(image.size) / 55)))
+    for n, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, float).reshape(-1, 4)):
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
+        if scores is not None:
+            text = f"{scores[n]:.2f}"
+            left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+            y = y1 - bottom - 2 if y1 > bottom + 2 else y1 + thickness
+            draw.rectangle((x1, y, x1 + right + 2, y + bottom + 1), fill=colour)
+            draw.text((x1 + 1, y), text, fill="black", font=font)
+    return image
+
+
+def grid(images, columns=4, side=320):
+    """`images` (PIL) side by side in one picture, each fitted into a `side` x `side` square on grey."""
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "#404040")
+    for n, image in enumerate(images):
+        scale = side / max(image.size)
+        image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
+        x, y = n % columns * (side + 4) + 2, n // columns * (side + 4) + 2
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+    return sheet
+
+
+def save_picture(image, path):
+    """Write a PIL image, whole or not at all."""
+    with whole_file(path) as temporary:
+        image.save(temporary)

@@ -1,0 +1,201 @@
+"""Turns WIDER FACE's annotation text into COCO json, keeping every annotation and marking what cannot be learned.
+
+    python wider_to_coco.py data/wider_face_split/wider_face_train_bbx_gt.txt data/WIDER_train/images data/train.json
+    python wider_to_coco.py data/wider_face_split/wider_face_val_bbx_gt.txt data/WIDER_val/images data/val.json
+
+File names in the output are relative to its folder, so the json and its photos move together. Annotations that are
+flagged invalid, or whose box is empty or outside the picture, get `"iscrowd": 1`: not trained on, known to evaluation.
+"""
+import argparse
+import os
+import re
+import time
+import warnings
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from formats import InputError, command, write_json
+
+ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
+COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
+NUMBERS = re.compile(r"[-+.\deE\s]+", re.ASCII)  # int() alone would accept "1_000" and float() "nan"
+INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
+LARGEST = 10 ** 15                               # of a coordinate or an area: read_annotations takes what is smaller
+LISTED = 20                                      # names of bad pictures in one message
+
+
+def read_wider(path):
+    """`[(name, rows)]` of a WIDER FACE annotation file, in its order; each row holds the numbers of `COLUMNS`.
+
+    A byte order mark, CRLF and blank lines are accepted. A picture without faces is a count of 0, with or without the
+    row of zeros that the official files put behind it. Raises InputError with `file:line` for everything else.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # universal newlines: CRLF ends a line like LF
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    # str.splitlines() would also cut at characters that may stand in a name
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: lists no pictures")
+
+    pictures, first_line, at = [], {}, 0
+    while at < len(lines):
+        number, line = lines[at]
+        name = _name(f"{path}:{number}", line)
+        if name in first_line:
+            raise InputError(f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}")
+        first_line[name] = number
+        if at + 1 == len(lines):
+            raise InputError(f"{path}:{number}: the file ends after the name {name!r}, is it truncated?")
+        count_line, count = lines[at + 1]
+        if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
+            raise InputError(f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}")
+        rows = lines[at + 2:at + 2 + int(count)]
+        at += 2 + len(rows)
+        pictures.append((name, [_row(f"{path}:{n}", row, name, count, count_line) for n, row in rows]))
+        if len(rows) < int(count):
+            raise InputError(f"{path}:{count_line}: {name!r} has {count} faces but the file ends after {len(rows)}, "
+                             "is it truncated?")
+        if at < len(lines) and NUMBERS.fullmatch(lines[at][1]):
+            place, extra = f"{path}:{lines[at][0]}", lines[at][1]
+            if int(count) or any(_row(place, extra, name, count, count_line)):
+                raise InputError(f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})")
+            at += 1  # how the official train file writes a picture without faces
+    return pictures
+
+
+def _name(place, text):
+    """A picture's path, plain and inside the images folder."""
+    name = PurePosixPath(text)
+    if NUMBERS.fullmatch(text):
+        raise InputError(f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?")
+    if name.is_absolute() or PureWindowsPath(text).drive or {"\0", "\\"} & set(text) or ".." in name.parts:
+        raise InputError(f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'")
+    return str(name)
+
+
+def _row(place, text, name, count, count_line):
+    """The ten numbers of a face, ints where the text has ints."""
+    tokens = text.split()
+    if not NUMBERS.fullmatch(text) or len(tokens) != len(COLUMNS):
+        raise InputError(f"{place}: a face's {len(COLUMNS)} numbers are expected, found {text[:60]!r} "
+                         f"({name!r} has {count} faces by line {count_line})")
+    try:
+        values = [int(token) if INTEGER.fullmatch(token) else float(token) for token in tokens]
+    except ValueError:
+        raise InputError(f"{place}: not a number in {text[:60]!r}") from None
+    if not all(abs(value) < LARGEST for value in values):
+        raise InputError(f"{place}: a number is too large in {text[:60]!r}")
+    if any(isinstance(value, float) for value in values[4:]):
+        raise InputError(f"{place}: {', '.join(ATTRIBUTES)} must be integers, found {text[:60]!r}")
+    return values
+
+
+def picture_size(path):
+    """Width and height of the upright picture by its header, None if there is no such file, or the decoder's error."""
+    try:
+        if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
+            return None
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            # Pillow turns TIFF itself; every other format is stored lying and turned when the photo is loaded
+            return image.size[::-1] if turned and image.format != "TIFF" else image.size
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        return error
+
+
+def read_sizes(pictures, images, jobs):
+    """`[(width, height)]` of the pictures below folder `images`. Raises InputError that names all that are missing."""
+    names = [name for name, _ in pictures]
+    paths = [os.path.join(images, name) for name in names]
+    with warnings.catch_warnings(), ThreadPool(jobs) as pool:
+        warnings.simplefilter("ignore")  # a large picture is no concern while only headers are read
+        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16), "image sizes", len(paths), disable=None))
+    bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
+           "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
+    if any(bad.values()):
+        parts = [f"{len(them):,} {kind} ({', '.join(them[:LISTED])}{', ...' if len(them) > LISTED else ''})"
+                 for kind, them in bad.items() if them]
+        raise InputError(f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
+    return sizes
+
+
+def clip(box, width, height):
+    """`xywh` cut to the picture, and what it is: inside, clipped, or (both as written) empty or outside."""
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return box, "empty"
+    if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
+        return box, "inside"
+    left, top = max(x, 0), max(y, 0)
+    cut = [left, top, min(x + w, width) - left, min(y + h, height) - top]
+    return (cut, "clipped") if cut[2] > 0 and cut[3] > 0 else (box, "outside")
+
+
+def to_coco(pictures, sizes, prefix):
+    """COCO content of `pictures` with their `(width, height)`, names below `prefix`; and the counts of what was met."""
+    images, annotations = [], []
+    met = dict.fromkeys(("invalid", "empty", "rows of zeros", "clipped", "outside"), 0)
+    for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures, sizes), 1):
+        images.append({"id": image_id, "file_name": str(prefix / name), "width": width, "height": height})
+        for row in rows:
+            attributes = dict(zip(ATTRIBUTES, row[4:]))
+            box, kind = clip(row[:4], width, height)
+            invalid = attributes["invalid"] != 0
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
+                                "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
+                                "iscrowd": int(invalid or kind in ("empty", "outside")), **attributes})
+            met["invalid"] += invalid
+            met["rows of zeros"] += not any(row)
+            if kind != "inside":
+                met[kind] += 1
+    counts = {"pictures": len(images), "without annotation": sum(not rows for _, rows in pictures),
+              "annotations": len(annotations), **met, "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
+
+
+def convert(annotation, images, out, jobs=1):
+    """Write the text `annotation` about the folder `images` to the COCO file `out`; returns counts of what was met."""
+    annotation, images, out = Path(annotation), Path(images), Path(out)
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder, the COCO json is to be written there")
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of pictures")
+    if out.exists() and annotation.exists() and out.samefile(annotation):
+        raise InputError(f"{out}: is the annotation text itself, name another file for the output")
+    pictures = read_wider(annotation)
+    sizes = read_sizes(pictures, images, jobs)
+    prefix = os.path.relpath(images, out.parent)
+    if prefix.startswith(".."):  # ".." behind a symbolic link starts from the link's target
+        prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))
+    content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
+    write_json(out, content)
+    return counts
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("annotation", help="WIDER FACE text, as wider_face_train_bbx_gt.txt")
+    parser.add_argument("images", help="folder of the pictures that the text names, as data/WIDER_train/images")
+    parser.add_argument("out", help="COCO json to write, as data/train.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads that read sizes (default: CPUs)")
+    args = parser.parse_args(argv)
+    if not 1 <= args.jobs <= 256:
+        raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")
+    start = time.perf_counter()
+    counts = convert(args.annotation, args.images, args.out, args.jobs)
+    for kind, number in counts.items():
+        print(f"{kind:20}{number:>9,}")
+    print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
