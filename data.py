@@ -7,6 +7,7 @@ As a command it shows photos with their faces, the first thing to do with one's 
 """
 import argparse
 import math
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -194,18 +195,20 @@ class TrainBatches:
     `world` times the size. Set `epoch` before iterating, and `start` to skip batches already done.
     """
 
-    def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1):
+    def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
         self.n, self.batch, self.repeat, self.seed, self.rank, self.world = n, batch, repeat, seed, rank, world
+        self.augment = augment
         self.epoch = self.start = 0
+        self.total = math.ceil(math.ceil(n * repeat / world) / batch)
 
     def __len__(self):
-        return math.ceil(math.ceil(self.n * self.repeat / self.world) / self.batch) - self.start
+        return self.total - self.start
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n * self.repeat) % self.n
         places = np.arange(self.rank, math.ceil(len(order) / self.world) * self.world, self.world)
         for first in range(self.start * self.batch, len(places), self.batch):
-            yield [(int(order[place % len(order)]), (self.seed, self.epoch, int(place)))
+            yield [(int(order[place % len(order)]), (self.seed, self.epoch, int(place)) if self.augment else None)
                    for place in places[first:first + self.batch]]
 
 
@@ -219,8 +222,14 @@ def eval_batches(n, batch, rank=0, world=1):
 
 def make_loader(dataset, batches, workers, device="cpu"):
     """A DataLoader of Batches; its `workers` live as long as it does."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=_heed_no_signals,
                       persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda")
+
+
+def _heed_no_signals(_):
+    """Ctrl-C reaches workers too; the main process saves first and then ends them itself (by SIGTERM, if need be)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def describe(annotations, min_face):

@@ -65,7 +65,7 @@ def checked_device(name):
     return name
 
 
-def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, processes=1, progress=True):
+def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, processes=1):
     """Run `detector` over all photos: their Detections, sorted by photo, and {index: line} of the unreadable ones.
 
     Several processes share the photos, and each gets the whole result, the same as one process would.
@@ -78,7 +78,7 @@ def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, proces
     batches = eval_batches(len(annotations.ids), batch_size, rank, processes)
     loader = make_loader(FaceDataset(annotations, *detector.size), batches, workers)
     found, errors = {}, {}
-    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=rank > 0 or not progress):
+    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=True if rank else None):
         for index, size, faces in zip(batch.index, batch.sizes, detector(batch.images)):
             found[index] = to_picture(faces, detector.size, size)
         errors |= batch.errors

@@ -40,7 +40,8 @@ def command(main):
             text = str(error)
             if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            print(f"{Path(sys.modules[main.__module__].__file__).name}: {text}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # once, not from every process of torchrun
+                print(f"{Path(sys.modules[main.__module__].__file__).name}: {text}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -82,6 +83,8 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file
+        raise InputError(f"{path}: {error.strerror or error}; not written, what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -40,13 +40,13 @@ class OperatingPoint:
 def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score):
     """The 12 COCO numbers of one class, as pycocotools computes them (Lin et al. 2014, COCOeval.py, bbox).
 
-    `gt_ignored` [M] marks crowd regions, `gt_area` [M] is the annotated area in pixels. Returns {name: number}, with the
+    `gt_ignored` [M] marks crowd regions, `gt_area` [M] is the annotated area in pixels. Returns {name: number}, by the
     names AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large,
     and the curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
     gt_area = np.asarray(gt_area, np.float64)
-    dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
+    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
     rank = _rank_in_image(dt_image)
     shown = rank < MAX_DETECTIONS[-1]
     dt_image, dt_xywh, rank = dt_image[shown], dt_xywh[shown], rank[shown]
@@ -78,10 +78,11 @@ def size_ap(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, sizes=FA
     The protocol of the reference's accuracy table: the area under the precision envelope, over all points. Smaller
     faces and crowd regions are ignored, with the detections on them and the unmatched detections that are no larger.
     """
-    dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
+    _, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
     result = {}
-    for size, (hit, counted, faces) in _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes).items():
-        found, shown = _counts_at_hits(hit, counted)
+    for size, (face, counted, asked) in _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes).items():
+        faces = np.count_nonzero(asked)
+        found, shown = _counts_at_hits(face >= 0, counted)
         result[size] = _envelope_area(found / faces, found / shown) if faces else -1.0
     return result
 
@@ -89,12 +90,13 @@ def size_ap(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, sizes=FA
 def operating_points(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, pictures, scores=(0.3, 0.5, 0.7)):
     """Precision, recall and false detections per picture at IoU 0.5 over all faces, matched as in `size_ap`.
 
-    `pictures` is the number of images, with and without faces. Returns an `OperatingPoint` for each of `scores`, then the
-    one of the best F1, whose score is the lowest one shown (1 without detections). 0/0 is 0.
+    `pictures` is the number of images, with and without faces. Returns an `OperatingPoint` for each of `scores`, then
+    the one of the best F1, whose score is the lowest one shown (1 without detections). 0/0 is 0.
     """
-    dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    hit, counted, faces = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
-    found, shown = (np.append(0, np.cumsum(flags)) for flags in (hit, counted))  # [D + 1], by the number of detections
+    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
+    face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
+    faces = np.count_nonzero(asked)
+    found, shown = (np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted))  # [D + 1], by detections shown
     f1 = 2 * found / np.maximum(shown + faces, 1)
 
     def point(score):
@@ -107,6 +109,16 @@ def operating_points(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score,
     return [point(score) for score in (*scores, best)]
 
 
+def mistakes(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
+    """Which faces are missed [M] and which detections are false [D], in input order, matched as in `size_ap`."""
+    order, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
+    face, counted, missed = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
+    missed[face[face >= 0]] = False
+    false = np.zeros(len(order), bool)
+    false[order] = counted & (face < 0)
+    return missed, false
+
+
 def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
     """WIDER FACE AP (Yang et al. 2016) as the official code computes it: {level: Curve}, over 1,000 score thresholds.
 
@@ -114,7 +126,7 @@ def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
     Detections in images without any annotated box, kept or not, are left out; elsewhere each false one counts.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, np.zeros(len(gt_image)))
-    dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
+    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
     lowest, highest = min(dt_score.min(initial=1), 1), max(dt_score.max(initial=0), 0)
     score = (dt_score - lowest) / (highest - lowest) if highest > lowest else np.ones(len(dt_score))
     face = _best_face(*_overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=1), len(score))
@@ -138,10 +150,10 @@ def _faces(image, xywh, ignored):
 
 
 def _best_first(image, xywh, score):
-    """The detections [D], [D, 4], [D], best first; equal scores by image, then as they came."""
+    """The order [D] of detections from best to worst, equal scores by image, then as they came; they in this order."""
     image, score = np.asarray(image, np.int64), np.asarray(score, np.float64)
     order = np.lexsort((image, -score))  # stable
-    return image[order], np.asarray(xywh, np.float64).reshape(-1, 4)[order], score[order]
+    return order, image[order], np.asarray(xywh, np.float64).reshape(-1, 4)[order], score[order]
 
 
 def _rank_in_image(dt_image):
@@ -156,8 +168,8 @@ def _rank_in_image(dt_image):
 def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     """Detections [P], faces [P] and IoU [P] of the pairs with IoU >= 0.5 within one image.
 
-    The union with a crowd region is the detection alone. With `pixel` 1 both ends of a box are pixels inside it: it is one
-    pixel wider and higher (WIDER). Operations are ordered as in pycocotools and the official code: same bits.
+    The union with a crowd region is the detection alone. With `pixel` 1 both ends of a box are pixels inside it, one
+    more in width and height (WIDER). Operations are ordered as in pycocotools and the official code: same bits.
     """
     def corners(image, xywh):
         order = np.argsort(image, kind="stable")
@@ -223,7 +235,7 @@ def _coco_precision(hit, counted, faces):
 def _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes):
     """VOC matching at IoU 0.5 of detections, best first, with the faces larger than each of `sizes`.
 
-    Returns {size: (which detections find such a face [D], which count at all [D], the number of such faces)}.
+    Returns {size: (the face each detection finds or -1 [D], which count at all [D], the faces asked for [M])}.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
     d, g, iou = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
@@ -236,7 +248,7 @@ def _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes):
         asked = ~crowd & (gt_xywh[:, 2:].min(1) > size)
         large_and_alone = ~on_crowd & (dt_xywh[:, 2:].min(1) > size)
         counted = np.where(face < 0, large_and_alone, np.append(asked, False)[face])
-        result[size] = _first_on_face(face, asked), counted, np.count_nonzero(asked)
+        result[size] = np.where(_first_on_face(face, asked), face, -1), counted, asked
     return result
 
 

@@ -20,7 +20,7 @@ from wider_to_coco import convert
 
 SUPER = 3  # drawn at this multiple of the photo's size and averaged down, which smooths the edges
 SPLITS = ("train", "val")
-SKINS = ((250, 219, 191), (240, 200, 166), (226, 180, 140), (205, 154, 112), (176, 122, 82), (139, 90, 59), (98, 63, 43))
+SKINS = ((250, 219, 191), (235, 192, 155), (210, 160, 118), (176, 122, 82), (139, 90, 59), (98, 63, 43))
 HAIRS = ((28, 22, 20), (58, 38, 26), (96, 62, 36), (150, 104, 56), (208, 172, 104), (150, 62, 30), (170, 168, 165))
 EYES = ((70, 45, 25), (40, 30, 25), (80, 120, 70), (70, 110, 160))
 MASKS = ((235, 238, 240), (150, 195, 220), (40, 40, 45), (230, 170, 180))
@@ -84,8 +84,8 @@ def background(rng, scenery, width, height):
     ramp = across * np.linspace(-.5, .5, width)[:, None] + down * np.linspace(-.5, .5, height)[:, None, None]
     pixels = first + (last - first) * (ramp + .5)
     for grain in (30, 8, 2):
-        cells = np.zeros((height // grain + 2, width // grain + 2, 3)) + 128
-        cells += rng.normal(0, rng.uniform(2, 16), cells.shape[:2] + (1,)) + rng.normal(0, rng.uniform(0, 7), cells.shape)
+        rows, columns, (grey, colour) = height // grain + 2, width // grain + 2, rng.uniform((2, 0), (16, 7))
+        cells = 128 + rng.normal(0, grey, (rows, columns, 1)) + rng.normal(0, colour, (rows, columns, 3))
         smooth = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
         pixels += np.asarray(smooth, float) - 128
     canvas = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((width * SUPER, height * SUPER))
@@ -142,13 +142,13 @@ def head(rng, pen, skin):
     width, taper, hair, cloth = rng.uniform(.7, .82), rng.uniform(.08, .3), pick(rng, HAIRS), paint(rng)
     style = rng.choice(["bald", "short", "long", "round", "hat", "scarf"], p=[.1, .36, .24, .1, .12, .08])
     top = cloth if style in ("hat", "scarf") else hair
-    if style in ("long", "scarf"):
-        pen.oval(0, .25, width * 1.3, 1.4, top)
-    elif style == "round":
+    if style == "round":
         pen.oval(0, -.35, width * 1.55, 1.1, top)
     for side in (-1, 1):
-        if style not in ("long", "scarf") and side * yaw < .35:  # the far ear is hidden
+        if side * yaw < .35:  # else the ear is hidden
             pen.oval(side * width * .98, 0, .13, .22, shade(skin, .85))
+    if style in ("long", "scarf"):
+        pen.oval(0, .25, width * 1.3, 1.4, top)
     outline, light = ring(width, 1, taper), rng.uniform(-.12, .12)
     for k in range(6):  # nested ovals stand in for a soft shadow on one side
         pen.shape(outline * (1 - .07 * k) + (light * k * .2, -.01 * k), shade(skin, .8 + .04 * k))

@@ -3,6 +3,7 @@
 An image is named `<event>/<image>` without its suffix, as in `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh`
 in pixels of the original image, float64, as in the files. Nothing here imports torch.
 """
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +56,6 @@ def wider_names(path, file_names):
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE) for name in file_names]
     _check_names(path, names)
     return names
-
-
-def ground_truth_indices(path, names, ground_truth):
-    """Where images `names` [J], of the COCO file `path`, are in the ground truth: [J]. Raises InputError for others."""
-    index_of = {name: index for index, name in enumerate(ground_truth.names)}
-    try:
-        return np.array([index_of[name] for name in names], np.int64)
-    except KeyError as error:
-        raise InputError(f"{path}: {error} is not an image of WIDER FACE val") from None
 
 
 def read_predictions(folder, ground_truth):
@@ -150,14 +142,14 @@ def _plain(part):
 
 def _load_mat(path, *keys):
     """The variables `keys` of a MATLAB file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
-                         f"and unpack it under data, which gives {GROUND_TRUTH}")
     try:
-        content = loadmat(path, variable_names=keys)
+        file = io.BytesIO(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
+                         f"and unpack it under data, which gives {GROUND_TRUTH}") from None
+    try:
+        content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
-    except OSError:
-        raise
     except Exception as error:  # of a damaged file, scipy raises whatever it stumbles over
         raise InputError(f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
 

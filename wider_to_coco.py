@@ -21,10 +21,10 @@ from formats import InputError, command, write_json
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
-NUMBERS = re.compile(r"[-+.\deE\s]+", re.ASCII)  # int() alone would accept "1_000" and float() "nan"
+NUMBERS = re.compile(r"[-+.eE\s]*\d[-+.\deE\s]*", re.ASCII)  # int() would accept "1_000", float() "nan"
 INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
-LARGEST = 10 ** 15                               # of a coordinate or an area: read_annotations takes what is smaller
-LISTED = 20                                      # names of bad pictures in one message
+LARGEST = 10 ** 15  # of a coordinate or an area: read_annotations takes what is smaller
+LISTED = 20         # names of bad pictures in one message
 
 
 def read_wider(path):
@@ -164,12 +164,10 @@ def to_coco(pictures, sizes, prefix):
 def convert(annotation, images, out, jobs=1):
     """Write the text `annotation` about the folder `images` to the COCO file `out`; returns counts of what was met."""
     annotation, images, out = Path(annotation), Path(images), Path(out)
-    if out.is_dir():
-        raise InputError(f"{out}: is a folder, the COCO json is to be written there")
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures")
-    if out.exists() and annotation.exists() and out.samefile(annotation):
-        raise InputError(f"{out}: is the annotation text itself, name another file for the output")
+    if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
+        raise InputError(f"{out}: is a folder or the annotation text itself, name another file for the output")
     pictures = read_wider(annotation)
     sizes = read_sizes(pictures, images, jobs)
     prefix = os.path.relpath(images, out.parent)

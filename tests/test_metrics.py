@@ -1,17 +1,14 @@
 """metrics.py: equal to pycocotools and to the official WIDER code, and what must hold for any detections."""
 import contextlib
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import IOUS, coco_ap, operating_points, size_ap, wider_ap
-from wider import read_ground_truth
+from metrics import coco_ap, mistakes, operating_points, size_ap, wider_ap
 
-GROUND_TRUTH = Path(__file__).parent.parent / "../shared/data/wider_eval/ground_truth"
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2 ** 32 - 1)
 
@@ -23,13 +20,17 @@ def random_boxes(rng, count, step):
     return np.maximum(np.round(boxes / step), [0, 0, 1, 1]) * step if step else boxes
 
 
-def random_set(seed, pictures=6, most=14, step=None):
-    """Faces and detections near them, some twice or nowhere, with ties of scores and overlaps: `coco_ap`'s arguments."""
+def random_set(seed, pictures=6, most=14, apart=0):
+    """Faces and detections near them, some twice or nowhere, with ties of scores and overlaps: `coco_ap`'s arguments.
+
+    Each face lies `apart` pixels further to the right than the one before.
+    """
     rng = np.random.default_rng(seed)
-    step = rng.choice([0, 1, 8, 20]) if step is None else step
+    step = rng.choice([0, 1, 8, 20])
     ids = rng.choice(1000, pictures, replace=False)
     gt_image = np.repeat(ids, rng.integers(0, most, pictures))
     gt_xywh = random_boxes(rng, len(gt_image), step)
+    gt_xywh[:, 0] += apart * np.arange(len(gt_image))
     gt_area = gt_xywh[:, 2] * gt_xywh[:, 3] * rng.choice([1, 0.6], len(gt_image))  # of a mask, less than the box
     copies = np.repeat(np.arange(len(gt_image)), rng.integers(0, 4, len(gt_image)))
     shift = rng.normal(0, rng.choice([0, 0.02, 0.1]), (len(copies), 4)) * gt_xywh[copies][:, [2, 3, 2, 3]]
@@ -90,7 +91,7 @@ def test_coco_equals_pycocotools_on_crowds_areas_and_ties(seed):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_coco_equals_pycocotools_beyond_100_detections_per_image(seed):
-    assert_as_pycocotools(random_set(seed, pictures=2, most=90, step=8))
+    assert_as_pycocotools(random_set(seed, pictures=2, most=90))
 
 
 def test_coco_equals_pycocotools_without_faces_or_detections():
@@ -102,10 +103,6 @@ def test_coco_equals_pycocotools_without_faces_or_detections():
         assert_as_pycocotools(arguments)
     assert set(coco_ap([], [], [], [], *none)[0].values()) == {-1.0}
     assert set(coco_ap(*faces, [], [], [])[0].values()) <= {0.0, -1.0}
-
-
-def test_coco_thresholds_are_those_of_the_curves():
-    assert IOUS[0] == 0.5 and IOUS[5] == 0.75
 
 
 # What must hold for COCO, whatever the detections.
@@ -166,10 +163,177 @@ def test_perfect_detections_of_separate_faces_give_one(seed):
 @SETTINGS
 @given(SEEDS)
 def test_detecting_everything_twice_never_raises_ap(seed):
-    gt_image, gt_xywh, crowd, gt_area, *detections = random_set(seed, step=0)
+    # Of faces that overlap, COCO would give the copy the second one; apart, a copy has nothing left to find.
+    gt_image, gt_xywh, crowd, gt_area, *detections = random_set(seed, apart=1000)
     twice = [np.concatenate((values, values)) for values in detections]
-    once, again = (coco_ap(gt_image, gt_xywh, np.zeros_like(crowd), gt_area, *d)[0] for d in (detections, twice))
-    assert all(again[name] <= once[name] + 1e-12 for name in ("AP50",))
-    faces = gt_image, gt_xywh, crowd
-    once, again = size_ap(*faces, *detections), size_ap(*faces, *twice)
+    once, again = (coco_ap(gt_image, gt_xywh, crowd, gt_area, *d)[0] for d in (detections, twice))
+    assert all(again[name] <= once[name] + 1e-12 for name in once if name.startswith("AP"))
+    once, again = (size_ap(gt_image, gt_xywh, crowd, *d) for d in (detections, twice))
     assert all(again[size] <= once[size] + 1e-12 for size in once)
+
+
+# AP by face size and operating points, by hand.
+
+def test_size_ap_by_hand():
+    gt_image = [1, 1, 2, 2]
+    gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]  # sizes 50, 20, 100, a crowd
+    ignored = [False, False, False, True]
+    detections = [  # image, box, score
+        (1, [0, 0, 50, 50], 0.9),        # finds the face of 50
+        (1, [0, 0, 50, 40], 0.8),        # the same once more: false
+        (1, [200, 0, 20, 80], 0.7),      # finds the face of 20
+        (2, [400, 0, 60, 90], 0.6),      # false, and of size 60
+        (2, [310, 310, 40, 40], 0.55),   # lies on the crowd region: ignored
+        (2, [0, 0, 100, 120], 0.5),      # finds the face of 100
+    ]
+    arguments = gt_image, gt_xywh, ignored, *zip(*detections)
+    result = size_ap(*arguments)
+    assert result[0] == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)  # precision 1/1, 2/3, 3/5 at the three finds
+    assert result[30] == pytest.approx((1 + 2 / 4) / 2)         # the face of 20 and its detection are ignored
+    assert result[60] == pytest.approx(1)                       # so are those of 50 and the false one of 60
+    assert result[100] == -1                                    # no face is larger than 100
+    assert size_ap(*arguments, sizes=(99,)) == {99: pytest.approx(1)}
+
+    points = operating_points(*arguments, pictures=4, scores=(0.5, 0.7, 0.95))
+    assert [(p.score, p.precision, p.recall, p.false_per_picture) for p in points[:3]] == [
+        (0.5, 3 / 5, 1, 2 / 4), (0.7, 2 / 3, 2 / 3, 1 / 4), (0.95, 0, 0, 0)]
+    assert points[3].score == 0.5 and points[3].f1 == pytest.approx(2 * 3 / (5 + 3))
+
+
+def test_mistakes_by_hand():
+    gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]
+    dt_xywh = [[400, 0, 40, 90], [0, 0, 50, 40], [310, 310, 40, 40], [0, 0, 50, 50]]
+    missed, false = mistakes([1, 1, 2, 2], gt_xywh, [0, 0, 0, 1], [2, 1, 2, 1], dt_xywh, [0.6, 0.3, 0.5, 0.9])
+    assert missed.tolist() == [False, True, True, False]  # the crowd region is none to be found
+    assert false.tolist() == [True, True, False, False]   # nothing there; a face found better already
+
+
+@SETTINGS
+@given(SEEDS)
+def test_mistakes_add_up_to_the_operating_point(seed):
+    gt_image, gt_xywh, crowd, _, *detections = random_set(seed)
+    missed, false = mistakes(gt_image, gt_xywh, crowd, *detections)
+    point = operating_points(gt_image, gt_xywh, crowd, *detections, 6, (0,))[0]
+    assert false.sum() == round(6 * point.false_per_picture)
+    assert missed.sum() == round((1 - point.recall) * (~crowd).sum())
+
+
+def test_size_ap_looks_only_at_the_best_face_of_a_detection():
+    # The second detection's best face is taken already: false, although it has IoU 0.6 with the free one.
+    gt_xywh = [[0, 0, 100, 100], [25, 0, 100, 100]]
+    dt_xywh = [[0, 0, 100, 100], [0, 0, 98, 100]]
+    assert size_ap([1, 1], gt_xywh, [0, 0], [1, 1], dt_xywh, [0.9, 0.8], (0,)) == {0: pytest.approx(0.5)}
+    assert coco_ap([1, 1], gt_xywh, [0, 0], [1e4, 1e4], [1, 1], dt_xywh, [0.9, 0.8])[0]["AP50"] == pytest.approx(1)
+
+
+def test_size_ap_prefers_a_face_to_the_crowd_region_around_it():
+    assert size_ap([1, 1], [[0, 0, 500, 500], [0, 0, 50, 50]], [1, 0], [1], [[0, 0, 50, 40]], [1], (0,)) == {0: 1}
+
+
+def test_best_f1_shows_equal_scores_together():
+    xywh = [[100 * n, 0, 10, 10] for n in range(6)]  # three faces, the first two detected, and three false detections
+    arguments = [1] * 3, [xywh[0], xywh[1], xywh[5]], [0] * 3, [1] * 5, xywh[:5]
+    best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.5, 0.5], pictures=1)[-1]
+    assert (best.score, best.f1) == (0.9, 0.5)  # F1 with the second alone would be 0.8, but it is never shown alone
+    best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.4, 0.4], pictures=1)[-1]
+    assert (best.score, best.precision, best.recall, best.false_per_picture) == (0.5, 2 / 3, 2 / 3, 1)
+
+
+def test_nothing_at_all():
+    nothing = [], [], [], [], []
+    assert size_ap([], *nothing) == {0: -1, 30: -1, 60: -1, 100: -1}
+    assert [(p.precision, p.recall, p.f1) for p in operating_points([], *nothing, pictures=3)] == [(0, 0, 0)] * 4
+    assert wider_ap([], [], {"easy": []}, [], [], [])["easy"].ap == -1
+    assert wider_ap([1], [[0, 0, 9, 9]], {"easy": [True]}, [], [], [])["easy"].ap == 0
+    assert size_ap([1], [[0, 0, 9, 9]], [0], [], [], [])[0] == 0
+
+
+# WIDER FACE
+
+def official_wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
+    """The official evaluation of one level as its code goes, box by box and threshold by threshold."""
+    low, high = min([1, *dt_score]), max([0, *dt_score])
+    norm = [(s - low) / (high - low) if high > low else 1 for s in dt_score]
+    proposals, found, faces = np.zeros(1000), np.zeros(1000), 0
+    for image in np.union1d(gt_image, dt_image):
+        gt, keep = gt_xywh[gt_image == image], kept[gt_image == image]
+        rows = sorted(np.flatnonzero(dt_image == image), key=lambda n: -norm[n])
+        faces += keep.sum()
+        if not len(gt) or not rows:
+            continue
+        taken, proposal, recalled = [False] * len(gt), [], []
+        for n in rows:
+            ious = [pixel_iou(dt_xywh[n], box) for box in gt]
+            best = int(np.argmax(ious))
+            matched = ious[best] >= 0.5
+            proposal.append(not (matched and not keep[best]))
+            taken[best] |= matched and keep[best]
+            recalled.append(sum(taken))
+        for t in range(1000):
+            shown = sum(norm[n] >= 1 - (t + 1) / 1000 for n in rows)
+            if shown:
+                proposals[t] += sum(proposal[:shown])
+                found[t] += recalled[shown - 1]
+    precision = np.divide(found, proposals, out=np.zeros(1000), where=proposals > 0)
+    recall = np.concatenate(([0], found / faces, [1]))
+    envelope = np.concatenate(([0], precision, [0]))
+    for i in range(1001, 0, -1):
+        envelope[i - 1] = max(envelope[i - 1], envelope[i])
+    return sum((recall[i + 1] - recall[i]) * envelope[i + 1] for i in range(1001)), precision, found / faces
+
+
+def pixel_iou(a, b):
+    a_area, b_area = ((box[0] + box[2] - box[0] + 1) * (box[1] + box[3] - box[1] + 1) for box in (a, b))
+    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1))
+    return width * height / (a_area + b_area - width * height) if width > 0 and height > 0 else 0
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(SEEDS)
+def test_wider_equals_the_official_code(seed):
+    rng = np.random.default_rng(seed)
+    gt_image, gt_xywh, _, _, *detections = random_set(seed, pictures=4, most=7)
+    gt_xywh[rng.uniform(size=len(gt_xywh)) < 0.05, 2:] = 0  # such rows are there, flagged invalid
+    kept = rng.uniform(size=len(gt_image)) < rng.choice([0.3, 0.9], len(gt_image))
+    if len(gt_image):
+        kept[gt_image == gt_image[0]] = False  # an image that the level has no face of
+    result = wider_ap(gt_image, gt_xywh, {"some": kept, "all": np.ones_like(kept)}, *detections)
+    for level, flags in (("some", kept), ("all", np.ones_like(kept))):
+        if flags.any():
+            ap, precision, recall = official_wider_ap(gt_image, gt_xywh, flags, *detections)
+            np.testing.assert_allclose(result[level].ap, ap, rtol=0, atol=1e-9)
+            np.testing.assert_array_equal(result[level].precision, precision)
+            np.testing.assert_array_equal(result[level].recall, recall)
+        else:
+            assert result[level].ap == -1
+
+
+def test_wider_by_hand():
+    gt_xywh = [[0, 0, 9, 9], [50, 0, 9, 9], [0, 50, 9, 9]]
+    kept = {"easy": [True, False, True]}
+    dt_xywh = [[0, 0, 9, 9], [0, 0, 9, 9], [50, 0, 9, 9],  # finds a face, finds it again, on one of no interest
+               [90, 90, 9, 9], [0, 50, 9, 9]]              # false, finds a face
+    curve = wider_ap([1, 1, 2], gt_xywh, kept, [1, 1, 1, 2, 2], dt_xywh, [1, 0.9, 0.8, 0.7, 0])["easy"]
+    assert curve.ap == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
+    assert (curve.recall[[0, 500, 999]] == [0.5, 0.5, 1]).all()
+    assert curve.precision[[0, 150, 250, 400, 999]] == pytest.approx([1, 1 / 2, 1 / 2, 1 / 3, 2 / 4])
+
+
+def test_wider_counts_both_end_pixels():
+    gt, kept = [[0, 0, 9, 9]], {"easy": [True]}
+    assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 4]], [1])["easy"].ap == 1     # 10 x 5 pixels of 10 x 10, IoU 0.5
+    assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 3.9]], [1])["easy"].ap == 0
+    assert size_ap([1], gt, [False], [1], [[0, 0, 9, 4]], [1])[0] == 0           # 4/9 in continuous coordinates
+
+
+def test_wider_edges():
+    gt, kept = [[0, 0, 9, 9]], {"easy": [True]}
+    curve = wider_ap([1], gt, kept, [1, 1], [[0, 0, 9, 9], [50, 0, 9, 9]], [0, 0])["easy"]
+    assert curve.ap == 0.5 and (curve.precision == 0.5).all()  # equal scores all count as 1
+    # Of faces with equal IoU the first counts.
+    assert wider_ap([1, 1], gt * 2, {"easy": [True, False]}, [1], gt, [1])["easy"].ap == 1
+    assert wider_ap([1, 1], gt * 2, {"easy": [False, True]}, [1], gt, [1])["easy"].ap == 0
+    # An image without any box does not make its detections count,
+    assert wider_ap([1], gt, kept, [1, 2], [[0, 0, 9, 9]] * 2, [0.5, 1])["easy"].ap == 1
+    kept = {"easy": [True, False]}  # one with a box of no interest does.
+    assert wider_ap([1, 2], gt * 2, kept, [1, 2], [[0, 0, 9, 9], [50, 0, 9, 9]], [0.5, 1])["easy"].ap == 0.5

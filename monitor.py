@@ -1,0 +1,120 @@
+"""What a training run shows of itself: log.jsonl, curves.png drawn from it, and TensorBoard if asked for."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from anchors import match
+from detect import TorchDetector, detect
+from formats import InputError, whole_file
+from pictures import draw_faces, grid, load_picture, save_picture
+
+PICTURES = 16  # in each grid of photos
+
+
+class Monitor:
+    """Records a run in its folder: one JSON line with the flags, then one per epoch. Only the first process writes."""
+
+    def __init__(self, args, model, epoch, rank):
+        """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
+        self.active, self.out, self.started, self.first = rank == 0, Path(args.out), time.perf_counter(), epoch
+        self.epochs, self.writer = args.epochs, None
+        if not self.active:
+            return
+        self.log = self.out / "log.jsonl"
+        lines = read_log(self.log) if self.log.exists() and args.resume else []
+        self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
+        self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__})
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs it installed: pip install tensorboard") from None
+            self.writer = SummaryWriter(self.out, purge_step=epoch + 1)
+
+    def write(self, line):
+        """Add a line; the file is replaced whole, so that a kill leaves no half line."""
+        self.lines.append(line)
+        with whole_file(self.log) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.lines), encoding="utf-8")
+
+    def epoch(self, trainer, record, val=None):
+        """Record an epoch: log line, curves, a printed line, TensorBoard."""
+        if not self.active:
+            return
+        self.write(record)
+        draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
+        left = (time.perf_counter() - self.started) / (record["epoch"] - self.first) * (self.epochs - record["epoch"])
+        accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
+        print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} (class {record['class_loss']:.3f}, "
+              f"box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
+              f"{left / 60:.0f} min left", flush=True)
+        if self.writer:
+            for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
+                if key in record:
+                    self.writer.add_scalar(key, record[key], record["epoch"])
+            self.picture("training", training_grid(trainer), record["epoch"])
+            if val is not None:
+                self.picture("validation", validation_grid(trainer, val), record["epoch"])
+            self.writer.flush()
+
+    def picture(self, name, image, epoch):
+        """A picture for TensorBoard."""
+        self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts. Raises InputError if it is something else."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a training log ({error})") from None
+
+
+def draw_curves(records, path):
+    """Losses, accuracy and learning rate over the epochs of a log, to a PNG."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = [("loss", ("loss", "class_loss", "box_loss")), ("AP on --val", ("AP", "AP50")), ("learning rate", ("lr",))]
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels):
+        for key in keys:
+            points = [(record["epoch"], record[key]) for record in records if key in record]
+            if points:
+                axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=key)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.axes[2].set_yscale("log")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def training_grid(trainer):
+    """Augmented training photos of this epoch with faces (green), ignored ones and positive anchors (thin, yellow)."""
+    from data import collate
+    from pictures import FALSE, IGNORED
+    dataset, sheet = trainer.loader.dataset, []
+    items = [dataset[index, (trainer.args.seed, trainer.epoch, place)]
+             for place, index in enumerate(np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
+    batch = collate(items)
+    anchors = trainer.anchors.cpu()
+    labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items))
+    for item, own in zip(items, labels):
+        image = draw_faces(Image.fromarray(item.picture.permute(1, 2, 0).numpy()), anchors[own == 1], colour=FALSE)
+        sheet.append(draw_faces(draw_faces(image, item.faces[~item.ignored]), item.faces[item.ignored], colour=IGNORED))
+    return grid(sheet)
+
+
+def validation_grid(trainer, annotations):
+    """The first validation photos with what the model finds there at a score of 0.4."""
+    detector, sheet = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
+    for index in range(min(PICTURES, len(annotations.ids))):
+        image = load_picture(annotations.file(index))
+        faces = detect(detector, image)
+        faces = faces[faces[:, 4] >= 0.4]
+        sheet.append(draw_faces(image, faces[:, :4], faces[:, 4]))
+    return grid(sheet)

@@ -1,0 +1,237 @@
+"""wider_to_coco.py: every quirk of WIDER FACE's text, and what is refused."""
+import json
+import lzma
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from formats import read_annotations
+from wider_to_coco import clip, main, picture_size, read_wider
+
+ZEROS = "0 0 0 0 0 0 0 0 0 0"
+FACE = "10 12 20 24 1 0 1 0 2 1"
+REAL = Path(__file__).resolve().parents[2] / "shared/data/wider_eval/wider_face_val_bbx_gt.txt.xz"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder `images` with a.jpg and b.jpg, 100 x 80, below the event e."""
+    (tmp_path / "images/e").mkdir(parents=True)
+    for name in "ab":
+        Image.new("L", (100, 80)).save(tmp_path / f"images/e/{name}.jpg")
+    return tmp_path
+
+
+def run(folder, text, *options):
+    """The COCO content that `text` becomes."""
+    content = text if isinstance(text, bytes) else text.encode()
+    (folder / "wider.txt").write_bytes(content)
+    main([str(folder / "wider.txt"), str(folder / "images"), str(folder / "out.json"), *options])
+    return json.loads((folder / "out.json").read_text())
+
+
+def lines(*parts):
+    return "\n".join(parts) + "\n"
+
+
+def test_a_face_keeps_its_box_and_its_six_attributes(folder, capsys):
+    coco = run(folder, lines("e/a.jpg", "1", FACE + " ", "e/b.jpg", "0", ZEROS))
+    assert coco["categories"] == [{"id": 1, "name": "face"}]
+    assert coco["images"] == [{"id": 1, "file_name": "images/e/a.jpg", "width": 100, "height": 80},
+                              {"id": 2, "file_name": "images/e/b.jpg", "width": 100, "height": 80}]
+    assert coco["annotations"] == [{
+        "id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 12, 20, 24], "area": 480, "iscrowd": 0,
+        "blur": 1, "expression": 0, "illumination": 1, "invalid": 0, "occlusion": 2, "pose": 1}]
+    report = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
+    assert report == {"pictures": "2", "without annotation": "1", "annotations": "1", "invalid": "0", "empty": "0",
+                      "rows of zeros": "0", "clipped": "0", "outside": "0", "marked iscrowd": "0"}
+
+
+@pytest.mark.parametrize("row, bbox, area, iscrowd", [
+    ("-5 -6 20 30 0 0 0 0 0 0", [0, 0, 15, 24], 360, 0),                  # reaches out at the top left
+    ("90 70 20 30 0 0 0 0 0 0", [90, 70, 10, 10], 100, 0),                # and at the bottom right
+    ("-9 -9 999999999 999999999 0 0 0 0 0 0", [0, 0, 100, 80], 8000, 0),  # huge
+    ("100 5 20 30 0 0 0 0 0 0", [100, 5, 20, 30], 600, 1),                # begins where the picture ends
+    ("-30 5 30 30 0 0 0 0 0 0", [-30, 5, 30, 30], 900, 1),                # ends where the picture begins
+    ("100 0 99999999999 99999999999 0 0 0 0 0 0", [100, 0, 99999999999, 99999999999], 10 ** 15 - 1, 1),
+    ("5 5 0 9 0 0 0 0 0 0", [5, 5, 0, 9], 0, 1),                          # empty
+    ("5 5 -4 -9 0 0 0 0 0 0", [5, 5, -4, -9], 0, 1),                      # reversed
+    (ZEROS, [0, 0, 0, 0], 0, 1),                                          # val's four pictures without faces
+    ("5 5 4 9 0 0 0 1 0 0", [5, 5, 4, 9], 36, 1),                         # flagged invalid
+    ("90 5 20 9 0 0 0 1 0 0", [90, 5, 10, 9], 90, 1),                     # flagged invalid, and reaches out
+    ("1.5 2.25 4 8.5 0 0 0 0 0 0", [1.5, 2.25, 4, 8.5], 34, 0),           # fractions
+])
+def test_unusual_boxes_are_kept(folder, row, bbox, area, iscrowd):
+    coco = run(folder, lines("e/a.jpg", "1", row))
+    (face,) = coco["annotations"]
+    assert (face["bbox"], face["area"], face["iscrowd"]) == (bbox, area, iscrowd)
+    faces = read_annotations(folder / "out.json")  # readable by the other scripts, with the same mark
+    assert faces.ignored.tolist() == [bool(iscrowd)]
+
+
+@pytest.mark.parametrize("text", [
+    b"\xef\xbb\xbf" + lines("e/a.jpg", "1", FACE, "e/b.jpg", "0", ZEROS).encode(),
+    lines("e/a.jpg", "1", FACE, "e/b.jpg", "0", ZEROS).replace("\n", "\r\n"),
+    lines("", "e/a.jpg", "", "1", "  ", FACE, "", "e/b.jpg", "0", ZEROS, "", ""),
+    lines("e/a.jpg", "1", FACE.replace(" ", "\t"), "e/b.jpg", "0"),         # 0 without its row of zeros
+    lines("e/a.jpg ", " 1", FACE, "./e//b.jpg", "0", ZEROS).rstrip("\n"),   # no end of line at the end
+], ids=["byte order mark", "CRLF", "blank lines", "tabs", "untidy names"])
+def test_untidy_text_is_accepted(folder, text):
+    coco = run(folder, text)
+    assert [image["file_name"] for image in coco["images"]] == ["images/e/a.jpg", "images/e/b.jpg"]
+    assert [face["bbox"] for face in coco["annotations"]] == [[10, 12, 20, 24]]
+
+
+REFUSED = {  # case: (text, part of the message)
+    "empty file": ("", "wider.txt: lists no pictures"),
+    "only blank lines": ("\n \r\n", "wider.txt: lists no pictures"),
+    "not text": (b"\xff\xd8\xff\xe0", "wider.txt: not UTF-8 text (byte 0)"),
+    "utf-16": ("e/a.jpg".encode("utf-16"), "not UTF-8 text"),
+    "truncated after a name": (lines("e/a.jpg", "1", FACE, "e/b.jpg"), "wider.txt:4: the file ends after the name"),
+    "truncated in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
+    "truncated in a row": (lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
+    "more rows than counted": (lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'"),
+    "two rows too many": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
+    "a face counted as 0": (lines("e/a.jpg", "0", FACE), "wider.txt:3: a row beyond the 0 faces"),
+    "fewer rows than counted": (lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE),
+                                "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'"),
+    "no count": (lines("e/a.jpg", FACE), "wider.txt:2: the number of faces of 'e/a.jpg' is expected"),
+    "negative count": (lines("e/a.jpg", "-1", FACE), "wider.txt:2: the number of faces"),
+    "fractional count": (lines("e/a.jpg", "1.0", FACE), "wider.txt:2: the number of faces"),
+    "absurd count": (lines("e/a.jpg", "9" * 5000, FACE), "wider.txt:2: the number of faces"),
+    "large count": (lines("e/a.jpg", "999999999", FACE), "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file"),
+    "no name": (lines("1", FACE), "wider.txt:1: a picture's name is expected"),
+    "word in a row": (lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
+    "nan": (lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
+    "infinity": (lines("e/a.jpg", "1", "1e999 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a number is too large"),
+    "5,000 digits": (lines("e/a.jpg", "1", "9" * 5000 + FACE[2:]), "wider.txt:3: a number is too large"),
+    "underscore": (lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
+    "other digits": (lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
+    "bare signs": (lines("e/a.jpg", "1", "- . e + 0 0 0 0 0 0"), "wider.txt:3: not a number"),
+    "fractional attribute": (lines("e/a.jpg", "1", "1 2 3 4 0 0.5 0 0 0 0"), "wider.txt:3: blur, expression"),
+    "eleven numbers": (lines("e/a.jpg", "1", FACE + " 0"), "wider.txt:3: a face's 10 numbers are expected"),
+    "duplicate picture": (lines("e/a.jpg", "0", ZEROS, "e/a.jpg", "1", FACE),
+                          "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1"),
+    "duplicate, written otherwise": (lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"), "wider.txt:4: picture 'e/a.jpg'"),
+    "traversal": (lines("../../e/a.jpg", "1", FACE), "wider.txt:1: '../../e/a.jpg' is not plainly inside"),
+    "traversal inside": (lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
+    "absolute": (lines("/etc/a.jpg", "1", FACE), "wider.txt:1: '/etc/a.jpg' is not plainly inside"),
+    "drive": (lines("C:/e/a.jpg", "1", FACE), "wider.txt:1: 'C:/e/a.jpg' is not plainly inside"),
+    "backslash": (lines("e\\a.jpg", "1", FACE), "wider.txt:1: 'e\\\\a.jpg' is not plainly inside"),
+    "NUL": (lines("e/a\0.jpg", "1", FACE), "wider.txt:1: 'e/a\\x00.jpg' is not plainly inside"),
+    "escape codes": (lines("e/\x1b[2J.jpg", "0"), "1 missing ('e/\\x1b[2J.jpg')"),
+    "name too long": (lines("e/" + "a" * 5000 + ".jpg", "0"), "1 missing"),
+    "a folder as picture": (lines("e", "0"), "of 1 pictures 1 missing ('e')"),
+}
+
+
+@pytest.mark.parametrize("text, message", REFUSED.values(), ids=REFUSED)
+def test_refused(folder, capsys, text, message):
+    with pytest.raises(SystemExit) as stop:
+        run(folder, text)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("wider_to_coco.py: ")
+    assert sorted(p.name for p in folder.iterdir()) == ["images", "wider.txt"]  # nothing written, whole or half
+
+
+@pytest.mark.parametrize("case, message", [
+    (["none.txt", "images", "out.json"], "none.txt: no such file"),
+    (["images", "images", "out.json"], "images: Is a directory"),
+    (["wider.txt", "none", "out.json"], "none: no such folder of pictures"),
+    (["wider.txt", "wider.txt", "out.json"], "wider.txt: no such folder of pictures"),
+    (["wider.txt", "images", "images"], "images: is a folder or the annotation text"),
+    (["wider.txt", "images", "wider.txt"], "wider.txt: is a folder or the annotation text"),
+    (["wider.txt", "images", "wider.txt/out.json"], "wider.txt"),
+    (["wider.txt", "images/e", "out.json"], "of 1 pictures 1 missing ('e/a.jpg')"),
+    (["wider.txt", "images", "out.json", "--jobs", "0"], "--jobs 0: 1 to 256 threads are expected"),
+])
+def test_wrong_arguments(folder, capsys, monkeypatch, case, message):
+    monkeypatch.chdir(folder)
+    Path("wider.txt").write_text(lines("e/a.jpg", "1", FACE))
+    with pytest.raises(SystemExit) as stop:
+        main(case)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert Path("wider.txt").read_text() == lines("e/a.jpg", "1", FACE) and not Path("out.json").exists()
+
+
+def test_all_missing_and_unreadable_pictures_are_listed(folder, capsys):
+    (folder / "images/e/empty.jpg").touch()
+    (folder / "images/e/text.jpg").write_text("not a picture")
+    os.mkfifo(folder / "images/e/pipe.jpg")  # opened it would wait for ever
+    names = ["a", "gone", "empty", "text", "pipe", *(f"none{n}" for n in range(30))]
+    with pytest.raises(SystemExit):
+        run(folder, lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS))))
+    error = capsys.readouterr().err
+    assert "of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error and ", ...)" in error
+    assert "2 unreadable ('e/empty.jpg', 'e/text.jpg')" in error and error.count("\n") == 1
+
+
+def test_an_older_output_survives_an_error(folder):
+    before = run(folder, lines("e/a.jpg", "1", FACE))
+    with pytest.raises(SystemExit):
+        run(folder, lines("e/a.jpg", "2", FACE))
+    assert json.loads((folder / "out.json").read_text()) == before
+
+
+@pytest.mark.parametrize("suffix, orientation, expected", [
+    (".jpg", 1, (100, 80)), (".jpg", 3, (100, 80)), (".jpg", 6, (80, 100)), (".png", 8, (80, 100)),
+    (".tif", 6, (80, 100))])
+def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix, orientation, expected):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (100, 80)).save(tmp_path / f"a{suffix}", exif=exif)
+    assert picture_size(tmp_path / f"a{suffix}") == expected
+
+
+def test_clip_touches_only_what_reaches_out():
+    assert clip([0, 0, 100, 80], 100, 80) == ([0, 0, 100, 80], "inside")
+    assert clip([0.1, 0.2, 0.3, 0.1], 100, 80) == ([0.1, 0.2, 0.3, 0.1], "inside")
+    assert clip([99, 79, 2, 2], 100, 80) == ([99, 79, 1, 1], "clipped")
+    assert clip([99, 80, 2, 2], 100, 80) == ([99, 80, 2, 2], "outside")
+
+
+def test_names_are_relative_to_the_output(folder, monkeypatch):
+    (folder / "wider.txt").write_text(lines("e/a.jpg", "1", FACE))
+    (folder / "far/away").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "far/away")
+    monkeypatch.chdir(folder)
+    for out, name in (("out.json", "images/e/a.jpg"), ("new/sub/out.json", "../../images/e/a.jpg"),
+                      ("images/out.json", "e/a.jpg"), ("images/e/out.json", "../e/a.jpg"),
+                      ("link/out.json", "../../images/e/a.jpg")):  # from where the link leads
+        main(["wider.txt", "images", out, "--jobs", "2"])
+        faces = read_annotations(out)
+        assert faces.names == [name] and faces.file(0).is_file()
+
+
+def test_the_real_validation_text(tmp_path):
+    if not REAL.exists():
+        pytest.skip(f"{REAL} is not there (WIDER FACE's validation text, xz)")
+    text = tmp_path / "wider_face_val_bbx_gt.txt"
+    text.write_bytes(lzma.decompress(REAL.read_bytes()))
+    blank = tmp_path / "blank.png"
+    Image.new("1", (1024, 1400)).save(blank)
+    pictures = read_wider(text)
+    for name, _ in pictures:
+        target = tmp_path / "images" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(blank, target)
+        except OSError:  # a file system without hard links
+            shutil.copy(blank, target)
+    main([str(text), str(tmp_path / "images"), str(tmp_path / "val.json")])
+    coco = json.loads((tmp_path / "val.json").read_text())
+    assert (len(coco["images"]), len(coco["annotations"])) == (3226, 39708)
+    assert [a["id"] for a in coco["annotations"]] == list(range(1, 39709))
+    assert sum(a["invalid"] for a in coco["annotations"]) == 585
+    assert sum(min(a["bbox"][2:]) <= 0 for a in coco["annotations"]) == 11
+    assert sum(not any(a["bbox"]) for a in coco["annotations"]) == 4
+    for a in coco["annotations"]:
+        x, y, w, h = a["bbox"]
+        inside = w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= 1024 and y + h <= 1400
+        assert inside or a["iscrowd"]
+    assert len(read_annotations(tmp_path / "val.json").names) == 3226

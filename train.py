@@ -1,0 +1,356 @@
+"""Train the detector: from nothing, from ImageNet or detector weights, or on from a checkpoint; on one or many GPUs.
+
+    python train.py --data data/train.json                     # runs/face/{last,best}.pth, log.jsonl, curves.png
+    torchrun --nproc_per_node 4 train.py                       # four processes, four times the batch
+    python train.py @recipes/wider_face.txt --out runs/wider   # flags from a file; any flag after it overrides
+    python train.py --resume                                   # goes on where the last run in --out stopped
+    python train.py --resume --epochs 80                       # a finished run longer, at its final small rate
+"""
+import argparse
+import copy
+import io
+import math
+import os
+import shlex
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from anchors import make_anchors, match
+from data import FaceDataset, TrainBatches, make_loader
+from detect import TorchDetector
+from evaluate import join_processes, run_detector, score_faces
+from formats import InputError, bad_values, command, parse_size, read_annotations, whole_file
+from loss import batch_divisor, multibox_loss
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint
+from monitor import Monitor
+
+DATA, VAL = "data/train.json", "data/val.json"
+
+
+def lr_at(step, epoch, lr, milestones, warmup):
+    """The learning rate of iteration `step` (from 0, of the whole run) in `epoch` (from 0): a pure function.
+
+    `lr`, divided by 10 at each epoch of `milestones`, and over the first `warmup` iterations rising linearly from a third.
+    """
+    lr *= 0.1 ** sum(epoch >= milestone for milestone in milestones)
+    return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
+
+
+def make_model(args):
+    """The model to train, on the CPU, and the content of the checkpoint it resumes (None for a new run)."""
+    given = {"width": args.width, "anchors": args.anchors and tuple(args.anchors)}
+    given |= {"input_width": args.size[0], "input_height": args.size[1]} if args.size else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    if args.resume:
+        content = read_checkpoint(args.resume)
+        config = config_of(content, args.resume)
+        if "optimizer" not in content:
+            raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
+        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items() if getattr(config, key) != value]
+        if changed:
+            raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
+        model = SSD(config)
+        model.load_state_dict(content["state_dict"])
+        return model, content
+    if args.load_from:  # its anchors are kept at any input size, being pixels
+        config = replace(config_of(read_checkpoint(args.load_from), args.load_from), **given)
+        model = SSD(config)
+        unfit = load_weights(model, args.load_from)
+        if unfit:
+            tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: {', '.join(unfit[:8])}")
+        return model, None
+    at_300 = {"anchors": given["anchors"]} if "anchors" in given else {}
+    model = SSD(Config.new(*(args.size or (300, 300)), args.width or 0.75, **at_300))
+    if args.pretrained is not None:
+        load_imagenet(model, args.pretrained or None)
+    return model, None
+
+
+class Trainer:
+    """The state of a run, and the loop over it. All that the loop changes is in its checkpoint."""
+
+    def __init__(self, args, model, content, dataset, rank, processes, device):
+        self.args, self.rank, self.processes, self.device = args, rank, processes, device
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
+        self.raw_model = model.to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
+        self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        self.epoch = self.step = self.done = 0      # epochs finished, iterations in all, photos seen of this epoch
+        self.sums = torch.zeros(4, device=device)   # total, class, box loss and their number in this epoch
+        self.best, self.unreadable = -1.0, {}
+        if content:
+            self.restore(content)
+        self.model = self.raw_model
+        if processes > 1:
+            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.startswith("cuda") else None)
+        if args.compile:
+            self.model = torch.compile(self.model)
+        self.anchors = make_anchors(self.raw_model.config).to(device)
+        self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes, not args.no_augment)
+        self.loader = make_loader(dataset, self.batches, args.workers, device)
+
+    def restore(self, content):
+        """Continue from a checkpoint's content."""
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch, self.step, self.done, self.best = (content[key] for key in ("epoch", "step", "done", "best"))
+        self.sums = content["sums"].to(self.device)
+        if self.ema:
+            self.ema.load_state_dict(content.get("ema") or content["state_dict"])
+
+    def save(self):
+        """Write last.pth, whole or not at all."""
+        if self.rank == 0:
+            more = {"ema": self.ema.state_dict()} if self.ema else {}
+            save(Path(self.args.out) / "last.pth", self.raw_model, **more, optimizer=self.optimizer.state_dict(),
+                 epoch=self.epoch, step=self.step, done=self.done, best=self.best, sums=self.sums.cpu(), flags=vars(self.args))
+
+    def update(self, batch):
+        """One training step on a Batch; returns its losses `[3]`: total, class, box."""
+        batch = batch.to(self.device)
+        images = batch.images.contiguous(memory_format=torch.channels_last).float() / 255         # [B, 3, H, W]
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
+            logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
+        losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, batch_divisor(labels))
+        self.optimizer.zero_grad()
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
+        self.optimizer.step()
+        if self.ema:
+            move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
+        return torch.stack(losses).detach()
+
+    def run_epoch(self, stop):
+        """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
+        args, whole = self.args, self.args.batch_size * self.processes
+        self.batches.epoch, self.batches.start = self.epoch, self.done // whole
+        self.raw_model.train()
+        if args.freeze_bn:
+            for module in self.raw_model.modules():
+                module.train(not isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+        started, shown, seen, before = time.perf_counter(), 0.0, 0, None
+        bar = tqdm(self.loader, f"epoch {self.epoch + 1}/{args.epochs}", leave=False, disable=None if self.rank == 0 else True)
+        for batch in bar:
+            rate = lr_at(self.step, self.epoch, args.lr, args.milestones, args.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses = self.update(batch)
+            self.sums += torch.cat([losses, losses.new_ones(1)])
+            self.step, self.done, seen = self.step + 1, self.done + whole, seen + len(batch.index) * self.processes
+            check_finite(before)  # the step before: the device is done with it, so reading its loss waits for nothing
+            before = losses, batch.index
+            self.check_readable(batch.errors)
+            if time.perf_counter() - shown > 1 and not bar.disable:
+                shown = time.perf_counter()
+                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.2g}, {seen / (shown - started):.0f} photos/s")
+            if stop or self.step % args.save_every == 0:
+                check_finite(before)
+                self.save()
+            if stop and self.rank == 0:  # other processes end when they miss this one
+                raise SystemExit(128 + stop[0])
+        check_finite(before)
+        total, class_loss, box_loss, count = self.sums.tolist()
+        self.epoch, self.done, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
+        return {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "loss": total / count,
+                "class_loss": class_loss / count, "box_loss": box_loss / count,
+                "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": time.perf_counter() - started,
+                "photos_per_second": seen / (time.perf_counter() - started)}
+
+    def validate(self, annotations):
+        """Score the model (the averaged one, if there is one) on Annotations; keeps best.pth. Returns plain numbers."""
+        model = self.ema or self.raw_model
+        detections, errors = run_detector(TorchDetector(model, device=self.device), annotations, 16, self.args.workers,
+                                          self.rank, self.processes)
+        if errors:
+            raise InputError(f"{self.args.val}: {len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}")
+        scores, _ = score_faces(annotations, detections)
+        ap50 = scores["coco"]["AP50"]
+        if ap50 > self.best and self.rank == 0:
+            save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50)
+        self.best = max(self.best, ap50)
+        return {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
+
+    def check_readable(self, errors):
+        """Go on past unreadable photos, within the budget."""
+        self.unreadable |= errors
+        if len(self.unreadable) > self.args.max_unreadable:
+            raise InputError(f"{len(self.unreadable)} photos could not be used (--max-unreadable {self.args.max_unreadable}): "
+                             + "; ".join(list(self.unreadable.values())[:5]))
+
+
+def check_finite(step):
+    """Stop if the (losses, photo indices) of a step are not finite."""
+    if step and not step[0].isfinite().all():
+        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; the last checkpoint "
+                         "is from before: resume it with a lower --lr, or with --clip 10")
+
+
+@torch.no_grad()
+def move_average(average, model, decay):
+    """Move averaged weights and batch-norm statistics towards the current ones."""
+    pairs = zip(average.state_dict().values(), model.state_dict().values())
+    torch._foreach_lerp_(*map(list, zip(*[pair for pair in pairs if pair[0].is_floating_point()])), 1 - decay)
+
+
+def save(path, model, **more):
+    """Write a checkpoint, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
+    torch.save(checkpoint(model, **more), buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def parse_anchor(text):
+    """`WxH` to (width, height)."""
+    width, height = (float(side) for side in text.split("x"))
+    return width, height
+
+
+class FlagFileParser(argparse.ArgumentParser):
+    """Takes `@FILE`: flags as on the command line, several on a line, with # comments."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+
+def parse_args(argv):
+    """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
+    parser = FlagFileParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help=f"COCO json to train on (default {DATA})")
+    data.add_argument("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
+    data.add_argument("--min-face", type=int, default=17, help="ignore faces with a side below this, in the photo (default 17 px)")
+    data.add_argument("--no-augment", action="store_true", help="show the photos as they are")
+    data.add_argument("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
+    data.add_argument("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
+    start = parser.add_argument_group("model and starting point")
+    start.add_argument("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
+    start.add_argument("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
+    start.add_argument("--anchors", type=parse_anchor, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
+    start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
+    start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
+    start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
+    schedule = parser.add_argument_group("schedule")
+    schedule.add_argument("--epochs", type=int, default=70, help="default 70")
+    schedule.add_argument("--batch-size", type=int, default=65, help="photos per process (default 65)")
+    schedule.add_argument("--lr", type=float, default=0.05, help="learning rate (default 0.05), whatever the number of processes")
+    schedule.add_argument("--milestones", type=int, nargs="*", default=[40, 55, 65], help="epochs of lr / 10 (default 40 55 65)")
+    schedule.add_argument("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
+    schedule.add_argument("--momentum", type=float, default=0.9, help="default 0.9")
+    schedule.add_argument("--weight-decay", type=float, default=5e-4, help="default 5e-4")
+    schedule.add_argument("--clip", type=float, default=math.inf, help="greatest norm of the gradient (default: any)")
+    schedule.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
+    schedule.add_argument("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
+    schedule.add_argument("--seed", type=int, default=0, help="default 0")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default="runs/face", help="folder of the run (default %(default)s)")
+    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    run.add_argument("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, else fp32")
+    run.add_argument("--workers", type=int, help="loading processes for each process (default: share the cores)")
+    run.add_argument("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
+    run.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network")
+    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
+    args = parser.parse_args(argv)
+    least = {"epochs": 0, "batch_size": 1, "repeat": 1, "warmup": 0, "save_every": 1, "workers": 0, "max_unreadable": 0, "seed": 0}
+    for name, bound in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < bound:
+            parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
+    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and args.clip > 0):
+        parser.error("--lr and --clip must be above 0, --ema in [0, 1)")
+    if args.data is None:
+        args.data, args.val = DATA, args.val or (VAL if os.path.exists(VAL) else None)
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
+
+
+def check_out(args):
+    """Settle --resume: a run is never overwritten, and one that torchrun has restarted goes on by itself."""
+    last = Path(args.out) / "last.pth"
+    if args.resume is None and last.exists():
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+            raise InputError(f"{last} exists: continue that run with --resume, or name another folder with --out")
+        args.resume = ""
+    if args.resume == "":
+        args.resume = str(last)
+    if args.resume and not os.path.exists(args.resume):
+        raise InputError(f"{args.resume}: no checkpoint to resume")
+
+
+def report_changes(args, content):
+    """Print which flags differ from those of the checkpoint that is resumed."""
+    own = {key: value for key, value in vars(args).items() if key in content["flags"]}
+    for key in sorted(own.keys() - {"resume", "out", "workers", "device", "size", "width", "anchors"}):
+        if own[key] != content["flags"][key]:
+            print(f"resumed with --{key.replace('_', '-')} {own[key]}, it was {content['flags'][key]}")
+
+
+def prepare(args):
+    """Everything before the loop: (Trainer, validation Annotations or None, Monitor)."""
+    check_out(args)
+    faces = read_annotations(args.data)
+    val = read_annotations(args.val) if args.val else None
+    if not len(faces.ids):
+        raise InputError(f"{args.data}: no photos to train on")
+    torch.manual_seed(args.seed)
+    with bad_values():
+        model, content = make_model(args)
+    rank, processes, device = join_processes(args.device)
+    args.precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
+    torch.backends.cudnn.benchmark = True
+    config = model.config
+    dataset = FaceDataset(faces, config.input_width, config.input_height, args.min_face)
+    trainer = Trainer(args, model, content, dataset, rank, processes, device)
+    monitor = Monitor(args, model, trainer.epoch, rank)
+    if rank == 0:
+        if content:
+            report_changes(args, content)
+        print(f"{args.data}: {len(dataset):,} photos, {len(dataset.ignored):,} faces ({dataset.ignored.sum():,} ignored); "
+              f"an epoch is {args.repeat} passes, {trainer.batches.total:,} batches of {args.batch_size} x {processes} processes\n"
+              f"width {config.width:g}, input {config.input_width}x{config.input_height}, {device}, {args.precision}; "
+              + (f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"))
+        if not val:
+            print("no validation (no --val): best.pth is not written")
+    return trainer, val, monitor
+
+
+@command
+def main(argv=None):
+    """Train, validating and saving after each epoch."""
+    args = parse_args(argv)
+    stop = []
+    trainer, val, monitor = prepare(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(number))
+    try:
+        while trainer.epoch < args.epochs:
+            record = trainer.run_epoch(stop)
+            if val:
+                record |= trainer.validate(val)
+            trainer.save()
+            monitor.epoch(trainer, record)
+            if stop:
+                raise SystemExit(128 + stop[0])
+    except RuntimeError:
+        if stop and trainer.rank:  # the first process has saved and left
+            raise SystemExit(128 + stop[0]) from None
+        raise
+    if trainer.rank == 0:
+        for line in trainer.unreadable.values():
+            print(f"unreadable: {line}")
+        print(f"finished {trainer.epoch} epochs: {args.out}/last.pth" + (f", best.pth AP50 {trainer.best:.4f}" if val else ""))
+    if trainer.processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
