@@ -100,9 +100,10 @@ class FaceDataset(Dataset):
 
     Its keys are (index, seed): seed None for the photo as it is, else a sequence of integers that fixes its
     augmentation, whichever worker does it. Faces with a side below `min_face` pixels of the photo are ignored.
+    Without `width` and `height` the photos keep their sizes.
     """
 
-    def __init__(self, annotations, width, height, min_face=0):
+    def __init__(self, annotations, width=None, height=None, min_face=0):
         self.width, self.height, self.folder, self.source = width, height, annotations.path.parent, annotations.path
         self.names = np.array([name.encode() for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
@@ -120,12 +121,13 @@ class FaceDataset(Dataset):
         try:
             return self._read(index, seed, self.faces[own], self.ignored[own])
         except InputError as error:  # what to do about it is for the caller to say
-            picture = torch.zeros(3, self.height, self.width, dtype=torch.uint8)
+            picture = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
             return Item(index, picture, np.zeros((0, 4), np.float32), np.zeros(0, bool), (1, 1), str(error))
 
     def _read(self, index, seed, faces, ignored):
-        path, target = self.folder / self.names[index].decode(), (self.width, self.height)
+        path = self.folder / self.names[index].decode()
         size = picture_size(path)
+        target = (self.width, self.height) if self.width else size
         if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:
             raise InputError(f"{path}: is {size[0]}x{size[1]}, but {self.source} says "
                              f"{self.sizes[index][0]}x{self.sizes[index][1]}")
@@ -150,7 +152,7 @@ class FaceDataset(Dataset):
         faces = faces.clip(0, target * 2)
         if rng and rng.random() < 0.5:
             inside = inside.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            faces[:, [0, 2]] = self.width - faces[:, [2, 0]]
+            faces[:, [0, 2]] = target[0] - faces[:, [2, 0]]
         picture = torch.from_numpy(np.array(inside)).permute(2, 0, 1).contiguous()
         return Item(index, picture, faces.astype(np.float32), ignored, size)
 

@@ -78,21 +78,30 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_detector(path, size=None, device=None):
-    """The detector of a model file; `size` (width, height) overrides its own input size. Raises InputError."""
+def load_detector(path, size=None, device=None, colour=None, value_range=None):
+    """The detector of a model file (.pth, .onnx, .xml); `size` (width, height) overrides a checkpoint's input size.
+
+    `colour` and `value_range`: what an exported model of others takes, see runtimes.load_exported. Raises InputError.
+    """
     if not Path(path).is_file():
         hint = ("train one (python train.py; its is runs/face/best.pth) or name one with --model"
                 if str(path) == MODEL else "name a checkpoint with --model")
         raise InputError(f"{path}: no such model; {hint}")
+    if Path(path).suffix in (".onnx", ".xml"):
+        from runtimes import load_exported  # here, as runtimes imports this file
+        return load_exported(path, size, colour, value_range)
+    if colour or value_range:
+        raise InputError(f"{path}: a checkpoint's input is known; --colour and --range are for exported models of others")
     with bad_values():
         return TorchDetector(load_model(path), size, device or best_device())
 
 
 def detect(detector, image):
     """Faces `[K, 5]` of one picture (PIL, RGB): xyxy in its pixels and the score, best first."""
-    resized, _ = resize_view(image, (0, 0, *image.size), *detector.size)
+    size = detector.size or image.size  # without one, it takes whole pictures
+    resized, _ = resize_view(image, (0, 0, *image.size), *size)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]     # [1, 3, H, W]
-    return to_picture(detector(pixels)[0], detector.size, image.size)
+    return to_picture(detector(pixels)[0], size, image.size)
 
 
 def find_inputs(arguments):
@@ -165,15 +174,17 @@ def main(argv=None):
     """Detect faces on everything named, write annotated copies and one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="pictures, folders, patterns, videos, or a webcam's number")
-    parser.add_argument("--model", default=MODEL, help="a checkpoint (default %(default)s)")
+    parser.add_argument("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default %(default)s)")
     parser.add_argument("--out", default="detections", help="folder of the results (default %(default)s)")
     parser.add_argument("--score", type=float, default=0.4, help="least score of a face that is shown (default %(default)s)")
     parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
+    parser.add_argument("--range", type=int, choices=(1, 255), help="white in the input of such a model")
     args = parser.parse_args(argv)
     webcams = [int(name) for name in args.inputs if name.isdigit() and not os.path.exists(name)]
     files = find_inputs([name for name in args.inputs if not name.isdigit() or os.path.exists(name)])
-    detector = load_detector(args.model, args.size, args.device)
+    detector = load_detector(args.model, args.size, args.device, args.colour, args.range)
 
     # Inputs of equal names in different folders keep those folders; drawings never overwrite their photos.
     root = Path(os.path.commonpath([file.resolve().parent for file in files])) if files else Path()

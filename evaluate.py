@@ -75,12 +75,13 @@ def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, proces
 
     from data import FaceDataset, eval_batches, make_loader
     from detect import to_picture
-    batches = eval_batches(len(annotations.ids), batch_size, rank, processes)
-    loader = make_loader(FaceDataset(annotations, *detector.size), batches, workers)
+    # A detector without a size takes whole pictures, one at a time.
+    batches = eval_batches(len(annotations.ids), batch_size if detector.size else 1, rank, processes)
+    loader = make_loader(FaceDataset(annotations, *(detector.size or ())), batches, workers)
     found, errors = {}, {}
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=True if rank else None):
         for index, size, faces in zip(batch.index, batch.sizes, detector(batch.images)):
-            found[index] = to_picture(faces, detector.size, size)
+            found[index] = to_picture(faces, detector.size or size, size)
         errors |= batch.errors
     if processes > 1:
         parts = [None] * processes
@@ -185,13 +186,15 @@ def parse_args(argv):
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help=f"COCO json (default {DATA})")
-    parser.add_argument("--model", default=MODEL, help="a checkpoint (default %(default)s)")
+    parser.add_argument("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default %(default)s)")
     parser.add_argument("--predictions", metavar="PATH", help="score these instead of running a model: "
                         "COCO results json, or with --wider a folder in WIDER's format")
     parser.add_argument("--wider", nargs="?", const=str(wider.GROUND_TRUTH), metavar="FOLDER",
                         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
     run = parser.add_argument_group("running the model")
     run.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
+    run.add_argument("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
+    run.add_argument("--range", type=int, choices=(1, 255), help="white in the input of such a model")
     run.add_argument("--batch-size", type=int, default=16, help="photos at once (default %(default)s)")
     run.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load (default %(default)s)")
     run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -216,7 +219,7 @@ def obtain(args, annotations):
         return Detections(*read_results(args.predictions, annotations)), 0, annotations
     from detect import load_detector
     rank, processes, device = join_processes(args.device)
-    detector = load_detector(args.model, args.size, device)
+    detector = load_detector(args.model, args.size, device, args.colour, args.range)
     detections, errors = run_detector(detector, annotations, args.batch_size, args.workers, rank, processes)
     if errors:
         lines = "; ".join(list(errors.values())[:5])

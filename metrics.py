@@ -150,7 +150,7 @@ def _faces(image, xywh, ignored):
 
 
 def _best_first(image, xywh, score):
-    """The order [D] of detections from best to worst, equal scores by image, then as they came; they in this order."""
+    """The order [D] of detections, best first, equal scores by image, then as they came; and they in this order."""
     image, score = np.asarray(image, np.int64), np.asarray(score, np.float64)
     order = np.lexsort((image, -score))  # stable
     return order, image[order], np.asarray(xywh, np.float64).reshape(-1, 4)[order], score[order]

@@ -1,0 +1,362 @@
+"""Export a checkpoint to ONNX and OpenVINO IR, which need neither PyTorch nor this repository to run.
+
+    python export.py                                # export/model.onnx: NMS inside, outputs boxes [N, 5] and labels [N]
+    python export.py --ir                           # export/model.xml, model.bin as well
+    python export.py --ir --head detection_output   # the reference's SSD form: faster, slightly different boxes
+    python export.py --fp16 --embed                 # IR with weights in half the space; takes uint8 BGR frames of any size
+    python export.py --int8 --data data/val.json    # IR quantised on photos; needs requirements-int8.txt
+    python export.py --head raw --size 320x240      # the network alone, any batch; decoding is in its metadata
+
+The ONNX takes RGB, the IR BGR (as OpenCV has it), both float32 [1, 3, H, W] in 0-1. Every file says in its metadata what
+it takes and what it was made from. Before files get their names they are compared with PyTorch on several pictures.
+"""
+import argparse
+import json
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import sample
+from anchors import VARIANCES, decode, make_anchors
+from data import FaceDataset
+from detect import MODEL, NMS_IOU, SCORE, TOP, TorchDetector, detect
+from evaluate import file_hash
+from formats import InputError, bad_values, command, parse_size, read_annotations
+from model import STRIDE, load_model, read_checkpoint
+from pictures import load_picture
+from runtimes import OPENVINO_DOMAIN, SECTION, load_exported
+
+OPSET = 18
+HEADS = ("generic", "detection_output", "raw")
+CALIBRATION = 300  # photos that the ranges of INT8 are taken from
+# How far from PyTorch an export may be: pixels of the network input, and score. Measured with the released weights on
+# photos: FP32 TODO
+TOLERANCES = {"FP32": (0.05, 0.001), "FP16": (2.0, 0.02), "INT8": (30.0, 0.3)}
+
+DECODING = """\
+# logits [B, A, 2] and offsets [B, A, 4] of input [B, 3, H, W], cell_anchors and variances from this metadata, numpy as np
+y, x = np.mgrid[:-(-H // 16), :-(-W // 16)]
+anchors = (np.stack([x, y, x, y], -1).reshape(-1, 1, 4) * 16 + np.array(cell_anchors)).reshape(-1, 4)
+sides = anchors[:, 2:] - anchors[:, :2]
+centres = anchors[:, :2] + sides / 2 + offsets[..., :2] * variances[:2] * sides
+sides = sides * np.exp(offsets[..., 2:] * variances[2:])
+boxes = np.concatenate([centres - sides / 2, centres + sides / 2], -1)   # [B, A, 4] x1, y1, x2, y2 in input pixels
+scores = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))               # [B, A] of a face
+# then, per image: scores above score_threshold, NMS at IoU nms_threshold, the best top_k, clipped to the input
+"""
+
+
+class Generic(nn.Module):
+    """Image `[1, 3, H, W]` to all boxes `[1, A, 4]`, scores `[1, 1, A]`, and both as rows `[A, 5]`: what NMS takes."""
+
+    def __init__(self, model, anchors):
+        super().__init__()
+        self.model = model
+        self.register_buffer("anchors", anchors)
+
+    def forward(self, image):
+        logits, offsets = self.model(image)
+        boxes, scores = decode(offsets, self.anchors), logits.softmax(-1)[..., 1:]  # [1, A, 4], [1, A, 1]
+        return boxes, scores.transpose(1, 2), torch.cat([boxes[0], scores[0]], 1)
+
+
+class Flat(nn.Module):
+    """Image `[1, 3, H, W]` to offsets `[1, A * 4]`, probabilities `[1, A * 2]`, features `[1, C, h, w]`: what
+    DetectionOutput and PriorBoxClustered take."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        features = self.model.backbone(image)
+        logits, offsets = self.model.bbox_head(features)
+        return offsets.flatten(1), logits.softmax(-1).flatten(1), features
+
+
+def to_onnx(network, size, outputs, free_batch=False):
+    """A module as an ONNX model with input `image` and the named outputs; `free_batch` leaves the batch open."""
+    image = torch.zeros(2 if free_batch else 1, 3, *size[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        model = torch.onnx.export(network, (image,), dynamo=True, verbose=False, opset_version=OPSET,
+                                  input_names=["image"], output_names=outputs,
+                                  dynamic_shapes=({0: "batch"},) if free_batch else None).model_proto
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer, *model.graph.input,
+                 *model.graph.output):
+        part.ClearField("metadata_props")  # the exporter's notes: source lines and folders of this machine
+    model.graph.name = "face_detector"
+    return model
+
+
+def build(model, head, size):
+    """The ONNX model of `head` for a network input of `size` (width, height), RGB in 0-1."""
+    grid = [-(-side // STRIDE) for side in size]
+    if head == "raw":
+        return to_onnx(model, size, ["logits", "offsets"], free_batch=True)
+    if head == "generic":
+        network = Generic(model, make_anchors(model.config, grid=grid)).eval()
+        return add_nms(to_onnx(network, size, ["all_boxes", "all_scores", "all_faces"]), size)
+    return add_detection_output(to_onnx(Flat(model).eval(), size, ["locations", "probabilities", "features"]), model.config)
+
+
+def add_tail(model, nodes, constants, outputs):
+    """Append nodes and constants {name: array} to an ONNX model and make `outputs` its outputs."""
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.ClearField("output")
+    model.graph.output.extend(outputs)
+    return model
+
+
+def add_nms(model, size):
+    """After Generic: NMS and clipping, outputs `boxes` `[N, 5]` (xyxy, score) and `labels` `[N]`, best first."""
+    node, info = helper.make_node, helper.make_tensor_value_info
+    nodes = [node("NonMaxSuppression", ["all_boxes", "all_scores", "top", "iou", "least"], ["chosen"]),  # [N, 3]
+             node("Gather", ["chosen", "label_column"], ["labels"], axis=1),   # the only class scored is 0, face
+             node("Gather", ["chosen", "anchor_column"], ["places"], axis=1),
+             node("Gather", ["all_faces", "places"], ["faces"], axis=0),       # [N, 5]
+             node("Max", ["faces", "first"], ["faces_inside"]), node("Min", ["faces_inside", "last"], ["boxes"])]
+    constants = {"top": np.array([TOP]), "iou": np.float32([NMS_IOU]), "least": np.float32([SCORE]),
+                 "label_column": np.array(1), "anchor_column": np.array(2),
+                 "first": np.zeros(5, np.float32), "last": np.float32([*size, *size, 1])}
+    return add_tail(model, nodes, constants, [info("boxes", TensorProto.FLOAT, ["N", 5]),
+                                              info("labels", TensorProto.INT64, ["N"])])
+
+
+def add_detection_output(model, config):
+    """After Flat: anchors unrounded and DetectionOutput, output `detections` `[1, 1, 200, 7]`."""
+    widths, heights = zip(*config.anchors)
+    nodes = [helper.make_node("PriorBoxClustered", ["features", "image"], ["priors"], domain=OPENVINO_DOMAIN, width=widths,
+                              height=heights, step=float(STRIDE), offset=0.5, variance=VARIANCES, clip=0),
+             helper.make_node("DetectionOutput", ["locations", "probabilities", "priors"], ["detections"],
+                              domain=OPENVINO_DOMAIN, num_classes=2, background_label_id=0, top_k=TOP, keep_top_k=TOP,
+                              nms_threshold=NMS_IOU, confidence_threshold=SCORE, share_location=1, normalized=1,
+                              code_type="caffe.PriorBoxParameter.CENTER_SIZE", variance_encoded_in_target=0)]
+    model.opset_import.append(helper.make_opsetid(OPENVINO_DOMAIN, 1))
+    return add_tail(model, nodes, {}, [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, 1, TOP, 7])])
+
+
+def swap_colours(model):
+    """Make an ONNX model of ours take BGR for RGB: its first batch norm and convolution turned round, at no cost."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    norm = next(node for node in model.graph.node if "image" in node.input)
+    first = next(node for node in model.graph.node if norm.output[0] in node.input)
+    if (norm.op_type, first.op_type) != ("BatchNormalization", "Conv"):
+        raise RuntimeError(f"the exporter begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
+    for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
+        turned = np.flip(numpy_helper.to_array(weights[name]), axis)
+        weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
+
+
+def add_picture_size(model, size):
+    """After add_nms: a second input `picture` `[1, h, w, 3]`, to whose pixels the boxes are scaled."""
+    node = helper.make_node
+    nodes = [node("Shape", ["picture"], ["picture_shape"]), node("Gather", ["picture_shape", "sides"], ["picture_sides"]),
+             node("Cast", ["picture_sides"], ["picture_size"], to=TensorProto.FLOAT),
+             node("Div", ["picture_size", "input_size"], ["ratios"]),
+             node("Concat", ["ratios", "score_ratio"], ["all_ratios"], axis=0),
+             node("Mul", ["boxes_at_input", "all_ratios"], ["boxes"])]
+    model.graph.node[-1].output[0] = "boxes_at_input"
+    model.graph.input.append(helper.make_tensor_value_info("picture", TensorProto.UINT8, [1, "h", "w", 3]))
+    add_tail(model, nodes, {"sides": np.array([2, 1, 2, 1]), "input_size": np.float32([*size, *size]),
+                            "score_ratio": np.ones(1, np.float32)}, list(model.graph.output))
+
+
+def embed(model):
+    """An IR that takes uint8 BGR pictures `[1, h, w, 3]` of any size: resize as PIL's, layout and scale inside."""
+    import openvino as ov
+    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+    steps = PrePostProcessor(model)
+    given = steps.input("image")
+    given.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
+    given.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW).convert_element_type(ov.Type.f32)
+    given.preprocess().convert_layout(ov.Layout("NCHW")).scale(255.0)
+    given.model().set_layout(ov.Layout("NCHW"))
+    model = steps.build()
+    if len(model.inputs) > 1:  # the picture whose size scales the boxes is the one that goes in
+        picture = model.input("picture").get_node()
+        for user in picture.output(0).get_target_inputs():
+            user.replace_source_output(model.input("image"))
+        model.remove_parameter(picture)
+        model.validate_nodes_and_infer_types()
+    return model
+
+
+def decoding_names(model):
+    """Names of the operators behind the last convolutions of an IR: they work in pixels, which INT8 is too coarse for."""
+    waiting, names = [result.get_node() for result in model.outputs], set()
+    while waiting:
+        for value in waiting.pop().input_values():
+            node = value.get_node()
+            if node.get_type_name() not in ("Convolution", "Constant", "Parameter") and node.get_friendly_name() not in names:
+                names.add(node.get_friendly_name())
+                waiting.append(node)
+    return sorted(names)
+
+
+def quantise(model, annotations, size):
+    """An IR with INT8 weights and activations, by NNCF, their ranges taken on photos of `annotations`."""
+    logging.disable(logging.INFO)  # NNCF greets on import
+    try:
+        import nncf
+    except ImportError:
+        raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    import rich  # NNCF's progress bars
+    nncf.set_log_level(logging.ERROR)
+    rich.reconfigure(quiet=True)
+
+    dataset, count = FaceDataset(annotations, *size), len(annotations.ids)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, CALIBRATION)).round().astype(int))
+
+    def feed(index):
+        item = dataset[index, None]
+        if item.error:
+            raise InputError(item.error)
+        inputs = {"image": item.picture.flip(0)[None].numpy() / np.float32(255)}  # [1, 3, H, W], BGR
+        return inputs | ({"picture": np.zeros((1, *size[::-1], 3), np.uint8)} if len(model.inputs) > 1 else {})
+
+    return nncf.quantize(model, nncf.Dataset(chosen.tolist(), feed), preset=nncf.QuantizationPreset.MIXED,
+                         subset_size=len(chosen), ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
+
+
+def describe(path, content, model, size, head):
+    """The metadata {str: str}: what goes in, how to read what comes out, and what it was made from."""
+    cell = make_anchors(model.config, head != "detection_output", (1, 1)).tolist()
+    epoch = content.get("epoch", (content.get("meta") or {}).get("epoch"))
+    return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW", "type": "float32",
+            "size": "{}x{}".format(*size), "anchors": json.dumps(model.config.anchors), "cell_anchors": json.dumps(cell),
+            "stride": str(STRIDE), "variances": json.dumps(VARIANCES), "score_threshold": str(SCORE),
+            "nms_threshold": str(NMS_IOU), "top_k": str(TOP), "source": Path(path).name, "source_sha256": file_hash(path),
+            **({} if epoch is None else {"source_epoch": str(epoch)}), **({"decoding": DECODING} if head == "raw" else {})}
+
+
+def write_onnx(model, metadata, path):
+    """Check and write an ONNX model."""
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
+    """Write the IR (.xml and .bin) of an ONNX model of ours: BGR, quantised if `annotations` are given."""
+    import openvino as ov
+    metadata = metadata | {"colour": "BGR", "precision": "INT8" if annotations else "FP16" if fp16 else "FP32"}
+    swap_colours(model)
+    if embedded:
+        metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
+        if metadata["head"] == "generic":
+            add_picture_size(model, size)
+    ir = ov.Core().read_model(model.SerializeToString())
+    if annotations:
+        ir = quantise(ir, annotations, size)
+    if embedded:
+        ir = embed(ir)
+    for key, value in metadata.items():
+        ir.set_rt_info(value, [SECTION, key])
+    ov.save_model(ir, path, compress_to_fp16=fp16)
+    return metadata["precision"]
+
+
+def differences(ours, theirs, least):
+    """Largest difference of boxes and of scores between faces `[K, 5]` and `[L, 5]`: each that is scored `least` or more
+    is compared with the nearest of the others; without any, its score is the difference."""
+    pixels = score = 0.0
+    for some, others in ((ours, theirs), (theirs, ours)):
+        for face in some[some[:, 4] >= least]:
+            gaps = np.abs(others - face)                                # [L, 5]
+            nearest = gaps[gaps[:, :4].max(1).argmin()] if len(gaps) else np.append(np.zeros(4), face[4])
+            pixels, score = max(pixels, nearest[:4].max()), max(score, nearest[4])
+    return pixels, score
+
+
+def check(path, reference, pictures, precision):
+    """Compare a written model with PyTorch on `pictures` (PIL); one line about it. Raises InputError if they differ."""
+    detector, most, faces = load_exported(path), np.zeros(2), 0
+    most_pixels, most_score, least = TOLERANCES[precision]
+    for picture in pictures:
+        scale = np.append(np.tile(np.divide(reference.size, picture.size), 2), 1)
+        ours, theirs = (detect(one, picture) * scale for one in (detector, reference))
+        most, faces = np.maximum(most, differences(ours, theirs, least)), faces + (theirs[:, 4] >= least).sum()
+    line = (f"against PyTorch on {len(pictures)} pictures, {faces} faces scored {least} or more: boxes within "
+            f"{most[0]:.2g} px (allowed {most_pixels}), scores within {most[1]:.2g} (allowed {most_score})")
+    if not (most <= (most_pixels, most_score)).all():
+        raise InputError(f"{path.name} differs from the checkpoint, nothing was written; {line}")
+    return line
+
+
+@command
+def main(argv=None):
+    """Build, compare with PyTorch, write."""
+    args = parse_args(argv)
+    with bad_values():
+        model, content = load_model(args.model), read_checkpoint(args.model)
+    size, annotations = args.size or (model.config.input_width, model.config.input_height), None
+    if args.data:
+        annotations = read_annotations(args.data)
+        if not len(annotations.ids):
+            raise InputError(f"{args.data}: no photos")
+        spread = np.unique(np.linspace(0, len(annotations.ids) - 1, 8).round().astype(int))
+        pictures = [load_picture(annotations.file(index)) for index in spread]
+    else:
+        pictures = [sample.photo(np.random.default_rng(n), 320, 240, False)[1] for n in range(8)]
+    reference = TorchDetector(model, size, rounded=args.head != "detection_output")
+    graph, metadata = build(model, args.head, size), describe(args.model, content, model, size, args.head)
+
+    out, lines = Path(args.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+        folder = Path(folder)
+        write_onnx(graph, metadata, folder / "model.onnx")
+        files = {"model.onnx": "FP32"}
+        if args.ir:
+            files["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
+                                          annotations if args.int8 else None)
+        for name, precision in files.items():
+            lines.append(f"{out / name}: {args.head}, {precision}, {size[0]}x{size[1]}; "
+                         + check(folder / name, reference, pictures, precision))
+        if args.ir:
+            (out / "model.xml").unlink(missing_ok=True)  # an .xml never stands beside the .bin of another
+            os.replace(folder / "model.bin", out / "model.bin")
+        for name in files:
+            os.replace(folder / name, out / name)
+    print("\n".join(lines))
+
+
+def parse_args(argv):
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a checkpoint (default %(default)s)")
+    parser.add_argument("--out", default="export", help="folder of the files (default %(default)s)")
+    parser.add_argument("--head", choices=HEADS, default="generic", help="what comes out: faces after NMS (default), OpenVINO's "
+                        "DetectionOutput, or logits and offsets of any batch")
+    parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
+    parser.add_argument("--data", help="COCO json: photos for --int8, and for the comparison with PyTorch")
+    ir = parser.add_argument_group("OpenVINO IR; each of these writes one")
+    ir.add_argument("--ir", action="store_true", help="float32, input BGR in 0-1")
+    ir.add_argument("--fp16", action="store_true", help="weights stored in float16")
+    ir.add_argument("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size, boxes in their pixels")
+    ir.add_argument("--int8", action="store_true", help="quantised on photos of --data")
+    args = parser.parse_args(argv)
+    if args.int8 and not args.data:
+        parser.error("--int8 needs photos: --data data/val.json")
+    if args.int8 and args.fp16:
+        parser.error("--int8 and --fp16 are two precisions, choose one")
+    if args.embed and args.head == "raw":
+        parser.error("--embed takes pictures one at a time: with --head generic or detection_output")
+    args.ir = args.ir or args.fp16 or args.embed or args.int8
+    return args
+
+
+if __name__ == "__main__":
+    main()

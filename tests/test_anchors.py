@@ -1,0 +1,133 @@
+"""Anchors: both conventions, their order, the coding of boxes and the matching of faces."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import box_iou
+
+import anchors as module
+from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, shape_iou
+from model import HAND_DESIGNED, Config
+
+
+def test_rounded_anchors_follow_the_pixel_inclusive_convention():
+    base = make_anchors(Config())[:9]
+    for (w, h), box in zip(HAND_DESIGNED, base.tolist()):  # Python's round is half to even too
+        x1, x2, y1, y2 = (round(7.5 + sign * (side - 1) / 2) for side in (w, h) for sign in (-1, 1))
+        assert box == [x1, y1, x2 + 1, y2 + 1]
+    assert (base[0, 2:] - base[0, :2]).tolist() == [10, 15]
+
+
+def test_unrounded_anchors_are_centred_on_the_cell():
+    base = make_anchors(Config(), rounded=False)[:9]
+    torch.testing.assert_close(base[:, 2:] - base[:, :2], torch.tensor(HAND_DESIGNED))
+    torch.testing.assert_close((base[:, 2:] + base[:, :2]) / 2, torch.full((9, 2), 8.0))
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_order_is_the_heads(rounded):
+    config = Config(64, 48)
+    boxes = make_anchors(config, rounded).view(3, 4, 9, 4)
+    assert torch.equal(boxes[2, 1] - boxes[0, 0], torch.tensor([16.0, 32, 16, 32]).expand(9, 4))
+    assert len(make_anchors(Config())) == 3249
+    assert torch.equal(make_anchors(config, rounded, (19, 19)), make_anchors(Config(), rounded))
+
+
+def random_boxes(generator, n, low=1.0, high=200.0):
+    corner = torch.rand(n, 2, generator=generator) * 250 - 20
+    return torch.cat([corner, corner + low + torch.rand(n, 2, generator=generator) * (high - low)], 1)
+
+
+def test_decode_inverts_encode():
+    generator = torch.Generator().manual_seed(0)
+    own = make_anchors(Config(), False)[torch.randint(3249, (500,), generator=generator)]
+    boxes = random_boxes(generator, 500)
+    torch.testing.assert_close(decode(encode(boxes, own), own), boxes, rtol=1e-4, atol=2e-3)
+
+
+def test_encode_is_the_coding_of_the_paper():
+    offsets = encode(torch.tensor([[10.0, 20, 40, 80]]), torch.tensor([[0.0, 0, 20, 40]]))
+    expected = [(25 - 10) / 20 / 0.1, (50 - 20) / 40 / 0.1, np.log(30 / 20) / 0.2, np.log(60 / 40) / 0.2]
+    assert offsets[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4))
+def test_coding_is_finite_for_any_box_and_offset(values):
+    own = make_anchors(Config())[:9]
+    values = torch.tensor(values).expand(9, 4)
+    assert encode(values, own).isfinite().all() and decode(values, own).isfinite().all()
+
+
+def slow_match(own, faces, ignored):
+    """The same rule, one anchor at a time, for one image."""
+    labels, assigned = [], []
+    iou = box_iou(faces, own) if len(faces) else torch.zeros(0, len(own))
+    best = {n: int(iou[n].argmax()) for n in range(len(faces)) if not ignored[n]}
+    for a in range(len(own)):
+        claims = [(float(iou[n, a]) + 2 * (best[n] == a), -n) for n in best]
+        overlap, face = max(claims, default=(0.0, 0))
+        taken = overlap >= POSITIVE_IOU
+        unsure = any(iou[n, a] >= POSITIVE_IOU for n in range(len(faces)) if ignored[n])
+        labels.append(1 if taken else -1 if unsure else 0)
+        assigned.append(-face if taken else None)
+    return labels, assigned
+
+
+def test_matching_a_batch_follows_the_rule_one_by_one():
+    generator = torch.Generator().manual_seed(1)
+    own = make_anchors(Config.new(96, 96))
+    counts = [3, 0, 7, 1, 12]
+    faces = [random_boxes(generator, n, 3, 90) / 2.5 for n in counts]
+    ignored = [torch.rand(n, generator=generator) < 0.3 for n in counts]
+    image = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5)
+    for n in range(5):
+        expected, assigned = slow_match(own, faces[n], ignored[n])
+        assert labels[n].tolist() == expected
+        for a, face in enumerate(assigned):
+            if face is None:
+                assert not offsets[n, a].any()
+            else:
+                torch.testing.assert_close(offsets[n, a], encode(faces[n][face], own[a]))
+    assert {-1, 0, 1} == set(labels.unique().tolist())
+
+
+def test_matching_without_faces():
+    own = make_anchors(Config.new(64, 64))
+    labels, offsets = match(own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long), 2)
+    assert labels.shape == (2, len(own)) and not labels.any() and not offsets.any()
+
+
+def test_every_face_takes_its_best_anchor_even_below_the_threshold():
+    own = make_anchors(Config())
+    face = torch.tensor([[100.0, 100, 103, 103]])
+    labels, _ = match(own, face, torch.tensor([False]), torch.tensor([0]), 1)
+    assert labels.sum() == 1 and labels[0, box_iou(face, own).argmax()] == 1
+    assert box_iou(face, own).max() < POSITIVE_IOU
+
+
+def test_order_of_faces_does_not_matter():
+    generator = torch.Generator().manual_seed(2)
+    own, faces = make_anchors(Config.new(96, 96)), random_boxes(generator, 9, 3, 60) / 2
+    ignored, order = torch.arange(9) % 3 == 0, torch.randperm(9, generator=generator)
+    one = match(own, faces, ignored, torch.zeros(9, dtype=torch.long), 1)
+    two = match(own, faces[order], ignored[order], torch.zeros(9, dtype=torch.long), 1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_fit_finds_clusters():
+    generator = np.random.default_rng(0)
+    centres = np.array([(10, 15), (40, 60), (150, 200)])
+    sides = np.concatenate([centre * generator.uniform(0.9, 1.1, (200, 2)) for centre in centres])
+    assert fit(sides, 3) == pytest.approx(centres, rel=0.05)
+    assert shape_iou(np.array([[10.0, 10]]), np.array([[20.0, 5]])).item() == pytest.approx(50 / 150)
+
+
+def test_command(sample, tmp_path, capsys, refused):
+    module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
+    out = capsys.readouterr().out
+    assert "hand-designed: mean best IoU" in out and "--anchors" in out and (tmp_path / "a.png").stat().st_size > 5000
+    assert "cannot be fitted" in refused(module.main, "--data", sample / "train.json", "-k", 9999)
+    assert "no such file" in refused(module.main, "--data", tmp_path / "absent.json")

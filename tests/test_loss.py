@@ -1,0 +1,86 @@
+"""The loss: equal to the formula written out, finite on ordinary empty batches, and pointing the right way."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loss import batch_divisor, multibox_loss
+
+
+def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(batch, anchors, generator=generator)
+    labels = (draw < positives).long() - ((draw > 1 - ignored)).long()
+    logits = torch.randn(batch, anchors, 2, generator=generator)
+    offsets, targets = torch.randn(2, batch, anchors, 4, generator=generator)
+    return logits, offsets, labels, targets * (labels == 1)[..., None]
+
+
+def slow(logits, offsets, labels, targets):
+    """Class and box loss, image by image."""
+    class_sum = box_sum = 0.0
+    for z, d, y, t in zip(logits.double(), offsets.double(), labels, targets.double()):
+        cost = [-F.log_softmax(z[a], 0)[int(y[a] == 1)].item() for a in range(len(y))]
+        positives = [a for a in range(len(y)) if y[a] == 1]
+        negatives = sorted((cost[a] for a in range(len(y)) if y[a] == 0), reverse=True)
+        class_sum += sum(cost[a] for a in positives) + sum(negatives[:max(3 * len(positives), 10)])
+        difference = (d - t)[positives].abs()
+        box_sum += torch.where(difference < 1, difference ** 2 / 2, difference - 0.5).sum().item()
+    divisor = max((labels == 1).sum().item(), len(labels))
+    return class_sum / divisor, box_sum / divisor
+
+
+@pytest.mark.parametrize("arguments", [{}, {"positives": 0.4}, {"positives": 0}, {"batch": 1, "ignored": 0.9}, {"anchors": 5}])
+def test_equals_the_formula(arguments):
+    inputs = case(**arguments)
+    weights = torch.tensor([0.3, -0.7])
+    total, class_loss, box_loss = multibox_loss(*inputs, weights, batch_divisor(inputs[2]))
+    expected = slow(*inputs)
+    assert class_loss.item() == pytest.approx(expected[0], rel=1e-5)
+    assert box_loss.item() == pytest.approx(expected[1], rel=1e-5)
+    assert total.item() == pytest.approx(math.exp(-0.3) * expected[0] + 0.15 + math.exp(0.7) * expected[1] - 0.35, rel=1e-5)
+
+
+def gradients(logits, offsets, labels, targets, weights=torch.zeros(2)):
+    leaves = [t.clone().requires_grad_() for t in (logits, offsets, weights)]
+    total, *_ = multibox_loss(leaves[0], leaves[1], labels, targets, leaves[2], batch_divisor(labels))
+    total.backward()
+    return total, [leaf.grad for leaf in leaves]
+
+
+def test_a_batch_without_faces_is_finite_and_still_teaches():
+    logits, offsets, labels, targets = case(positives=0, ignored=0)
+    total, (by_logits, by_offsets, by_weights) = gradients(logits, offsets, labels, targets)
+    assert total.isfinite() and by_weights.isfinite().all()
+    assert ((by_logits != 0).any(-1).sum(1) == 10).all() and not by_offsets.any()
+    assert (by_logits[..., 0] <= 0).all() and (by_logits[..., 1] >= 0).all()  # towards background
+
+
+def test_ignored_anchors_teach_nothing():
+    logits, offsets, labels, targets = case(positives=0.1, ignored=0.5)
+    _, (by_logits, by_offsets, _) = gradients(logits, offsets, labels, targets)
+    assert not by_logits[labels == -1].any() and not by_offsets[labels != 1].any()
+    assert by_logits[labels == 1].any(-1).all()
+
+
+def test_permuting_anchors_or_images_changes_nothing():
+    inputs = case(seed=4)
+    weights, order, rows = torch.zeros(2), torch.randperm(200), torch.tensor([2, 0, 1])
+    losses = multibox_loss(*inputs, weights, batch_divisor(inputs[2]))
+    for shuffled in ([t[:, order] for t in inputs], [t[rows] for t in inputs]):
+        torch.testing.assert_close(torch.stack(losses), torch.stack(multibox_loss(*shuffled, weights, batch_divisor(shuffled[2]))))
+
+
+def test_bfloat16_outputs_are_computed_in_float32():
+    logits, offsets, labels, targets = case()
+    half = multibox_loss(logits.bfloat16(), offsets.bfloat16(), labels, targets, torch.zeros(2), batch_divisor(labels))
+    assert all(loss.dtype == torch.float32 for loss in half)
+    full = multibox_loss(logits, offsets, labels, targets, torch.zeros(2), batch_divisor(labels))
+    torch.testing.assert_close(torch.stack(half), torch.stack(full), rtol=0.02, atol=0)
+
+
+def test_extreme_logits_stay_finite():
+    logits, offsets, labels, targets = case()
+    total, grads = gradients(logits * 1e6, offsets * 1e6, labels, targets)
+    assert total.isfinite() and all(grad.isfinite().all() for grad in grads)

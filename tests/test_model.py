@@ -1,0 +1,152 @@
+"""The network: its size, its shapes, and every kind of file it can start from."""
+import os
+import pickle
+
+import pytest
+import torch
+from torchvision.models import mobilenet_v2
+
+from model import (HAND_DESIGNED, SSD, Config, checkpoint, load_imagenet, load_model, load_weights)
+
+
+@pytest.mark.parametrize("width, parameters", [(0.75, 1_033_668), (1.0, 1_794_172)])
+def test_parameters_are_the_published_ones(width, parameters):
+    model = SSD(Config(width=width))
+    assert sum(p.numel() for p in model.parameters()) - model.loss_weights.numel() == parameters
+
+
+@pytest.mark.parametrize("width, height", [(300, 300), (320, 240), (65, 17), (16, 16)])
+def test_one_row_per_anchor_for_any_input(width, height):
+    config = Config(width, height, width=0.25)
+    logits, offsets = SSD(config).eval()(torch.rand(2, 3, height, width))
+    columns, rows = config.grid
+    assert logits.shape == (2, columns * rows * 9, 2) and offsets.shape == (2, columns * rows * 9, 4)
+
+
+def test_rows_are_cells_row_major_with_the_anchor_fastest(small):
+    """A head that only knows its bias gives each anchor its own outputs; a picture with one bright cell, each cell."""
+    model = SSD(small.config).eval()
+    head = model.bbox_head.cls_convs[0]
+    head[3].weight.data.zero_()
+    head[3].bias.data = torch.arange(18.0)
+    logits, _ = model(torch.rand(1, 3, 48, 64))
+    assert torch.equal(logits[0, :9], torch.arange(18.0).view(9, 2))
+    assert torch.equal(logits[0].view(-1, 9, 2), torch.arange(18.0).view(1, 9, 2).expand(4 * 3, 9, 2))
+    features = torch.zeros(1, model.backbone.channels, 3, 4)
+    features[0, :, 2, 1] = 1  # row 2, column 1
+    quiet, loud = (small.bbox_head(f)[0].view(3, 4, -1) for f in (torch.zeros_like(features), features))
+    changed = (quiet - loud).abs().sum(-1)
+    assert changed.argmax() == 2 * 4 + 1
+
+
+def test_a_batch_gives_what_single_images_give(small):
+    images = torch.rand(5, 3, 48, 64)
+    together = small(images)
+    alone = [small(image[None]) for image in images]
+    for n in (0, 1):
+        torch.testing.assert_close(together[n], torch.cat([outputs[n] for outputs in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_initial_values(small):
+    model = SSD(small.config)
+    assert not model.loss_weights.any()
+    assert not any(module.bias.any() for module in model.bbox_head.modules() if isinstance(module, torch.nn.Conv2d))
+    weight = SSD().backbone.features[1].conv[3].weight  # Kaiming, fan out: deviation sqrt(2 / outputs)
+    assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.15)
+
+
+def test_a_checkpoint_rebuilds_its_model_without_flags(tmp_path, small):
+    config = Config(80, 64, 0.5, ((5, 7), (20, 30)))
+    model = SSD(config).eval()
+    torch.save(checkpoint(model, epoch=3), tmp_path / "x.pth")
+    loaded = load_model(tmp_path / "x.pth")
+    image = torch.rand(1, 3, 64, 80)
+    assert loaded.config == config and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model(image), loaded(image)))
+
+
+def test_averaged_weights_are_preferred(tmp_path, small):
+    averaged = {name: torch.full_like(tensor, 2) for name, tensor in small.state_dict().items()}
+    torch.save(checkpoint(small, ema=averaged), tmp_path / "x.pth")
+    assert load_model(tmp_path / "x.pth").loss_weights.tolist() == [2, 2]
+
+
+def test_new_models_scale_their_anchors():
+    assert Config.new(600, 150).anchors[0] == pytest.approx((9.4 * 2, 15.0 / 2))
+    assert Config.new(300, 300).anchors == HAND_DESIGNED
+
+
+def test_official_layout(tmp_path):
+    """An official snapshot has no configuration of ours: the shapes tell the width."""
+    model = SSD(Config(width=1.0))
+    torch.save({"meta": {"config": "text"}, "state_dict": model.state_dict()}, tmp_path / "x.pth")
+    assert load_model(tmp_path / "x.pth").config == Config(width=1.0)
+
+
+def test_the_released_weights_load(shared):
+    model = load_model(shared / "weights/wider_face_tiny_ssd_075x.pth")
+    assert model.config == Config()
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made-by-the-pickle"),)
+    for name, write in (("zip.pth", lambda p: torch.save({"state_dict": Payload()}, p)),
+                        ("bare.pth", lambda p: p.write_bytes(pickle.dumps(Payload())))):
+        write(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "made-by-the-pickle").exists()
+
+
+def test_files_that_are_no_checkpoint(tmp_path, small):
+    torch.save(checkpoint(small), tmp_path / "good.pth")
+    good = (tmp_path / "good.pth").read_bytes()
+    for name, content in (("empty", b""), ("text", b"hello"), ("half", good[:len(good) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+    for name, content in (("list", [1]), ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}), ("none", {})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+
+
+def test_load_weights_tells_what_did_not_fit(tmp_path, small):
+    torch.save(checkpoint(small), tmp_path / "x.pth")
+    fewer = SSD(Config(64, 48, 0.25, HAND_DESIGNED[:4]))
+    unfit = load_weights(fewer, tmp_path / "x.pth")
+    assert unfit == [f"bbox_head.{branch}_convs.0.3.{kind}" for branch in ("reg", "cls") for kind in ("weight", "bias")]
+    assert torch.equal(fewer.backbone.features[5].conv[0].weight, small.backbone.features[5].conv[0].weight)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.75, 0.5])
+def test_imagenet_weights_are_cut_to_width(tmp_path, width):
+    source = mobilenet_v2(weights=None)
+    for module in source.modules():  # statistics that are not the defaults
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    torch.save(source.state_dict(), tmp_path / "imagenet.pth")
+    model = SSD(Config(width=width))
+    last = model.backbone.features[17].conv[0].weight.clone()
+    load_imagenet(model, tmp_path / "imagenet.pth")
+    for ours, theirs in ((model.backbone.features[0][0], source.features[0][0]),
+                         (model.backbone.features[1].conv[3], source.features[1].conv[1]),
+                         (model.backbone.features[16].conv[6], source.features[16].conv[2])):
+        out, inside = ours.weight.shape[:2]
+        assert torch.equal(ours.weight, theirs.weight[:out, :inside])
+    own = model.backbone.features[9].conv[4].running_mean
+    assert torch.equal(own, source.features[9].conv[1][1].running_mean[:len(own)])
+    assert torch.equal(model.backbone.features[17].conv[0].weight, last)
+
+
+def test_imagenet_errors(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth"):
+        load_imagenet(SSD(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="its path"):
+        load_imagenet(SSD(), tmp_path / "absent.pth")
+    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
+    with pytest.raises(ValueError, match="width 1.0"):
+        load_imagenet(SSD(Config(width=1.25)), tmp_path / "imagenet.pth")
