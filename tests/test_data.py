@@ -1,0 +1,197 @@
+"""Photos and faces on their way to a batch: every kind of picture, the augmentation, the order of an epoch."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+import data as module
+from data import FaceDataset, TrainBatches, collate, distort_colours, eval_batches, make_loader, random_view, resize_view
+from formats import read_annotations
+
+
+def dataset_of(folder, boxes, sizes, width=96, height=64, draw=None, **more):
+    """A FaceDataset of drawn photos: boxes[i] are the xywh boxes of photo i."""
+    images, annotations = [], []
+    for n, (own, size) in enumerate(zip(boxes, sizes)):
+        picture = Image.new("RGB", size, (10, 20, 30))
+        for x, y, w, h in own:
+            picture.paste((250, 40, 40), (x, y, x + w, y + h))
+        picture.save(folder / f"{n}.png")
+        images.append({"id": n + 1, "file_name": f"{n}.png", "width": size[0], "height": size[1]})
+        annotations += [{"id": len(annotations) + k + 1, "image_id": n + 1, "category_id": 1, "bbox": list(box)}
+                        for k, box in enumerate(own)]
+    (folder / "x.json").write_text(json.dumps({"images": images, "annotations": annotations,
+                                               "categories": [{"id": 1, "name": "face"}]}))
+    return FaceDataset(read_annotations(folder / "x.json"), width, height, **more)
+
+
+def red(picture):
+    """Where a picture `[3, H, W]` shows a drawn face, whatever was done to its colours."""
+    r, g, b = picture.float()
+    return (r > g + 40) & (r > b + 40)
+
+
+def test_a_photo_as_it_is(tmp_path):
+    dataset = dataset_of(tmp_path, [[(40, 20, 60, 50)], []], [(200, 100), (50, 80)])
+    item = dataset[0, None]
+    assert item.picture.shape == (3, 64, 96) and item.picture.dtype == torch.uint8 and item.size == (200, 100)
+    assert item.faces.tolist() == [pytest.approx((40 * .48, 20 * .64, 100 * .48, 70 * .64))]
+    expected = Image.open(tmp_path / "0.png").resize((96, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(item.picture.permute(1, 2, 0), expected)
+    assert dataset[1, None].faces.shape == (0, 4)
+
+
+def test_boxes_stay_on_their_faces_through_the_augmentation(tmp_path):
+    """The drawn faces are red rectangles: after any crop, expansion, flip and colours, box and red area must agree."""
+    dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)], [(150, 20, 30, 60)]], [(240, 200), (220, 240)], 128, 128)
+    agreements = []
+    for seed in range(200):
+        item = dataset[seed % 2, (seed,)]
+        if (item.faces[0, 2:] - item.faces[0, :2]).min() > 12:
+            ys, xs = torch.nonzero(red(item.picture), as_tuple=True)
+            seen = torch.tensor([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]], dtype=torch.float32)
+            agreements.append(box_iou(seen, torch.from_numpy(item.faces)).item())
+    assert len(agreements) > 150 and np.min(agreements) > 0.8 and np.mean(agreements) > 0.95
+
+
+def test_the_seed_decides_the_augmentation(tmp_path):
+    dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)]], [(240, 200)])
+    one, again, other = dataset[0, (1, 2)], dataset[0, (1, 2)], dataset[0, (1, 3)]
+    assert torch.equal(one.picture, again.picture) and np.array_equal(one.faces, again.faces)
+    assert not torch.equal(one.picture, other.picture)
+
+
+def test_views_follow_the_recipe():
+    rng, faces, size = np.random.default_rng(0), np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]), (400, 300)
+    centres = (faces[:, :2] + faces[:, 2:]) / 2
+    for _ in range(600):
+        x1, y1, x2, y2 = random_view(rng, size, faces)
+        assert 0.1 * 400 <= x2 - x1 <= 800 + 1e-6 and 0.1 * 300 <= y2 - y1 <= 600 + 1e-6
+        assert -400 <= x1 and x2 <= 800 and -300 <= y1 and y2 <= 600
+        assert ((centres > (x1, y1)) & (centres < (x2, y2))).all(1).any()
+    view = random_view(rng, size, np.zeros((0, 4)))  # without faces: the whole canvas
+    assert view[0] <= 0 and view[2] >= 400 and view[1] <= 0 and view[3] >= 300
+
+
+def test_views_are_those_of_torchvision():
+    """RandomZoomOut and RandomIoUCrop of torchvision.transforms.v2, as the field knows them, in the same distribution."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+    torch.manual_seed(0)
+    faces, size = np.array([[100.0, 50, 160, 130], [300, 200, 320, 230]]), (400, 300)
+    transform = v2.Compose([v2.RandomZoomOut(0, (1, 2), 0.5), v2.RandomIoUCrop(0.1, 1, 0.5, 2)])
+    boxes = tv_tensors.BoundingBoxes(torch.from_numpy(faces), format="XYXY", canvas_size=size[::-1])
+    theirs = [transform(tv_tensors.Image(torch.zeros(1, 300, 400, dtype=torch.uint8)), boxes) for _ in range(600)]
+    rng, ours = np.random.default_rng(0), []
+    for _ in range(600):
+        x1, y1, x2, y2 = random_view(rng, size, faces)
+        ours.append((x2 - x1, y2 - y1))
+    reference = np.array([image.shape[:0:-1] for image, _ in theirs])
+    for axis in (0, 1):
+        for quantile in (0.25, 0.5, 0.75):
+            assert np.quantile(np.array(ours)[:, axis], quantile) == pytest.approx(np.quantile(reference[:, axis], quantile), rel=0.12)
+
+
+def test_colours_follow_the_recipe():
+    rng = np.random.default_rng(0)
+    grey = Image.new("RGB", (4, 4), (128, 128, 128))
+    means = np.array([np.asarray(distort_colours(grey, rng)).mean() for _ in range(2000)])
+    assert np.mean(means == 128) == pytest.approx(0.25, abs=0.03)  # neither brightness nor contrast
+    assert means.min() > (128 - 33) * 0.49 and means.max() <= 255 and means.mean() == pytest.approx(128, abs=3)
+    colour = Image.new("RGB", (4, 4), (200, 100, 50))
+    hues = [np.asarray(distort_colours(colour, rng).convert("HSV"))[0, 0, 0] * 360 / 256 for _ in range(500)]
+    assert 0 <= min(hues) <= 6 and 34 <= max(hues) <= 44 and np.median(hues) == pytest.approx(20, abs=3)  # 20 +- 18
+
+
+@pytest.mark.parametrize("view", [(0, 0, 100, 80), (-50, -40, 150, 120), (10.5, 20.25, 40.75, 70.5), (-30, 10, 20, 200)])
+def test_a_resized_view_shows_the_right_place(view):
+    """A picture whose colours tell the place: the middle of each output pixel must show its own place."""
+    x, y = np.meshgrid(np.arange(100) * 2.5, np.arange(80) * 3.0)
+    image = Image.fromarray(np.stack([x, y, x], 2).round().astype(np.uint8))
+    inside, (left, top) = resize_view(image, view, 60, 60)
+    xs = view[0] + (np.arange(inside.width) + left + 0.5) * (view[2] - view[0]) / 60
+    ys = view[1] + (np.arange(inside.height) + top + 0.5) * (view[3] - view[1]) / 60
+    got = np.asarray(inside).astype(float)
+    inner = np.s_[4:-4, 4:-4]
+    assert np.abs(got[..., 0] - ((xs - 0.5) * 2.5)[None])[inner].max() < 3.5
+    assert np.abs(got[..., 1] - ((ys - 0.5) * 3)[:, None])[inner].max() < 3.5
+
+
+def test_small_and_crowd_faces_are_ignored(tmp_path):
+    dataset = dataset_of(tmp_path, [[(10, 10, 16, 40), (50, 10, 17, 17)]], [(200, 100)], min_face=17)
+    assert dataset[0, None].ignored.tolist() == [True, False]
+    assert not dataset_of(tmp_path, [[(10, 10, 16, 40)]], [(200, 100)], min_face=0)[0, None].ignored.any()
+
+
+def test_collate_keeps_faces_with_their_images(tmp_path):
+    dataset = dataset_of(tmp_path, [[(1, 2, 30, 40)], [], [(5, 6, 7, 8), (50, 60, 20, 20)]], [(100, 100)] * 3)
+    batch = collate([dataset[n, None] for n in (2, 1, 0)])
+    assert batch.images.shape == (3, 3, 64, 96) and batch.image.tolist() == [0, 0, 2] and batch.index == [2, 1, 0]
+    nothing = collate([dataset[1, None]])
+    assert nothing.faces.shape == (0, 4) and nothing.image.shape == (0,)
+
+
+def test_an_unreadable_photo_is_black_and_named(tmp_path):
+    dataset = dataset_of(tmp_path, [[(1, 2, 30, 40)], [], []], [(100, 100)] * 3)
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    (tmp_path / "1.png").unlink()
+    Image.new("RGB", (50, 100)).save(tmp_path / "2.png")
+    batch = collate([dataset[n, None] for n in range(3)])
+    assert not batch.images.any() and len(batch.faces) == 0
+    assert "cannot be read" in batch.errors[0] and "no such picture" in batch.errors[1] and "50x100" in batch.errors[2]
+
+
+@pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1)])
+def test_processes_share_the_batches_of_one(world, batch):
+    whole = TrainBatches(10, 4, repeat=2, seed=5)
+    parts = [TrainBatches(10, batch, 2, 5, rank, world) for rank in range(world)]
+    for sampler in (whole, *parts):
+        sampler.epoch = 3
+    together = [sum((list(part) for part in group), []) for group in zip(*parts)]
+    assert [sorted(group) for group in together] == [sorted(group) for group in whole]
+    assert len(list(whole)) == len(whole) == 5 and sorted(i for group in whole for i, _ in group) == sorted(list(range(10)) * 2)
+
+
+def test_batches_can_be_resumed_and_differ_between_epochs():
+    batches = TrainBatches(7, 2, repeat=3)
+    first = list(batches)
+    batches.start = 4
+    assert list(batches) == first[4:] and len(batches) == 11 - 4
+    batches.start, batches.epoch = 0, 1
+    assert list(batches) != first
+
+
+def test_uneven_processes_take_as_many_batches_each():
+    parts = [TrainBatches(7, 2, 1, 0, rank, 3) for rank in range(3)]
+    assert {len(list(part)) for part in parts} == {2}
+    assert {index for part in parts for group in part for index, _ in group} == set(range(7))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_evaluation_shows_each_photo_once(world):
+    parts = [eval_batches(11, 2, rank, world) for rank in range(world)]
+    assert sorted(index for part in parts for group in part for index, _ in group) == list(range(11))
+
+
+def test_workers_change_nothing(sample):
+    annotations = read_annotations(sample / "train.json")
+    loads = []
+    for workers in (0, 2):
+        batches = TrainBatches(len(annotations.ids), 5)
+        loads.append(list(make_loader(FaceDataset(annotations, 64, 64), batches, workers)))
+    for one, two in zip(*loads, strict=True):
+        assert torch.equal(one.images, two.images) and torch.equal(one.faces, two.faces) and one.index == two.index
+
+
+def test_command(sample, tmp_path, capsys, refused):
+    for flags in ([], ["--augment"]):
+        module.main(["--data", str(sample / "train.json"), "--out", str(tmp_path / "g.png"), "--count", "4", *flags])
+        assert Image.open(tmp_path / "g.png").width > 1000 and "4 photos" in capsys.readouterr().out
+        (tmp_path / "g.png").unlink()
+    shutil.copy(sample / "val.json", tmp_path / "val.json")  # without its photos
+    assert "no such picture" in refused(module.main, "--data", tmp_path / "val.json", "--out", tmp_path / "g.png")
+    assert not (tmp_path / "g.png").exists()

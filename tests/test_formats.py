@@ -1,0 +1,175 @@
+"""COCO files: what is read, what is refused and in which words, and files that appear whole or not at all."""
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from formats import (InputError, command, parse_size, read_annotations, read_results, results, whole_file, write_json)
+
+
+def coco(**changes):
+    """A small COCO content: image 7 with faces, image 3 without."""
+    content = {"images": [{"id": 7, "file_name": "a.jpg", "width": 100, "height": 80}, {"id": 3, "file_name": "b.jpg"}],
+               "annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [10, 20, 30.5, 40], "area": 900, "iscrowd": 0},
+                               {"id": 6, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}],
+               "categories": [{"id": 2, "name": "face"}]}
+    return content | changes
+
+
+def read(folder, content):
+    (folder / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_annotations(folder / "x.json")
+
+
+def test_reads_what_is_there(tmp_path):
+    faces = read(tmp_path, coco())
+    assert faces.ids.tolist() == [7, 3] and faces.image.tolist() == [0, 0] and faces.category == 2
+    assert faces.xywh.tolist() == [[10, 20, 30.5, 40], [1, 2, 3, 4]] and faces.area.tolist() == [900, 12]
+    assert faces.sizes.tolist() == [[100, 80], [0, 0]] and not faces.ignored.any()
+    assert faces.file(1) == tmp_path / "b.jpg"
+
+
+def face(**changes):
+    return [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]} | changes]
+
+
+@pytest.mark.parametrize("bbox, more", [([1, 2, 0, 4], {}), ([1, 2, 3, -4], {}), ([100, 2, 5, 5], {}), ([-9, 2, 9, 5], {}),
+                                        ([1, 2, 3, 4], {"iscrowd": 1})])
+def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more):
+    faces = read(tmp_path, coco(annotations=face(bbox=bbox, **more)))
+    assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
+
+
+def test_other_categories_are_left_out(tmp_path):
+    faces = read(tmp_path, coco(annotations=face() + face(id=2, category_id=9),
+                                categories=[{"id": 9, "name": "person"}, {"id": 2, "name": "Face"}]))
+    assert len(faces.image) == 1 and faces.counts["of other categories"] == 1
+    assert read(tmp_path, coco(categories=[{"id": 2, "name": "head"}])).category == 2
+
+
+def test_no_faces_at_all(tmp_path):
+    faces = read(tmp_path, coco(annotations=[]))
+    assert faces.xywh.shape == (0, 4) and faces.counts["images without faces"] == 2
+
+
+def test_byte_order_mark(tmp_path):
+    assert len(read(tmp_path, "\ufeff" + json.dumps(coco())).image) == 2
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", 'no list "images"'), ({"images": []}, 'no list "annotations"'),
+    (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
+    (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
+    (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
+    (coco(images=["a"]), 'images[0] has no integer "id"'),
+    (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
+    (coco(annotations=face() * 2), "annotations[1] repeats id 1"),
+    (coco(annotations=face(id=None)), 'annotations[0] has no integer "id"'),
+    (coco(annotations=face(image_id=99)), "annotation 1 belongs to image 99"),
+    (coco(annotations=face(image_id=[7])), "annotation 1 belongs to image [7]"),
+    (coco(annotations=face(bbox=[1, 2, 3])), "bbox is [1, 2, 3], 4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, float("nan")])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
+    (coco(annotations=face(area="big")), "area is big, a finite number expected"),
+    (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
+    (coco(categories=[]), "there are: none"), (coco(categories="face"), "must be a list"),
+])
+def test_refused(tmp_path, content, message):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, content)
+    assert message in str(error.value) and "x.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_one_that_is_no_text(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_annotations(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_annotations(tmp_path / "x.json")
+
+
+def test_results_survive_the_round_trip(tmp_path):
+    faces = read(tmp_path, coco())
+    rng = np.random.default_rng(0)
+    image, xywh, score = rng.integers(0, 2, 50), rng.uniform(0, 1000, (50, 4)), rng.random(50)
+    write_json(tmp_path / "r.json", results(faces, image, xywh, score))
+    assert all(np.array_equal(a, b) for a, b in zip(read_results(tmp_path / "r.json", faces), (image, xywh, score)))
+
+
+def test_refused_results(tmp_path):
+    faces = read(tmp_path, coco())
+    good = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for change, message in (({"image_id": 8}, "image 8"), ({"score": float("nan")}, "score is nan"), ({"bbox": [1]}, "bbox is")):
+        (tmp_path / "r.json").write_text(json.dumps([good, good | change]))
+        with pytest.raises(InputError, match=message):
+            read_results(tmp_path / "r.json", faces)
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(InputError, match="not COCO results"):
+        read_results(tmp_path / "r.json", faces)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    (tmp_path / "x.txt").write_text("old")
+    for error, seen in ((KeyError("x"), KeyError), (OSError(errno.ENOSPC, "No space left on device"), InputError)):
+        with pytest.raises(seen):
+            with whole_file(tmp_path / "x.txt") as temporary:
+                temporary.write_text("half")
+                raise error
+        assert (tmp_path / "x.txt").read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+    with pytest.raises(InputError, match="is a folder"):
+        with whole_file(tmp_path):
+            pass
+    with pytest.raises(InputError, match="No space left"):
+        with whole_file(tmp_path / "x.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", [float("nan")])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("text, size", [("300", (300, 300)), ("320x240", (320, 240)), ("320X240", (320, 240))])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "99999", "-300", "3.5"])
+def test_no_sizes(text):
+    with pytest.raises(Exception, match="expected"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("body, code, line", [
+    ("raise InputError('x.json: bad')", 2, "script.py: x.json: bad"),
+    ("open('absent/file')", 2, "script.py: absent/file: No such file or directory"),
+    ("raise KeyboardInterrupt", 130, "interrupted"),
+    ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, ""),
+    ("raise ZeroDivisionError", 1, "ZeroDivisionError"),  # a bug of ours stays a traceback
+])
+def test_exit_codes(tmp_path, body, code, line):
+    (tmp_path / "script.py").write_text(f"from formats import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert (done.returncode, done.stderr.strip().splitlines()[-1:]) == (code, [line] if line else [])
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(f"{sys.executable} flops.py | head -1", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("layer")
+
+
+def test_signal_handler_is_left_alone_outside_the_main_thread():
+    from threading import Thread
+    before = signal.getsignal(signal.SIGTERM)
+    thread = Thread(target=command(lambda argv: None))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
