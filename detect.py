@@ -21,7 +21,7 @@ from anchors import decode, make_anchors
 from data import resize_view
 from formats import InputError, bad_values, command, parse_size, whole_file, write_json
 from model import STRIDE, load_model
-from pictures import draw_faces, load_picture, save_picture
+from pictures import draw_faces, grid, load_picture, save_picture
 
 SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces a picture
 MODEL = "weights/face_ssd300.pth"
@@ -73,9 +73,14 @@ class TorchDetector:
         return [faces.cpu().numpy() for faces in postprocess(logits, offsets, self.anchors)]
 
 
-def best_device():
-    """cuda, mps or cpu, the first there is."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(name=None):
+    """`name` if it is a device that is there (else InputError); without a name cuda, mps or cpu, the first there is."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not available here") from None
+    return name
 
 
 def load_detector(path, size=None, device=None, colour=None, value_range=None):
@@ -93,7 +98,7 @@ def load_detector(path, size=None, device=None, colour=None, value_range=None):
     if colour or value_range:
         raise InputError(f"{path}: a checkpoint's input is known; --colour and --range are for exported models of others")
     with bad_values():
-        return TorchDetector(load_model(path), size, device or best_device())
+        return TorchDetector(load_model(path), size, choose_device(device))
 
 
 def detect(detector, image):
@@ -176,6 +181,7 @@ def main(argv=None):
     parser.add_argument("inputs", nargs="+", help="pictures, folders, patterns, videos, or a webcam's number")
     parser.add_argument("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default %(default)s)")
     parser.add_argument("--out", default="detections", help="folder of the results (default %(default)s)")
+    parser.add_argument("--grid", metavar="PNG", help="also lay the first 24 pictures side by side in one")
     parser.add_argument("--score", type=float, default=0.4, help="least score of a face that is shown (default %(default)s)")
     parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -188,7 +194,7 @@ def main(argv=None):
 
     # Inputs of equal names in different folders keep those folders; drawings never overwrite their photos.
     root = Path(os.path.commonpath([file.resolve().parent for file in files])) if files else Path()
-    entries, failed, faces_found, started = [], [], 0, time.perf_counter()
+    entries, failed, shown, faces_found, started = [], [], [], 0, time.perf_counter()
     for file in tqdm(files, unit="picture", disable=len(files) < 2):
         target = Path(args.out) / file.resolve().relative_to(root)
         if target.resolve() == file.resolve():
@@ -205,7 +211,9 @@ def main(argv=None):
             continue
         faces = detect(detector, image)
         faces = faces[faces[:, 4] >= args.score]
-        save_picture(draw_faces(image, faces[:, :4], faces[:, 4]), target)
+        drawn = draw_faces(image, faces[:, :4], faces[:, 4])
+        save_picture(drawn, target)
+        shown += [drawn] if args.grid and len(shown) < 24 else []
         entries.append({"file": str(file), "width": image.width, "height": image.height, "faces": as_json(faces)})
         faces_found += len(faces)
     for number in webcams:
@@ -213,7 +221,9 @@ def main(argv=None):
         entries.append({"file": str(number), "frames": [as_json(faces) for faces in frames]})
         faces_found += sum(map(len, frames))
     write_json(Path(args.out) / "detections.json", entries)
-    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; see {args.out}")
+    if shown:
+        save_picture(grid(shown), args.grid)
+    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; see {args.grid or args.out}")
     if failed:
         raise InputError(f"{len(failed)} of {len(files)} could not be read: " + "; ".join(failed[:5]))
 

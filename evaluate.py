@@ -18,7 +18,7 @@ import numpy as np
 
 import metrics
 import wider
-from formats import (InputError, bad_values, command, parse_size, read_annotations, read_results, results, whole_file,
+from formats import (InputError, command, parse_size, read_annotations, read_results, results, whole_file,
                      write_json)
 
 DATA, MODEL = "data/val.json", "weights/face_ssd300.pth"
@@ -38,9 +38,8 @@ def join_processes(device=None):
     import torch
     import torch.distributed as dist
 
-    from detect import best_device
-    with bad_values():
-        device = checked_device(device or best_device())
+    from detect import choose_device
+    device = choose_device(device)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     local = int(os.environ["LOCAL_RANK"])
@@ -53,16 +52,6 @@ def join_processes(device=None):
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def checked_device(name):
-    """`name` if torch knows such a device and it is there, else ValueError."""
-    import torch
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not available here") from None
-    return name
 
 
 def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, processes=1):
@@ -93,14 +82,14 @@ def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, proces
     return Detections(image, np.concatenate([stacked[:, :2], stacked[:, 2:4] - stacked[:, :2]], 1), stacked[:, 4]), errors
 
 
-def score_faces(annotations, detections):
+def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
     """All numbers of Detections on Annotations, as plain values, and the precision-recall curves by name."""
     truth = annotations.ids[annotations.image], annotations.xywh, annotations.ignored
     found = annotations.ids[detections.image], detections.xywh, detections.score
     numbers, curves = metrics.coco_ap(*truth, annotations.area, *found)
     points = metrics.operating_points(*truth, *found, len(annotations.ids))
     scores = {"coco": numbers, "AP50_by_size": {f"> {size} px" if size else "all faces": ap
-                                                for size, ap in metrics.size_ap(*truth, *found).items()},
+                                                for size, ap in metrics.size_ap(*truth, *found, sizes).items()},
               "operating_points": [asdict(point) for point in points]}
     return scores, {f"IoU {iou}": curve for iou, curve in curves.items()}
 
@@ -191,6 +180,8 @@ def parse_args(argv):
                         "COCO results json, or with --wider a folder in WIDER's format")
     parser.add_argument("--wider", nargs="?", const=str(wider.GROUND_TRUTH), metavar="FOLDER",
                         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
+    parser.add_argument("--face-sizes", type=int, nargs="+", default=metrics.FACE_SIZES, metavar="PX",
+                        help="AP50 of faces larger than these (default 0 30 60 100)")
     run = parser.add_argument_group("running the model")
     run.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     run.add_argument("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
@@ -270,7 +261,7 @@ def main(argv=None):
     if truth:
         scores, curves = score_wider(truth, to_wider(truth, annotations, detections) if annotations else detections)
     else:
-        scores, curves = score_faces(annotations, detections)
+        scores, curves = score_faces(annotations, detections, args.face_sizes)
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
     print(table(scores))

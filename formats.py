@@ -7,6 +7,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 from contextlib import contextmanager
@@ -67,6 +68,26 @@ def parse_size(text):
     if not 16 <= min(width, height) <= max(width, height) <= 8192:
         raise argparse.ArgumentTypeError(f"{text!r}: sides between 16 and 8192 pixels expected")
     return width, height
+
+
+def parse_sides(text):
+    """`WxH` in fractions of pixels, as 9.4x15, to (width, height), for argparse."""
+    try:
+        width, height = (float(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sides, WxH expected") from None
+    return width, height
+
+
+class FlagFileParser(argparse.ArgumentParser):
+    """An argument parser that takes `@FILE`: flags as on the command line, several on a line, with # comments."""
+
+    def __init__(self, **more):
+        super().__init__(fromfile_prefix_chars="@", **more)
+
+    def convert_arg_line_to_args(self, line):
+        """argparse's hook."""
+        return shlex.split(line, comments=True)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from anchors import make_anchors
-from detect import postprocess
+from detect import detect, postprocess
 from formats import InputError
-from model import STRIDE, Config
+from model import Config
 
 SUFFIXES = (".onnx", ".xml")
 OPENVINO_DOMAIN = "org.openvinotoolkit"  # of ONNX operators that only OpenVINO has
@@ -159,3 +159,22 @@ def load_exported(path, size=None, colour=None, value_range=None, threads=0):
         takes = "takes pictures of any size" if detector.size is None else "takes {}x{}".format(*detector.size)
         raise InputError(f"{path}: {takes}; an exported model's size is fixed, see export.py --size")
     return detector
+
+
+def largest_difference(detector, reference, pictures, least):
+    """How far apart two detectors are on `pictures` (PIL): pixels of the network input, score, and faces compared.
+
+    Each face that one of them scores `least` or more is compared with the nearest of the other's; where the other finds
+    none at all, the score is the difference.
+    """
+    pixels = score = faces = 0
+    for picture in pictures:
+        scale = np.append(np.tile(np.divide(reference.size, picture.size), 2), 1)
+        found = [detect(one, picture) * scale for one in (detector, reference)]
+        for some, others in (found, found[::-1]):
+            for face in some[some[:, 4] >= least]:
+                gaps = np.abs(others - face)                            # [K, 5]
+                gap = gaps[gaps[:, :4].max(1).argmin()] if len(gaps) else np.array([0, 0, 0, 0, face[4]])
+                pixels, score = max(pixels, gap[:4].max()), max(score, gap[4])
+        faces += int((found[1][:, 4] >= least).sum())
+    return pixels, score, faces

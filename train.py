@@ -11,7 +11,6 @@ import copy
 import io
 import math
 import os
-import shlex
 import signal
 import time
 from dataclasses import replace
@@ -26,7 +25,7 @@ from anchors import make_anchors, match
 from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
 from evaluate import join_processes, run_detector, score_faces
-from formats import InputError, bad_values, command, parse_size, read_annotations, whole_file
+from formats import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size, read_annotations, whole_file
 from loss import batch_divisor, multibox_loss
 from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint
 from monitor import Monitor
@@ -131,10 +130,8 @@ class Trainer:
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
         args, whole = self.args, self.args.batch_size * self.processes
         self.batches.epoch, self.batches.start = self.epoch, self.done // whole
-        self.raw_model.train()
-        if args.freeze_bn:
-            for module in self.raw_model.modules():
-                module.train(not isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+        for module in self.raw_model.modules():
+            module.train(not (args.freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm)))
         started, shown, seen, before = time.perf_counter(), 0.0, 0, None
         bar = tqdm(self.loader, f"epoch {self.epoch + 1}/{args.epochs}", leave=False, disable=None if self.rank == 0 else True)
         for batch in bar:
@@ -207,22 +204,9 @@ def save(path, model, **more):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def parse_anchor(text):
-    """`WxH` to (width, height)."""
-    width, height = (float(side) for side in text.split("x"))
-    return width, height
-
-
-class FlagFileParser(argparse.ArgumentParser):
-    """Takes `@FILE`: flags as on the command line, several on a line, with # comments."""
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-
 def parse_args(argv):
     """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
-    parser = FlagFileParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    parser = FlagFileParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", help=f"COCO json to train on (default {DATA})")
     data.add_argument("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
@@ -233,7 +217,7 @@ def parse_args(argv):
     start = parser.add_argument_group("model and starting point")
     start.add_argument("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
     start.add_argument("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
-    start.add_argument("--anchors", type=parse_anchor, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
+    start.add_argument("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
     start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
     start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
     start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
@@ -332,12 +316,14 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
     try:
+        if not args.resume:
+            trainer.save()  # from here on there is always a checkpoint, and the folder is known to be writable
         while trainer.epoch < args.epochs:
             record = trainer.run_epoch(stop)
             if val:
                 record |= trainer.validate(val)
+            monitor.epoch(trainer, record, val)  # before the save: an epoch that is done again loses its line, none is missing
             trainer.save()
-            monitor.epoch(trainer, record)
             if stop:
                 raise SystemExit(128 + stop[0])
     except RuntimeError:

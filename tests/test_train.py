@@ -1,0 +1,214 @@
+"""Training: the schedule, what a run leaves behind, resuming bit for bit, and processes that follow one another."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from anchors import make_anchors, match
+from data import FaceDataset, collate
+from formats import read_annotations
+from loss import batch_divisor, multibox_loss
+from model import SSD, Config, checkpoint, load_model
+
+SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3", "--lr", "0.01",
+         "--min-face", "0", "--workers", "0", "--device", "cpu"]
+
+
+def run(out, sample, *flags):
+    train.main([*SMALL, "--data", str(sample / "train.json"), "--out", str(out), *map(str, flags)])
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("step, epoch, expected", [(0, 0, 0.05 / 3), (600, 0, 0.05 * 2 / 3), (1200, 3, 0.05), (5000, 39, 0.05),
+                                                   (5000, 40, 0.005), (5000, 54, 0.005), (5000, 55, 5e-4), (9999, 69, 5e-5),
+                                                   (600, 40, 0.005 * 2 / 3)])
+def test_learning_rate(step, epoch, expected):
+    assert train.lr_at(step, epoch, 0.05, [40, 55, 65], 1200) == pytest.approx(expected)
+
+
+def test_defaults_are_the_recipe():
+    args = train.parse_args(["--data", "x.json"])
+    assert (args.epochs, args.batch_size, args.lr, args.milestones, args.warmup, args.repeat, args.momentum, args.weight_decay,
+            args.min_face, args.out) == (70, 65, 0.05, [40, 55, 65], 1200, 2, 0.9, 5e-4, 17, "runs/face")
+
+
+def test_recipes_are_flag_files_and_later_flags_override():
+    args = train.parse_args(["@recipes/wider_face.txt", "--epochs", "3"])
+    assert args.epochs == 3 and args.pretrained == "" and args.milestones == [40, 55, 65]
+    for recipe in os.listdir("recipes"):
+        train.parse_args([f"@recipes/{recipe}"])
+
+
+def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
+    last = run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 2)
+    out = capsys.readouterr().out
+    assert "12 photos" in out and "3 batches of 5 x 1 processes" in out and "epoch 2/2" in out
+    assert sorted(os.listdir(tmp_path / "r")) == ["best.pth", "curves.png", "last.pth", "log.jsonl"]
+    assert last["epoch"] == 2 and last["step"] == 6
+    flags, *epochs = map(json.loads, (tmp_path / "r/log.jsonl").read_text().splitlines())
+    assert flags["flags"]["lr"] == 0.01 and [line["epoch"] for line in epochs] == [1, 2]
+    assert all({"loss", "lr", "AP", "AP50", "photos_per_second"} <= line.keys() for line in epochs)
+    best = load_model(tmp_path / "r/best.pth")
+    assert best.config == Config.new(64, 64, 0.25)
+
+
+def test_training_lowers_the_loss(sample, tmp_path):
+    run(tmp_path / "r", sample, "--epochs", 8, "--no-augment", "--lr", "0.05", "--clip", "10")
+    losses = [json.loads(line)["class_loss"] for line in (tmp_path / "r/log.jsonl").read_text().splitlines()[1:]]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_resuming_is_exact(sample, tmp_path):
+    """2 + 2 epochs are 4 epochs: weights, averages and momentum to the last bit, with augmentation and workers."""
+    flags = ["--ema", "0.9", "--workers", "1", "--milestones", "2"]
+    whole = run(tmp_path / "whole", sample, "--epochs", 4, *flags)
+    run(tmp_path / "parts", sample, "--epochs", 2, *flags)
+    parts = run(tmp_path / "parts", sample, "--epochs", 4, *flags, "--resume")
+    assert same(whole["state_dict"], parts["state_dict"]) and same(whole["ema"], parts["ema"])
+    for key, state in whole["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], parts["optimizer"]["state"][key]["momentum_buffer"])
+    log = [json.loads(line) for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log if "epoch" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, monkeypatch, number, code):
+    whole = run(tmp_path / "whole", sample, "--epochs", 2)
+    update, calls = train.Trainer.update, []
+
+    def interrupted(self, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return update(self, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "update", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "parts", sample, "--epochs", 2)
+    assert stop.value.code == code
+    saved = torch.load(tmp_path / "parts/last.pth", weights_only=True)
+    assert (saved["epoch"], saved["done"], saved["step"]) == (1, 5, 4)
+    parts = run(tmp_path / "parts", sample, "--epochs", 2, "--resume")
+    assert same(whole["state_dict"], parts["state_dict"]) and parts["step"] == 6
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert [[line["loss"] for line in run if "epoch" in line] for run in lines][0] == [line["loss"] for line in lines[1] if "epoch" in line]
+
+
+def test_a_finished_run_goes_on_at_its_final_rate(sample, tmp_path):
+    run(tmp_path / "r", sample, "--epochs", 2, "--milestones", 1)
+    run(tmp_path / "r", sample, "--epochs", 3, "--milestones", 1, "--resume")
+    assert json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(0.001)
+
+
+def test_starting_from_weights(sample, tmp_path, capsys):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    last = run(tmp_path / "same", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--size", "96x64")
+    own = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert last["config"] == own["config"] | {"input_width": 96} and same(last["state_dict"], own["state_dict"])
+    run(tmp_path / "other", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--anchors", "10x15", "20x30")
+    assert "4 tensors did not fit" in capsys.readouterr().out
+
+
+def test_averaged_weights_are_what_is_used(sample, tmp_path):
+    last = run(tmp_path / "r", sample, "--epochs", 1, "--ema", "0.9", "--val", sample / "val.json")
+    assert not same(last["ema"], last["state_dict"])
+    for name in ("last.pth", "best.pth"):
+        assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
+
+
+def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    last = run(tmp_path / "r", sample, "--load-from", tmp_path / "x.pth", "--epochs", 1, "--freeze-bn")
+    assert not last["state_dict"]["backbone.bn_first.running_mean"].any()
+
+
+def test_photos_without_faces_are_ordinary(sample, tmp_path):
+    content = json.loads((sample / "train.json").read_text()) | {"annotations": []}
+    (sample / "no-faces.json").write_text(json.dumps(content))
+    train.main([*SMALL, "--data", str(sample / "no-faces.json"), "--out", str(tmp_path / "r"), "--epochs", "2"])
+    assert json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])["class_loss"] > 0
+
+
+def test_one_photo_and_a_larger_batch(sample, tmp_path):
+    content = json.loads((sample / "train.json").read_text())
+    (sample / "one.json").write_text(json.dumps(content | {"images": content["images"][:1], "annotations": [
+        a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]}))
+    train.main([*SMALL, "--data", str(sample / "one.json"), "--out", str(tmp_path / "r"), "--epochs", "1"])
+
+
+def test_refused(sample, tmp_path, refused):
+    common = [*SMALL, "--data", sample / "train.json", "--out", tmp_path / "r"]
+    train.main([str(word) for word in (*common, "--epochs", 0)])
+    assert "exists: continue that run with --resume" in refused(train.main, *common)
+    assert "input_width is 64, not 96" in refused(train.main, *common, "--resume", "--size", "96")
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "weights.pth")
+    assert "--load-from" in refused(train.main, *common, "--resume", tmp_path / "weights.pth")
+    assert "no checkpoint to resume" in refused(train.main, *common[:-1], tmp_path / "new", "--resume")
+    assert "not available here" in refused(train.main, *common[:-1], tmp_path / "new", "--device", "xla")
+    assert "no such file" in refused(train.main, "--data", tmp_path / "absent.json", "--out", tmp_path / "new")
+    assert "at least 1" in refused(train.main, "--batch-size", "0")
+    assert "unrecognized" in refused(train.main, "--learning-rate", "1")
+    assert "No such file" in refused(train.main, "@absent.txt")
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_photos(sample, tmp_path, refused):
+    line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r", "--epochs", 9, "--lr", "1e30")
+    assert "not finite" in line and "indices [" in line
+
+
+def test_unreadable_photos_within_and_beyond_the_budget(sample, tmp_path, capsys, refused):
+    content = json.loads((sample / "train.json").read_text())
+    for image in content["images"][:2]:
+        image["file_name"] = "absent/" + image["file_name"]
+    (sample / "broken.json").write_text(json.dumps(content))
+    flags = [*SMALL, "--data", sample / "broken.json", "--epochs", "1", "--out"]
+    train.main([str(word) for word in (*flags, tmp_path / "r")])
+    assert capsys.readouterr().out.count("unreadable: ") == 2
+    assert "2 photos could not be used" in refused(train.main, *flags, tmp_path / "s", "--max-unreadable", 1)
+
+
+def batch_gradients(rank, world, folder, port):
+    """Gradients of one batch of 6 photos shared by `world` processes, batch norms in evaluation mode, to a file."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    raw_model = SSD(Config.new(64, 64, 0.25)).eval()
+    model = DistributedDataParallel(raw_model) if world > 1 else raw_model
+    dataset = FaceDataset(read_annotations(f"{folder}/train.json"), 64, 64)
+    batch = collate([dataset[index, (7, index)] for index in range(rank, 6, world)])
+    labels, targets = match(make_anchors(raw_model.config), batch.faces, batch.ignored, batch.image, len(batch.images))
+    logits, offsets = model(batch.images.float() / 255)
+    multibox_loss(logits, offsets, labels, targets, raw_model.loss_weights, batch_divisor(labels))[0].backward()
+    torch.save({name: p.grad for name, p in raw_model.named_parameters()}, f"{folder}/gradients-{world}-{rank}.pth")
+
+
+def test_two_processes_compute_the_gradients_of_one(sample):
+    batch_gradients(0, 1, sample, 0)
+    torch.multiprocessing.spawn(batch_gradients, (2, str(sample), 29517 + os.getpid() % 1000), nprocs=2)
+    one, *two = (torch.load(sample / f"gradients-{name}.pth") for name in ("1-0", "2-0", "2-1"))
+    for name, gradient in one.items():
+        for other in two:
+            torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert all(gradient.any() for name, gradient in one.items() if name.startswith("bbox_head"))
+
+
+def test_torchrun(sample, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *SMALL,
+                           "--data", sample / "train.json", "--val", sample / "val.json", "--epochs", "1", "--out", tmp_path / "r"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "12 photos" in done.stdout and "2 batches of 5 x 2 processes" in done.stdout
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 2 and load_model(tmp_path / "r/best.pth")
