@@ -3,13 +3,12 @@
     python benchmark.py latency weights/face_ssd300.pth export/model.onnx export/model.xml      # the models alone
     python benchmark.py pictures export/model.xml embedded/model.xml --data data/val.json       # picture to boxes
 
-Latency is of one input of each model's own size through everything in its file; of a checkpoint, through the network and
-the NMS. Every model computes in float32 on the CPU, except where its file is quantised.
+Latency is that of one input of the model's own size, through all that its file holds; for a checkpoint, through the
+network and the NMS. All compute in float32 on the CPU, except where a file is quantised.
 """
 import argparse
-import os
+import functools
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -49,11 +48,12 @@ def interleaved(jobs, rounds, seconds=0.2):
 
 
 def report(names, notes, measured):
-    """A table: median, least and most of the rounds in ms, and the median of the ratios to the first, round by round."""
+    """A table of seconds `[jobs, rounds]`: median, least and most in ms; the ratio to the first, median of the rounds'."""
     width = max(map(len, names))
-    print(f"{'':{width}}   median      least -     most ms   ratio   ")
+    print(f"{'':{width}}  median ms    least -     most   ratio")
     for name, note, times, ratio in zip(names, notes, measured * 1000, np.median(measured / measured[0], 1)):
-        print(f"{name:{width}} {np.median(times):8.2f}   {times.min():8.2f} - {times.max():8.2f}   {ratio:6.3f}   {note}")
+        spread = f"{times.min():8.2f} - {times.max():8.2f}"
+        print(f"{name:{width}}  {np.median(times):9.2f} {spread} {ratio:7.3f}   {note}")
 
 
 def setting(args, what):
@@ -67,24 +67,24 @@ def latency(args):
     jobs, notes, rng = [], [], np.random.default_rng(0)
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
-            network = open_network(path, args.threads)
-            shape = [1, *(side or fallback for side, fallback in zip(network.shape[1:], (360, 640, 3)))]
+            call = open_network(path, args.threads)
+            # Where a model leaves sides free they are those of a 640x360 frame, [1, h, w, 3].
+            shape = [1, *(side or frame for side, frame in zip(call.shape[1:], (360, 640, 3)))]
             noise = rng.integers(0, 256, shape, np.uint8)
-            job = lambda network=network, noise=noise if network.uint8 else noise.astype(np.float32) / 255: network(noise)
-            note = f"{network.runtime}, {network.metadata.get('precision', 'as released')}"
+            noise = noise if call.uint8 else np.divide(noise, 255, dtype=np.float32)
+            note = f"{call.runtime}, {call.metadata.get('precision', 'as released')}"
         else:
-            detector = load_detector(path, device="cpu")
-            shape = [1, 3, *detector.size[::-1]]
-            noise = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
-            job, note = (lambda detector=detector, noise=noise: detector(noise)), "PyTorch, FP32"
-        jobs.append(job)
+            call = load_detector(path, device="cpu")
+            shape = [1, 3, *call.size[::-1]]
+            noise, note = torch.from_numpy(rng.integers(0, 256, shape, np.uint8)), "PyTorch, FP32"
+        jobs.append(functools.partial(call, noise))
         notes.append(f"{note}, {'x'.join(map(str, shape))}")
     setting(args, "latency of one input")
     report(args.models, notes, interleaved(jobs, args.rounds))
 
 
 def pictures(args):
-    """From a decoded picture to faces in its pixels, over several pictures: all that an application does but the decoding."""
+    """From a decoded picture to faces in its pixels, over several pictures."""
     if args.data:
         annotations = read_annotations(args.data)
         chosen = np.linspace(0, len(annotations.ids) - 1, min(8, len(annotations.ids))).round().astype(int)
@@ -93,12 +93,16 @@ def pictures(args):
         images = [sample.photo(np.random.default_rng(n), 640, 480, False)[1] for n in range(8)]
     if not images:
         raise InputError(f"{args.data}: no photos")
-    detectors = [load_exported(path, threads=args.threads) if Path(path).suffix in SUFFIXES else load_detector(path, device="cpu")
-                 for path in args.models]
+
+    def load(path):
+        exported = Path(path).suffix in SUFFIXES
+        return load_exported(path, threads=args.threads) if exported else load_detector(path, device="cpu")
+
+    detectors = [load(path) for path in args.models]
     jobs = [lambda detector=detector: [detect(detector, image) for image in images] for detector in detectors]
-    notes = ["takes whole pictures" if one.size is None else "resized in Python to {}x{}".format(*one.size) for one in detectors]
-    sizes = sorted({f"{image.width}x{image.height}" for image in images})
-    setting(args, f"picture to boxes, mean of {len(images)} pictures ({', '.join(sizes[:3])}{', ...' * (len(sizes) > 3)})")
+    notes = ["resize inside" if one.size is None else "resized in Python to {}x{}".format(*one.size) for one in detectors]
+    sides = np.array([image.size for image in images]).mean(0)
+    setting(args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(len(images), *sides))
     report(args.models, notes, interleaved(jobs, args.rounds) / len(images))
 
 
@@ -116,7 +120,7 @@ def main(argv=None):
         if name == "pictures":
             one.add_argument("--data", help="COCO json whose photos are used (default: drawn ones, 640x480)")
     args = parser.parse_args(argv)
-    if getattr(args, "threads", 1) < 1 or getattr(args, "rounds", 1) < 1:
+    if args.threads < 1 or args.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
     torch.set_num_threads(args.threads)
     args.run(args)

@@ -3,12 +3,12 @@
     python export.py                                # export/model.onnx: NMS inside, outputs boxes [N, 5] and labels [N]
     python export.py --ir                           # export/model.xml, model.bin as well
     python export.py --ir --head detection_output   # the reference's SSD form: faster, slightly different boxes
-    python export.py --fp16 --embed                 # IR with weights in half the space; takes uint8 BGR frames of any size
+    python export.py --fp16 --embed                 # IR of half the size, which takes uint8 BGR frames of any size
     python export.py --int8 --data data/val.json    # IR quantised on photos; needs requirements-int8.txt
     python export.py --head raw --size 320x240      # the network alone, any batch; decoding is in its metadata
 
-The ONNX takes RGB, the IR BGR (as OpenCV has it), both float32 [1, 3, H, W] in 0-1. Every file says in its metadata what
-it takes and what it was made from. Before files get their names they are compared with PyTorch on several pictures.
+The ONNX (opset 18) takes RGB, the IR BGR as OpenCV has it, both float32 [1, 3, H, W] in 0-1; the metadata of each says
+so, and what it was made from. Before the files get their names they are compared with PyTorch on several pictures.
 """
 import argparse
 import json
@@ -27,22 +27,23 @@ from torch import nn
 import sample
 from anchors import VARIANCES, decode, make_anchors
 from data import FaceDataset
-from detect import MODEL, NMS_IOU, SCORE, TOP, TorchDetector, postprocess
+from detect import MODEL, NMS_IOU, SCORE, TOP, TorchDetector
 from evaluate import file_hash
 from formats import InputError, bad_values, command, parse_size, read_annotations
 from model import STRIDE, load_model, read_checkpoint
 from pictures import load_picture
-from runtimes import OPENVINO_DOMAIN, SECTION, largest_difference, load_exported
+from runtimes import OPENVINO_DOMAIN, SECTION, DetectionOutput, differences, load_exported
 
 OPSET = 18
-HEADS = ("generic", "detection_output", "raw")
 CALIBRATION = 300  # photos that the ranges of INT8 are taken from
-# How far from PyTorch an export may be: pixels of the network input, and score. Measured with the released weights on
-# photos: FP32 TODO
-TOLERANCES = {"FP32": (0.05, 0.001, 0.05), "embedded": (300, 1, 0.3), "FP16": (300, 1, 0.3), "INT8": (300.0, 1, 0.3)}
+# How far from PyTorch an export may be: pixels of the network input, score, which faces are compared, and the share of
+# them that has to comply. Lower precision tips some NMS decisions, so single faces may differ more. Measured with the
+# released network on 41 photos, the 90 % quantile: embedded 0.22 px, 0.010; FP16 0.07, 0.004; INT8 1.8, 0.08.
+TOLERANCES = {"FP32": (0.05, 0.001, 0.05, 1), "embedded": (1, 0.05, 0.3, 0.9), "FP16": (1, 0.03, 0.3, 0.9),
+              "INT8": (6, 0.25, 0.3, 0.9)}
 
 DECODING = """\
-# logits [B, A, 2] and offsets [B, A, 4] of input [B, 3, H, W], cell_anchors and variances from this metadata, numpy as np
+# from logits [B, A, 2], offsets [B, A, 4] of input [B, 3, H, W], with cell_anchors and variances of this metadata
 y, x = np.mgrid[:-(-H // 16), :-(-W // 16)]
 anchors = (np.stack([x, y, x, y], -1).reshape(-1, 1, 4) * 16 + np.array(cell_anchors)).reshape(-1, 4)
 sides = anchors[:, 2:] - anchors[:, :2]
@@ -76,10 +77,10 @@ def to_onnx(network, size, outputs, free_batch=False):
         model = torch.onnx.export(network, (image,), dynamo=True, verbose=False, opset_version=OPSET,
                                   input_names=["image"], output_names=outputs,
                                   dynamic_shapes=({0: "batch"},) if free_batch else None).model_proto
-    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer, *model.graph.input,
-                 *model.graph.output):
-        part.ClearField("metadata_props")  # the exporter's notes: source lines and folders of this machine
-    model.graph.name = "face_detector"
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("metadata_props")  # the exporter's notes: source lines, and folders of whoever exports
+    graph.name = "face_detector"
     return model
 
 
@@ -129,7 +130,7 @@ def add_detection_output(model, config, grid):
                   domain=OPENVINO_DOMAIN, num_classes=2, background_label_id=0, top_k=TOP, keep_top_k=TOP,
                   nms_threshold=NMS_IOU, confidence_threshold=SCORE, share_location=1, normalized=1,
                   code_type="caffe.PriorBoxParameter.CENTER_SIZE", variance_encoded_in_target=0)]
-    constants = {"flat": np.array([1, -1]), "features": np.zeros((1, 1, *grid[::-1]), np.float32)}  # only its shape counts
+    constants = {"flat": np.array([1, -1]), "features": np.zeros((1, 1, *grid[::-1]), np.float32)}  # their shape counts
     model.opset_import.append(helper.make_opsetid(OPENVINO_DOMAIN, 1))
     return add_tail(model, nodes, constants,
                     [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, 1, TOP, 7])])
@@ -141,7 +142,7 @@ def swap_colours(model):
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
     if (norm.op_type, first.op_type) != ("BatchNormalization", "Conv"):
-        raise RuntimeError(f"the exporter begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
+        raise RuntimeError(f"the graph begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
     for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
         turned = np.flip(numpy_helper.to_array(weights[name]), axis)
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
@@ -150,15 +151,13 @@ def swap_colours(model):
 def add_picture_size(model, size):
     """After add_nms: a second input `picture` `[1, h, w, 3]`, to whose pixels the boxes are scaled."""
     node = helper.make_node
-    nodes = [node("Shape", ["picture"], ["picture_shape"]), node("Gather", ["picture_shape", "sides"], ["picture_sides"]),
-             node("Cast", ["picture_sides"], ["picture_size"], to=TensorProto.FLOAT),
-             node("Div", ["picture_size", "input_size"], ["ratios"]),
-             node("Concat", ["ratios", "score_ratio"], ["all_ratios"], axis=0),
-             node("Mul", ["boxes_at_input", "all_ratios"], ["boxes"])]
-    model.graph.node[-1].output[0] = "boxes_at_input"
+    nodes = [node("Shape", ["picture"], ["shape"]), node("Gather", ["shape", "order"], ["sides"]),
+             node("Cast", ["sides"], ["picture_size"], to=TensorProto.FLOAT),
+             node("Div", ["picture_size", "input_size"], ["ratios"]), node("Mul", ["at_input", "ratios"], ["boxes"])]
+    model.graph.node[-1].output[0] = "at_input"
     model.graph.input.append(helper.make_tensor_value_info("picture", TensorProto.UINT8, [1, "h", "w", 3]))
-    add_tail(model, nodes, {"sides": np.array([2, 1, 2, 1]), "input_size": np.float32([*size, *size]),
-                            "score_ratio": np.ones(1, np.float32)}, list(model.graph.output))
+    add_tail(model, nodes, {"order": np.array([2, 1, 2, 1, 3]),  # and 3 channels over 3: the score stays
+                            "input_size": np.float32([*size, *size, 3])}, list(model.graph.output))
 
 
 def embed(model):
@@ -182,28 +181,26 @@ def embed(model):
 
 
 def decoding_names(model):
-    """Names of the operators behind the last convolutions of an IR: they work in pixels, which INT8 is too coarse for."""
+    """Names of the operators behind the last convolutions of an IR: they work in pixels, too fine for INT8."""
     waiting, names = [result.get_node() for result in model.outputs], set()
     while waiting:
-        for value in waiting.pop().input_values():
-            node = value.get_node()
-            if node.get_type_name() not in ("Convolution", "Constant", "Parameter") and node.get_friendly_name() not in names:
-                names.add(node.get_friendly_name())
+        for node in (value.get_node() for value in waiting.pop().input_values()):
+            name = node.get_friendly_name()
+            if node.get_type_name() not in ("Convolution", "Constant", "Parameter") and name not in names:
+                names.add(name)
                 waiting.append(node)
     return sorted(names)
 
 
+def spread(annotations, most):
+    """Indices of up to `most` photos, evenly spread."""
+    count = len(annotations.ids)
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
 def quantise(model, annotations, size):
     """An IR with INT8 weights and activations, by NNCF, their ranges taken on photos of `annotations`."""
-    logging.disable(logging.WARNING)  # NNCF and what it imports greet, count and advise
-    try:
-        import nncf
-        import rich
-        rich.reconfigure(quiet=True)  # NNCF's progress bars
-    except ImportError:
-        raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
-    dataset, count = FaceDataset(annotations, *size), len(annotations.ids)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, CALIBRATION)).round().astype(int)).tolist()
+    dataset, chosen = FaceDataset(annotations, *size), spread(annotations, CALIBRATION)
 
     def feed(index):
         item = dataset[index, None]
@@ -212,28 +209,29 @@ def quantise(model, annotations, size):
         inputs = {"image": item.picture.flip(0)[None].numpy() / np.float32(255)}  # [1, 3, H, W], BGR
         return inputs | ({"picture": np.zeros((1, *size[::-1], 3), np.uint8)} if len(model.inputs) > 1 else {})
 
-    quantised = nncf.quantize(model, nncf.Dataset(chosen, feed), preset=nncf.QuantizationPreset.MIXED,
-                              subset_size=len(chosen), ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
-    logging.disable(logging.NOTSET)
-    return quantised
+    logging.disable(logging.WARNING)  # NNCF and what it imports greet, count and advise
+    try:
+        import nncf
+        import rich
+        rich.reconfigure(quiet=True)  # NNCF's progress bars
+        return nncf.quantize(model, nncf.Dataset(chosen, feed), preset=nncf.QuantizationPreset.MIXED,
+                             subset_size=len(chosen), ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
+    except ImportError:
+        raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def describe(path, content, model, size, head):
     """The metadata {str: str}: what goes in, how to read what comes out, and what it was made from."""
     cell = make_anchors(model.config, head != "detection_output", (1, 1)).tolist()
     epoch = content.get("epoch", (content.get("meta") or {}).get("epoch"))
-    return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW", "type": "float32",
-            "size": "{}x{}".format(*size), "anchors": json.dumps(model.config.anchors), "cell_anchors": json.dumps(cell),
-            "stride": str(STRIDE), "variances": json.dumps(VARIANCES), "score_threshold": str(SCORE),
-            "nms_threshold": str(NMS_IOU), "top_k": str(TOP), "source": Path(path).name, "source_sha256": file_hash(path),
-            **({} if epoch is None else {"source_epoch": str(epoch)}), **({"decoding": DECODING} if head == "raw" else {})}
-
-
-def write_onnx(model, metadata, path):
-    """Check and write an ONNX model."""
-    helper.set_model_props(model, metadata)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    source = {"source": Path(path).name, "source_sha256": file_hash(path)}
+    more = ({} if epoch is None else {"source_epoch": str(epoch)}) | ({"decoding": DECODING} if head == "raw" else {})
+    return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
+            "type": "float32", "size": "{}x{}".format(*size), "stride": str(STRIDE), "variances": json.dumps(VARIANCES),
+            "anchors": json.dumps(model.config.anchors), "cell_anchors": json.dumps(cell),
+            "score_threshold": str(SCORE), "nms_threshold": str(NMS_IOU), "top_k": str(TOP), **source, **more}
 
 
 def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
@@ -256,28 +254,14 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
     return "embedded" if embedded and metadata["precision"] == "FP32" else metadata["precision"]
 
 
-class DetectionOutput(TorchDetector):
-    """PyTorch's side of --head detection_output: unrounded anchors, of which the 200 best-scored reach the NMS."""
-
-    def __init__(self, model, size):
-        super().__init__(model, size, rounded=False)
-
-    @torch.inference_mode()
-    def __call__(self, images):
-        found = []
-        for logits, offsets in zip(*self.model(images.float() / 255)):
-            best = (logits[:, 1] - logits[:, 0]).topk(min(TOP, len(logits))).indices
-            found += postprocess(logits[None, best], offsets[None, best], self.anchors[best])
-        return [faces.numpy() for faces in found]
-
-
 def check(path, reference, pictures, kind):
     """Compare a written model with PyTorch on `pictures` (PIL): one line. Raises InputError if they differ."""
-    most_pixels, most_score, least = TOLERANCES[kind]
-    pixels, score, faces = largest_difference(load_exported(path), reference, pictures, least)
-    line = (f"{kind}, against PyTorch on {len(pictures)} pictures, {faces} faces scored {least} or more: boxes within "
-            f"{pixels:.2g} px (allowed {most_pixels}), scores within {score:.2g} (allowed {most_score})")
-    if not (pixels <= most_pixels and score <= most_score):
+    pixels, score, least, share = TOLERANCES[kind]
+    gaps = differences(load_exported(path), reference, pictures, least)             # [n, 2]
+    most = gaps.max(0, initial=0)
+    line = (f"{kind}, against PyTorch on {len(pictures)} pictures, faces scored {least} or more: boxes within {most[0]:.2g} "
+            f"px, scores within {most[1]:.2g}; allowed {pixels} px, {score}" + f" for {share:.0%} of them" * (share < 1))
+    if len(gaps) and (np.quantile(gaps, share, 0) > (pixels, score)).any():
         raise InputError(f"{path.name} differs from the checkpoint, nothing was written; {line}")
     return line
 
@@ -293,24 +277,27 @@ def main(argv=None):
         annotations = read_annotations(args.data)
         if not len(annotations.ids):
             raise InputError(f"{args.data}: no photos")
-        spread = np.unique(np.linspace(0, len(annotations.ids) - 1, 8).round().astype(int))
-        pictures = [load_picture(annotations.file(index)) for index in spread]
+        pictures = [load_picture(annotations.file(index)) for index in spread(annotations, 8)]
     else:
         pictures = [sample.photo(np.random.default_rng(n), 320, 240, False)[1] for n in range(8)]
-    reference = (DetectionOutput if args.head == "detection_output" else TorchDetector)(model, size)
+    reference = (DetectionOutput(model, size, rounded=False) if args.head == "detection_output"
+                 else TorchDetector(model, size))
     graph, metadata = build(model, args.head, size), describe(args.model, content, model, size, args.head)
 
     out, lines = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
         folder = Path(folder)
-        write_onnx(graph, metadata, folder / "model.onnx")
+        helper.set_model_props(graph, metadata)
+        onnx.checker.check_model(graph, full_check=True)
+        onnx.save(graph, folder / "model.onnx")
         files = {"model.onnx": "FP32"}
         if args.ir:
             files["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
                                           annotations if args.int8 else None)
         for name, kind in files.items():
-            lines.append(f"{out / name}: {args.head}, {size[0]}x{size[1]}, " + check(folder / name, reference, pictures, kind))
+            made = check(folder / name, reference, pictures, kind)
+            lines.append(f"{out / name}: {args.head}, {size[0]}x{size[1]}, {made}")
         if args.ir:
             (out / "model.xml").unlink(missing_ok=True)  # an .xml never stands beside the .bin of another
             os.replace(folder / "model.bin", out / "model.bin")
@@ -324,22 +311,21 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help="a checkpoint (default %(default)s)")
     parser.add_argument("--out", default="export", help="folder of the files (default %(default)s)")
-    parser.add_argument("--head", choices=HEADS, default="generic", help="what comes out: faces after NMS (default), OpenVINO's "
-                        "DetectionOutput, or logits and offsets of any batch")
+    parser.add_argument("--head", default="generic", choices=("generic", "detection_output", "raw"),
+                        help="outputs: faces after NMS (default), OpenVINO's DetectionOutput, logits and offsets")
     parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     parser.add_argument("--data", help="COCO json: photos for --int8, and for the comparison with PyTorch")
     ir = parser.add_argument_group("OpenVINO IR; each of these writes one")
     ir.add_argument("--ir", action="store_true", help="float32, input BGR in 0-1")
     ir.add_argument("--fp16", action="store_true", help="weights stored in float16")
-    ir.add_argument("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size, boxes in their pixels")
+    ir.add_argument("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size")
     ir.add_argument("--int8", action="store_true", help="quantised on photos of --data")
     args = parser.parse_args(argv)
-    if args.int8 and not args.data:
-        parser.error("--int8 needs photos: --data data/val.json")
-    if args.int8 and args.fp16:
-        parser.error("--int8 and --fp16 are two precisions, choose one")
-    if args.embed and args.head == "raw":
-        parser.error("--embed takes pictures one at a time: with --head generic or detection_output")
+    for wrong, hint in ((args.int8 and not args.data, "--int8 needs photos: --data data/val.json"),
+                        (args.int8 and args.fp16, "--int8 and --fp16 are two precisions, choose one"),
+                        (args.embed and args.head == "raw", "--embed takes one picture at a time: not for --head raw")):
+        if wrong:
+            parser.error(hint)
     args.ir = args.ir or args.fp16 or args.embed or args.int8
     return args
 

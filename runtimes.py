@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from anchors import make_anchors
-from detect import detect, postprocess
+from detect import TOP, TorchDetector, detect, postprocess
 from formats import InputError
 from model import Config
 
@@ -48,9 +48,10 @@ class OpenVinoNetwork:
         core = ov.Core()
         # Without the hint OpenVINO computes in bfloat16 wherever the processor has it, and the figures change silently.
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         try:
             model = core.read_model(str(path))
-            self.compiled = core.compile_model(model, "CPU", options | ({"INFERENCE_NUM_THREADS": threads} if threads else {}))
+            self.compiled = core.compile_model(model, "CPU", options)
         except Exception as error:  # RuntimeError and its private subclasses
             raise InputError(f"{path}: OpenVINO cannot read it ({_first_line(error)})") from None
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}"
@@ -144,7 +145,8 @@ def load_exported(path, size=None, colour=None, value_range=None, threads=0):
         if colour or value_range:
             raise InputError(f"{path}: says itself what it takes ({metadata['colour']}, {metadata['value_range']}); "
                              "leave --colour and --range out")
-        detector = ExportedDetector(network, metadata["colour"], int(metadata["value_range"].split("-")[1]), metadata["head"])
+        white = int(metadata["value_range"].split("-")[1])
+        detector = ExportedDetector(network, metadata["colour"], white, metadata["head"])
     else:
         if not colour or not value_range:
             raise InputError(f"{path}: was not written by export.py; say what it takes with "
@@ -161,13 +163,25 @@ def load_exported(path, size=None, colour=None, value_range=None, threads=0):
     return detector
 
 
-def largest_difference(detector, reference, pictures, least):
-    """How far apart two detectors are on `pictures` (PIL): pixels of the network input, score, and faces compared.
+class DetectionOutput(TorchDetector):
+    """PyTorch's side of --head detection_output: unrounded anchors, of which the 200 best-scored reach the NMS."""
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        found = []
+        for logits, offsets in zip(*self.model(images.float() / 255)):
+            best = (logits[:, 1] - logits[:, 0]).topk(min(TOP, len(logits))).indices
+            found += postprocess(logits[None, best], offsets[None, best], self.anchors[best])
+        return [faces.numpy() for faces in found]
+
+
+def differences(detector, reference, pictures, least):
+    """How far apart two detectors are on `pictures` (PIL): `[n, 2]`, pixels of the network input and score per face.
 
     Each face that one of them scores `least` or more is compared with the nearest of the other's; where the other finds
     none at all, the score is the difference.
     """
-    pixels = score = faces = 0
+    rows = []
     for picture in pictures:
         scale = np.append(np.tile(np.divide(reference.size, picture.size), 2), 1)
         found = [detect(one, picture) * scale for one in (detector, reference)]
@@ -175,6 +189,5 @@ def largest_difference(detector, reference, pictures, least):
             for face in some[some[:, 4] >= least]:
                 gaps = np.abs(others - face)                            # [K, 5]
                 gap = gaps[gaps[:, :4].max(1).argmin()] if len(gaps) else np.array([0, 0, 0, 0, face[4]])
-                pixels, score = max(pixels, gap[:4].max()), max(score, gap[4])
-        faces += int((found[1][:, 4] >= least).sum())
-    return pixels, score, faces
+                rows.append((gap[:4].max(), gap[4]))
+    return np.array(rows).reshape(-1, 2)

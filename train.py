@@ -74,11 +74,12 @@ def make_model(args):
 
 class Trainer:
     """The state of a run, and the loop over it. All that the loop changes is in its checkpoint."""
+    layout = torch.channels_last  # the order in memory that convolutions like best
 
     def __init__(self, args, model, content, dataset, rank, processes, device):
         self.args, self.rank, self.processes, self.device = args, rank, processes, device
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
-        self.raw_model = model.to(device, memory_format=torch.channels_last)
+        self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.epoch = self.step = self.done = 0      # epochs finished, iterations in all, photos seen of this epoch
@@ -113,7 +114,7 @@ class Trainer:
     def update(self, batch):
         """One training step on a Batch; returns its losses `[3]`: total, class, box."""
         batch = batch.to(self.device)
-        images = batch.images.contiguous(memory_format=torch.channels_last).float() / 255         # [B, 3, H, W]
+        images = batch.images.contiguous(memory_format=self.layout).float() / 255         # [B, 3, H, W]
         labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
             logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
