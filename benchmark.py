@@ -48,7 +48,7 @@ def interleaved(jobs, rounds, seconds=0.2):
 
 
 def report(names, notes, measured):
-    """A table of seconds `[jobs, rounds]`: median, least and most in ms; the ratio to the first, median of the rounds'."""
+    """A table of seconds `[jobs, rounds]`: median, least and most in ms, and the rounds' median ratio to the first."""
     width = max(map(len, names))
     print(f"{'':{width}}  median ms    least -     most   ratio")
     for name, note, times, ratio in zip(names, notes, measured * 1000, np.median(measured / measured[0], 1)):
@@ -100,7 +100,7 @@ def pictures(args):
 
     detectors = [load(path) for path in args.models]
     jobs = [lambda detector=detector: [detect(detector, image) for image in images] for detector in detectors]
-    notes = ["resize inside" if one.size is None else "resized in Python to {}x{}".format(*one.size) for one in detectors]
+    notes = ["resized in Python to {}x{}".format(*one.size) if one.size else "resized inside" for one in detectors]
     sides = np.array([image.size for image in images]).mean(0)
     setting(args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(len(images), *sides))
     report(args.models, notes, interleaved(jobs, args.rounds) / len(images))

@@ -7,6 +7,7 @@ As a command it shows photos with their faces, the first thing to do with one's 
 """
 import argparse
 import math
+import os
 import signal
 from dataclasses import dataclass, replace
 
@@ -105,7 +106,7 @@ class FaceDataset(Dataset):
 
     def __init__(self, annotations, width=None, height=None, min_face=0):
         self.width, self.height, self.folder, self.source = width, height, annotations.path.parent, annotations.path
-        self.names = np.array([name.encode() for name in annotations.names] or [b""])
+        self.names = np.array([os.fsencode(name) for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
         self.starts = np.searchsorted(annotations.image, np.arange(len(annotations.ids) + 1))
         corner, sides = np.split(annotations.xywh, 2, 1)
@@ -125,7 +126,7 @@ class FaceDataset(Dataset):
             return Item(index, picture, np.zeros((0, 4), np.float32), np.zeros(0, bool), (1, 1), str(error))
 
     def _read(self, index, seed, faces, ignored):
-        path = self.folder / self.names[index].decode()
+        path = self.folder / os.fsdecode(self.names[index])
         size = picture_size(path)
         target = (self.width, self.height) if self.width else size
         if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:

@@ -223,17 +223,13 @@ def obtain(args, annotations):
     return detections, rank, annotations
 
 
-def to_wider(truth, annotations, detections):
-    """The Detections on Annotations as Detections on the images of the WIDER ground truth."""
-    place = {name: index for index, name in enumerate(truth.names)}
-    names = wider.wider_names(annotations.path, annotations.names)
-    strange = [name for name in names if name not in place]
-    if strange:
-        raise InputError(f"{annotations.path}: {len(strange)} of its images are not in the ground truth, the first is {strange[0]}")
-    missing = len(truth.names) - len(names)
-    if missing:
-        print(f"{missing} images of the ground truth are not in {annotations.path}: they count as without detections")
-    return Detections(np.array([place[name] for name in names], np.int64)[detections.image], detections.xywh, detections.score)
+def renumber(detections, names, target, where):
+    """Detections on images called `names` as Detections on the images called `target`, which are those of `where`."""
+    place = {name: index for index, name in enumerate(target)}
+    image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
+    if (image < 0).any():
+        raise InputError(f"{where}: has no image {names[detections.image[image < 0][0]]}, but there are detections of it")
+    return Detections(image, detections.xywh, detections.score)
 
 
 @command
@@ -241,31 +237,37 @@ def main(argv=None):
     """Detect or read, score, print, write."""
     args = parse_args(argv)
     truth = wider.read_ground_truth(args.wider) if args.wider else None
-    annotations = rank = None
-    if truth and args.predictions and os.path.isdir(args.predictions):
+    folder = truth is not None and args.predictions and os.path.isdir(args.predictions)
+    if folder and not args.data and (args.out or args.worst):
+        raise InputError("--out and --worst need the photos: give their --data as well")
+    args.data = args.data or (None if folder else DATA)
+    annotations = read_annotations(args.data) if args.data else None
+    names = wider.wider_names(annotations.path, annotations.names) if annotations and (truth or args.wider_out) else None
+    rank = 0
+    if folder:
         *found, missing = wider.read_predictions(args.predictions, truth)
-        detections, rank = Detections(*found), 0
+        detections = Detections(*found)
         if missing:
             print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
                   f"the first is {missing[0]}")
-        if args.data and (args.out or args.worst):
-            raise InputError("--out and --worst are for photos of --data; score the folder without them")
-        names = truth.names
+        if annotations:
+            detections = renumber(detections, truth.names, names, args.data)
     else:
-        args.data = args.data or DATA
-        annotations = read_annotations(args.data)
         detections, rank, annotations = obtain(args, annotations)
-        names = wider.wider_names(annotations.path, annotations.names) if args.wider_out else None
+        names = names and wider.wider_names(annotations.path, annotations.names)  # some photos may have been left out
     if rank:
         return
     if truth:
-        scores, curves = score_wider(truth, to_wider(truth, annotations, detections) if annotations else detections)
+        absent = set(truth.names) - set(names) if names else ()
+        if absent:
+            print(f"{len(absent)} images of the ground truth are not in {args.data} and count as without detections")
+        scores, curves = score_wider(truth, renumber(detections, names, truth.names, args.wider) if names else detections)
     else:
         scores, curves = score_faces(annotations, detections, args.face_sizes)
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
     print(table(scores))
-    write_outputs(args, scores, curves, annotations, detections, names)
+    write_outputs(args, scores, curves, annotations, detections, names if annotations else truth.names)
 
 
 def write_outputs(args, scores, curves, annotations, detections, names):

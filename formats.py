@@ -17,6 +17,13 @@ from pathlib import Path
 import numpy as np
 
 
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
+TROUBLE = {  # what libraries say when the machine gives up, and our line for it
+    "DataLoader worker": "a loading process was killed, perhaps for want of memory: lower --workers or --batch-size",
+    "out of memory": "out of memory: lower --batch-size or --size",
+    "allocate": "out of memory: lower --batch-size, --size or --workers"}
+
+
 class InputError(Exception):
     """Bad input from outside. The message is one line: which file, which entry, what to do."""
 
@@ -24,8 +31,16 @@ class InputError(Exception):
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
-    Ctrl-C exits with 130 and SIGTERM with 143, as shells expect; a reader that closes the pipe (`| head`) is no error.
+    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM with 143, as shells
+    expect; a reader that closes the pipe (`| head`) is no error. Under torchrun each process reports its own trouble,
+    but what all of them met before they joined is reported once.
     """
+    def fail(text):
+        distributed = sys.modules.get("torch.distributed")
+        if os.environ.get("RANK", "0") == "0" or distributed and distributed.is_initialized():
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: {text.translate(CONTROL)}", file=sys.stderr)
+        sys.exit(2)
+
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -41,9 +56,12 @@ def command(main):
             text = str(error)
             if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            if os.environ.get("RANK", "0") == "0":  # once, not from every process of torchrun
-                print(f"{Path(sys.modules[main.__module__].__file__).name}: {text}", file=sys.stderr)
-            sys.exit(2)
+            fail(text)
+        except (RuntimeError, MemoryError) as error:
+            known = [line for words, line in TROUBLE.items() if words in (str(error) or "out of memory")]
+            if not known:  # a bug of ours
+                raise
+            fail(known[0])
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -89,6 +107,13 @@ class FlagFileParser(argparse.ArgumentParser):
         """argparse's hook."""
         return shlex.split(line, comments=True)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, which leaves such files to fail as they may: no text, open quotes, a file that names itself."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except (ValueError, RecursionError) as error:
+            self.error(f"a file of flags cannot be read: {error}")
+
 
 @contextmanager
 def whole_file(path):
@@ -124,7 +149,7 @@ def read_json(path):
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
@@ -171,8 +196,8 @@ def read_annotations(path):
         _check_ids(path, kind, entries)
     for index, entry in enumerate(images):
         name = entry.get("file_name")
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name")
+        if not isinstance(name, str) or not name or not _names_a_file(name):
+            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's")
 
     category = _face_category(path, content.get("categories"), annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
@@ -198,6 +223,19 @@ def read_annotations(path):
               "of other categories": len(annotations) - len(faces)}
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64), [e["file_name"] for e in images],
                        sizes, image[order], xywh[order], area[order], (crowd | empty | outside)[order], counts)
+
+
+def join(parts):
+    """Several Annotations as one: their photos one set after another, ids from 1, names relative to the first's folder."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    names = [os.path.relpath(part.file(n), first.path.parent) for part in parts for n in range(len(part.ids))]
+    start = np.cumsum([0] + [len(part.ids) for part in parts])
+    together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("sizes", "xywh", "area", "ignored")}
+    counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
+    image = np.concatenate([part.image + before for part, before in zip(parts, start)])
+    return Annotations(first.path, first.category, np.arange(1, start[-1] + 1), names, image=image, counts=counts, **together)
 
 
 def read_results(path, annotations):
@@ -227,6 +265,13 @@ def results(annotations, image, xywh, score):
             for i, box, s in zip(ids, np.asarray(xywh, np.float64).tolist(), np.asarray(score, np.float64).tolist())]
 
 
+def _names_a_file(name):
+    try:
+        return b"\0" not in os.fsencode(name) and len(name) < 4096
+    except UnicodeEncodeError:  # half a character, which JSON can hold and no file system has
+        return False
+
+
 def _check_ids(path, kind, entries):
     """Every entry is an object with its own integer id."""
     seen = set()
@@ -242,7 +287,8 @@ def _check_ids(path, kind, entries):
 def _face_category(path, categories, annotations):
     """The id of the category `face`, or of the only one."""
     if categories is None:  # tolerated where nothing is ambiguous
-        categories = [{"id": i, "name": str(i)} for i in {a.get("category_id") for a in annotations}] or [{"id": 1}]
+        ids = {a.get("category_id") for a in annotations if isinstance(a.get("category_id"), int)}
+        categories = [{"id": i, "name": str(i)} for i in ids] or [{"id": 1}]
     if not isinstance(categories, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories):
         raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]

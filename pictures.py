@@ -1,5 +1,7 @@
 """Photos in, pictures out: read any picture file upright as RGB, draw boxes on it, lay pictures side by side."""
 import math
+import os
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,11 +36,13 @@ def load_picture(path, scale=1):
 
 @contextmanager
 def _opened(path):
+    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
+        raise InputError(f"{path}: no such picture")
     try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such picture") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures: Pillow refuses what is really too large
+            with Image.open(path) as image:
+                yield image
     except Exception as error:  # decoders raise nearly everything on broken files
         raise InputError(f"{path}: cannot be read as a picture ({error or type(error).__name__})") from None
 
@@ -72,6 +76,9 @@ def grid(images, columns=4, side=320):
 
 
 def save_picture(image, path):
-    """Write a PIL image, whole or not at all."""
+    """Write a PIL image, whole or not at all. Raises InputError if the name's ending is of no format that can."""
     with whole_file(path) as temporary:
-        image.save(temporary)
+        try:
+            image.save(temporary)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: cannot be written as a picture ({error}); name it .png or .jpg") from None

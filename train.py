@@ -8,12 +8,10 @@
 """
 import argparse
 import copy
-import io
 import math
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors, match
+from checkpoints import check_out, make_model, report_changes, save
 from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
 from evaluate import join_processes, run_detector, score_faces
-from formats import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size, read_annotations, whole_file
-from loss import batch_divisor, multibox_loss
-from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint
+from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
+from loss import batch_divisor, hold_loss, multibox_loss
+from model import load_model
 from monitor import Monitor
 
 DATA, VAL = "data/train.json", "data/val.json"
@@ -42,36 +41,6 @@ def lr_at(step, epoch, lr, milestones, warmup):
     return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
 
 
-def make_model(args):
-    """The model to train, on the CPU, and the content of the checkpoint it resumes (None for a new run)."""
-    given = {"width": args.width, "anchors": args.anchors and tuple(args.anchors)}
-    given |= {"input_width": args.size[0], "input_height": args.size[1]} if args.size else {}
-    given = {key: value for key, value in given.items() if value is not None}
-    if args.resume:
-        content = read_checkpoint(args.resume)
-        config = config_of(content, args.resume)
-        if "optimizer" not in content:
-            raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
-        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items() if getattr(config, key) != value]
-        if changed:
-            raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
-        model = SSD(config)
-        model.load_state_dict(content["state_dict"])
-        return model, content
-    if args.load_from:  # its anchors are kept at any input size, being pixels
-        config = replace(config_of(read_checkpoint(args.load_from), args.load_from), **given)
-        model = SSD(config)
-        unfit = load_weights(model, args.load_from)
-        if unfit:
-            tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: {', '.join(unfit[:8])}")
-        return model, None
-    at_300 = {"anchors": given["anchors"]} if "anchors" in given else {}
-    model = SSD(Config.new(*(args.size or (300, 300)), args.width or 0.75, **at_300))
-    if args.pretrained is not None:
-        load_imagenet(model, args.pretrained or None)
-    return model, None
-
-
 class Trainer:
     """The state of a run, and the loop over it. All that the loop changes is in its checkpoint."""
     layout = torch.channels_last  # the order in memory that convolutions like best
@@ -81,6 +50,7 @@ class Trainer:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
         self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
+        self.start = load_model(args.load_from).to(device, memory_format=self.layout) if args.hold else None
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.epoch = self.step = self.done = 0      # epochs finished, iterations in all, photos seen of this epoch
         self.sums = torch.zeros(4, device=device)   # total, class, box loss and their number in this epoch
@@ -118,14 +88,25 @@ class Trainer:
         labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
             logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
+        labels, held = self.hold(images, logits, offsets, labels)
         losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, batch_divisor(labels))
         self.optimizer.zero_grad()
-        losses[0].backward()
+        (losses[0] + held).backward()
         torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
         self.optimizer.step()
         if self.ema:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return torch.stack(losses).detach()
+
+    def hold(self, images, logits, offsets, labels):
+        """With --hold, the loss of moving away from the start, and labels without faces that the start sees but they miss."""
+        if not self.start:
+            return labels, 0
+        with torch.no_grad():
+            start_logits, start_offsets = self.start(images)
+        labels = labels.masked_fill((labels == 0) & (start_logits.softmax(-1)[..., 1] > 0.5), -1)
+        loss = hold_loss(logits, offsets, start_logits, start_offsets, labels, batch_divisor(labels))
+        return labels, self.args.hold * loss
 
     def run_epoch(self, stop):
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
@@ -197,19 +178,11 @@ def move_average(average, model, decay):
     torch._foreach_lerp_(*map(list, zip(*[pair for pair in pairs if pair[0].is_floating_point()])), 1 - decay)
 
 
-def save(path, model, **more):
-    """Write a checkpoint, whole or not at all."""
-    buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
-    torch.save(checkpoint(model, **more), buffer)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
 def parse_args(argv):
     """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
     parser = FlagFileParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help=f"COCO json to train on (default {DATA})")
+    data.add_argument("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
     data.add_argument("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
     data.add_argument("--min-face", type=int, default=17, help="ignore faces with a side below this, in the photo (default 17 px)")
     data.add_argument("--no-augment", action="store_true", help="show the photos as they are")
@@ -221,6 +194,8 @@ def parse_args(argv):
     start.add_argument("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
     start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
     start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
+    start.add_argument("--hold", type=float, default=0.0, metavar="WEIGHT", help="hold on to what --load-from sees where no "
+                       "face is labelled: forgets less (default 0, 1 is much)")
     start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--epochs", type=int, default=70, help="default 70")
@@ -250,42 +225,23 @@ def parse_args(argv):
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
     if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and args.clip > 0):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1)")
+    if args.hold < 0 or (args.hold and not args.load_from):
+        parser.error("--hold is a weight of 0 or more, and needs --load-from")
     if args.data is None:
-        args.data, args.val = DATA, args.val or (VAL if os.path.exists(VAL) else None)
+        args.data, args.val = [DATA], args.val or (VAL if os.path.exists(VAL) else None)
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return args
 
 
-def check_out(args):
-    """Settle --resume: a run is never overwritten, and one that torchrun has restarted goes on by itself."""
-    last = Path(args.out) / "last.pth"
-    if args.resume is None and last.exists():
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-            raise InputError(f"{last} exists: continue that run with --resume, or name another folder with --out")
-        args.resume = ""
-    if args.resume == "":
-        args.resume = str(last)
-    if args.resume and not os.path.exists(args.resume):
-        raise InputError(f"{args.resume}: no checkpoint to resume")
-
-
-def report_changes(args, content):
-    """Print which flags differ from those of the checkpoint that is resumed."""
-    own = {key: value for key, value in vars(args).items() if key in content["flags"]}
-    for key in sorted(own.keys() - {"resume", "out", "workers", "device", "size", "width", "anchors"}):
-        if own[key] != content["flags"][key]:
-            print(f"resumed with --{key.replace('_', '-')} {own[key]}, it was {content['flags'][key]}")
-
-
 def prepare(args):
     """Everything before the loop: (Trainer, validation Annotations or None, Monitor)."""
     check_out(args)
-    faces = read_annotations(args.data)
+    faces = join([read_annotations(path) for path in args.data])
     val = read_annotations(args.val) if args.val else None
     if not len(faces.ids):
-        raise InputError(f"{args.data}: no photos to train on")
+        raise InputError(f"{args.data[0]}: no photos to train on")
     torch.manual_seed(args.seed)
     with bad_values():
         model, content = make_model(args)
@@ -299,7 +255,7 @@ def prepare(args):
     if rank == 0:
         if content:
             report_changes(args, content)
-        print(f"{args.data}: {len(dataset):,} photos, {len(dataset.ignored):,} faces ({dataset.ignored.sum():,} ignored); "
+        print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces ({dataset.ignored.sum():,} ignored); "
               f"an epoch is {args.repeat} passes, {trainer.batches.total:,} batches of {args.batch_size} x {processes} processes\n"
               f"width {config.width:g}, input {config.input_width}x{config.input_height}, {device}, {args.precision}; "
               + (f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"))

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 import evaluate
+import wider
 from evaluate import Detections, run_detector, score_faces
-from formats import read_annotations
+from formats import read_annotations, results, write_json
 from model import checkpoint
 
 
@@ -86,7 +88,6 @@ def test_unreadable_photos_stop_the_scoring_unless_told_otherwise(sample, tmp_pa
 
 def test_scoring_predictions_does_without_torch(sample, tmp_path):
     annotations = read_annotations(sample / "val.json")
-    from formats import results, write_json
     write_json(tmp_path / "r.json", results(annotations, annotations.image, annotations.xywh, np.ones(len(annotations.image))))
     code = ("import sys, evaluate; evaluate.main(sys.argv[1:]); "
             "print([name for name in ('torch', 'torchvision') if name in sys.modules])")
@@ -122,3 +123,21 @@ def test_the_start_weights_have_their_published_accuracy(shared, tmp_path):
     annotations = read_annotations(tmp_path / "part.json")
     detections, errors = run_detector(load_detector(shared / "weights/wider_face_tiny_ssd_075x.pth", device="cpu"), annotations, workers=0)
     assert not errors and score_faces(annotations, detections)[0]["coco"]["AP50"] > 0.75
+
+
+def test_real_predictions_score_alike_in_every_form(shared, tmp_path, capsys):
+    """A published detector's WIDER folder, the folder and the COCO results we write from it: the same digits."""
+    with tarfile.open(shared / "data/wider_eval/retinaface_mnet025_predictions.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    truth = wider.read_ground_truth(shared / "data/wider_eval/ground_truth")
+    images = [{"id": n + 1, "file_name": f"images/{name}.jpg"} for n, name in enumerate(truth.names)]
+    write_json(tmp_path / "val.json", {"images": images, "annotations": [], "categories": [{"id": 1, "name": "face"}]})
+    common = ["--wider", str(shared / "data/wider_eval/ground_truth")]
+    data = ["--data", str(tmp_path / "val.json")]
+    for number, (predictions, more) in enumerate((
+            ("retinaface_mnet025", [*data, "--out", f"{tmp_path}/r.json", "--wider-out", f"{tmp_path}/copy"]),
+            ("copy", []), ("r.json", data))):
+        evaluate.main([*common, "--predictions", str(tmp_path / predictions), *more, "--json", f"{tmp_path}/{number}.json"])
+    scores = [json.loads((tmp_path / f"{number}.json").read_text())["wider"] for number in range(3)]
+    assert scores[0] == scores[1] == scores[2]
+    assert scores[0] == pytest.approx({"easy": 0.9069584243856689, "medium": 0.8815790551288838, "hard": 0.7382863255381045}, abs=1e-9)

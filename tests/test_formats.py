@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from formats import (InputError, command, parse_size, read_annotations, read_results, results, whole_file, write_json)
+from formats import (InputError, command, join, parse_size, read_annotations, read_results, results, whole_file, write_json)
 
 
 def coco(**changes):
@@ -93,6 +93,15 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         read_annotations(tmp_path / "x.json")
+
+
+def test_several_sets_join_as_one(tmp_path):
+    (tmp_path / "other").mkdir()
+    one, two = read(tmp_path, coco()), read(tmp_path / "other", coco())
+    both = join([one, two])
+    assert both.ids.tolist() == [1, 2, 3, 4] and both.image.tolist() == [0, 0, 2, 2] and len(both.xywh) == 4
+    assert both.file(2).resolve() == two.file(0).resolve() and both.counts["images"] == 4
+    assert join([one]) is one
 
 
 def test_results_survive_the_round_trip(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import batch_divisor, multibox_loss
+from loss import batch_divisor, hold_loss, multibox_loss
 
 
 def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
@@ -84,3 +84,13 @@ def test_extreme_logits_stay_finite():
     logits, offsets, labels, targets = case()
     total, grads = gradients(logits * 1e6, offsets * 1e6, labels, targets)
     assert total.isfinite() and all(grad.isfinite().all() for grad in grads)
+
+
+def test_holding_on_is_0_at_the_start_and_leaves_labelled_faces_free():
+    logits, offsets, labels, _ = case(positives=0.2)
+    divisor = batch_divisor(labels)
+    assert hold_loss(logits, offsets, logits, offsets, labels, divisor).item() == pytest.approx(0, abs=1e-6)
+    moved = logits.clone().requires_grad_(), (offsets + 1).requires_grad_()
+    hold_loss(moved[0] * 1.5, moved[1], logits, offsets, labels, divisor).backward()
+    for gradient in (moved[0].grad, moved[1].grad):
+        assert not gradient[labels == 1].any() and gradient[labels != 1].any(-1).all()

@@ -120,6 +120,17 @@ def test_starting_from_weights(sample, tmp_path, capsys):
     assert "4 tensors did not fit" in capsys.readouterr().out
 
 
+def test_holding_on_forgets_less(sample, tmp_path):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    start, moved = load_model(tmp_path / "x.pth"), {}
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for weight in (0, 10):
+        run(tmp_path / f"{weight}", sample, "--load-from", tmp_path / "x.pth", "--epochs", 2, "--hold", weight, "--freeze-bn", "--clip", 10)
+        scores = [model(images)[0].softmax(-1)[..., 1] for model in (start, load_model(tmp_path / f"{weight}/last.pth"))]
+        moved[weight] = (scores[0] - scores[1]).abs().mean().item()
+    assert moved[10] < 0.8 * moved[0]
+
+
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
     last = run(tmp_path / "r", sample, "--epochs", 1, "--ema", "0.9", "--val", sample / "val.json")
     assert not same(last["ema"], last["state_dict"])

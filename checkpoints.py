@@ -1,0 +1,70 @@
+"""A run's checkpoints: where its model starts from, what is saved, and on which terms it may be resumed."""
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from formats import InputError, whole_file
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint
+
+
+def check_out(args):
+    """Settle --resume: a run is never overwritten, and one that torchrun has restarted goes on by itself."""
+    last = Path(args.out) / "last.pth"
+    if args.resume is None and last.exists():
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+            raise InputError(f"{last} exists: continue that run with --resume, or name another folder with --out")
+        args.resume = ""
+    if args.resume == "":
+        args.resume = str(last)
+    if args.resume and not os.path.exists(args.resume):
+        raise InputError(f"{args.resume}: no checkpoint to resume")
+
+
+def report_changes(args, content):
+    """Print which flags differ from those of the checkpoint that is resumed."""
+    own = {key: value for key, value in vars(args).items() if key in content["flags"]}
+    for key in sorted(own.keys() - {"resume", "out", "workers", "device", "size", "width", "anchors"}):
+        if own[key] != content["flags"][key]:
+            print(f"resumed with --{key.replace('_', '-')} {own[key]}, it was {content['flags'][key]}")
+
+
+def make_model(args):
+    """The model to train, on the CPU, and the content of the checkpoint it resumes (None for a new run)."""
+    given = {"width": args.width, "anchors": args.anchors and tuple(args.anchors)}
+    given |= {"input_width": args.size[0], "input_height": args.size[1]} if args.size else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    if args.resume:
+        content = read_checkpoint(args.resume)
+        config = config_of(content, args.resume)
+        if "optimizer" not in content:
+            raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
+        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items() if getattr(config, key) != value]
+        if changed:
+            raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
+        model = SSD(config)
+        model.load_state_dict(content["state_dict"])
+        return model, content
+    if args.load_from:  # its anchors are kept at any input size, being pixels
+        config = replace(config_of(read_checkpoint(args.load_from), args.load_from), **given)
+        model = SSD(config)
+        unfit = load_weights(model, args.load_from)
+        if unfit:
+            tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: {', '.join(unfit[:8])}")
+        return model, None
+    at_300 = {"anchors": given["anchors"]} if "anchors" in given else {}
+    model = SSD(Config.new(*(args.size or (300, 300)), args.width or 0.75, **at_300))
+    if args.pretrained is not None:
+        load_imagenet(model, args.pretrained or None)
+    return model, None
+
+
+def save(path, model, **more):
+    """Write a checkpoint, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
+    torch.save(checkpoint(model, **more), buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
