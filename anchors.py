@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from formats import InputError, command, parse_size, read_annotations, whole_file
+from formats import InputError, command, parse_picture, parse_size, read_annotations, whole_file
 from model import HAND_DESIGNED, STRIDE
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
@@ -131,7 +131,7 @@ def main(argv=None):
     parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
     parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
     parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
-    parser.add_argument("--out", default="anchors.png", help="the scatter (default %(default)s)")
+    parser.add_argument("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
     args = parser.parse_args(argv)
     sides = network_sides(read_annotations(args.data), *args.size)
     distinct = len(np.unique(sides, axis=0))

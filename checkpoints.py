@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from formats import InputError, whole_file
-from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint, rebuild
 
 
 def check_out(args):
@@ -22,6 +22,23 @@ def check_out(args):
         args.resume = str(last)
     if args.resume and not os.path.exists(args.resume):
         raise InputError(f"{args.resume}: no checkpoint to resume")
+
+
+def claim(out):
+    """The locked file `out`/.lock. No other run may write into the folder while it is open, or until this process ends.
+
+    lockf, not flock: its locks are not inherited by loading processes, which outlive a killed run by seconds.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{out}: another run is writing there; let it end, or name another folder with --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    return file
 
 
 def report_changes(args, content):
@@ -40,14 +57,12 @@ def make_model(args):
     if args.resume:
         content = read_checkpoint(args.resume)
         config = config_of(content, args.resume)
-        if "optimizer" not in content:
+        if not {"optimizer", "epoch", "step", "done", "best", "sums", "flags"} <= content.keys():
             raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
         changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items() if getattr(config, key) != value]
         if changed:
             raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
-        model = SSD(config)
-        model.load_state_dict(content["state_dict"])
-        return model, content
+        return rebuild(content, content["state_dict"], args.resume), content
     if args.load_from:  # its anchors are kept at any input size, being pixels
         config = replace(config_of(read_checkpoint(args.load_from), args.load_from), **given)
         model = SSD(config)

@@ -17,8 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
-from formats import InputError, command, parse_size, read_annotations
-from pictures import IGNORED, draw_faces, grid, load_picture, picture_size, save_picture
+from formats import InputError, command, parse_picture, parse_size, read_annotations
+from pictures import IGNORED, decode, draw_faces, grid, load_picture, open_picture, save_picture, upright_size
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
@@ -127,18 +127,19 @@ class FaceDataset(Dataset):
 
     def _read(self, index, seed, faces, ignored):
         path = self.folder / os.fsdecode(self.names[index])
-        size = picture_size(path)
-        target = (self.width, self.height) if self.width else size
-        if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:
-            raise InputError(f"{path}: is {size[0]}x{size[1]}, but {self.source} says "
-                             f"{self.sizes[index][0]}x{self.sizes[index][1]}")
         rng = None if seed is None else np.random.default_rng(seed)
-        if rng:
-            view = random_view(rng, size, faces[~ignored])
-            image = load_picture(path, max(target / (view[2:] - view[:2])))
-        else:  # evaluation decodes at full size: its resize is defined as PIL's on the whole picture
-            view = np.array([0, 0, *size], float)
-            image = load_picture(path)
+        with open_picture(path) as image:
+            size = upright_size(image)
+            target = (self.width, self.height) if self.width else size
+            if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:
+                raise InputError(f"{path}: is {size[0]}x{size[1]}, but {self.source} says "
+                                 f"{self.sizes[index][0]}x{self.sizes[index][1]}")
+            if rng:
+                view = random_view(rng, size, faces[~ignored])
+                image = decode(image, max(target / (view[2:] - view[:2])))
+            else:  # evaluation decodes at full size: its resize is defined as PIL's on the whole picture
+                view = np.array([0, 0, *size], float)
+                image = decode(image)
         inside, corner = resize_view(image, view * (np.array(image.size * 2) / (size * 2)), *target)
         faces = (faces - np.tile(view[:2], 2)) * np.tile(target / (view[2:] - view[:2]), 2)
         if rng:
@@ -230,9 +231,12 @@ def make_loader(dataset, batches, workers, device="cpu"):
 
 
 def _heed_no_signals(_):
-    """Ctrl-C reaches workers too; the main process saves first and then ends them itself (by SIGTERM, if need be)."""
+    """Ctrl-C and SIGTERM may reach workers too; the main process saves first and then ends them itself.
+
+    Normally it tells them to go; a stuck one gets SIGTERM, as does every one of a whole group, and has half a minute.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def describe(annotations, min_face):
@@ -251,7 +255,7 @@ def main(argv=None):
     """Show photos of a dataset with their faces."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
-    parser.add_argument("--out", default="grid.png", help="the picture (default %(default)s)")
+    parser.add_argument("--out", type=parse_picture, default="grid.png", help="the picture (default %(default)s)")
     parser.add_argument("--augment", action="store_true", help="show the training's view, augmented, at --size")
     parser.add_argument("--count", type=int, default=16, help="photos shown (default %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
@@ -259,6 +263,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
     args = parser.parse_args(argv)
     annotations = read_annotations(args.data)
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
     if not len(annotations.ids) or args.count < 1:
         raise InputError(f"{args.data}: no photos to show")
     dataset = FaceDataset(annotations, *args.size, args.min_face)

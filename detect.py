@@ -8,6 +8,7 @@
 import argparse
 import glob
 import os
+import re
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from anchors import decode, make_anchors
 from data import resize_view
-from formats import InputError, bad_values, command, parse_size, whole_file, write_json
+from formats import InputError, bad_values, command, parse_picture, parse_size, whole_file, write_json
 from model import STRIDE, load_model
 from pictures import draw_faces, grid, load_picture, save_picture
 
@@ -130,7 +131,7 @@ def open_video(source):
     try:
         import cv2
     except ImportError:
-        raise InputError(f"{source}: videos and webcams need OpenCV: pip install opencv-python-headless") from None
+        raise InputError(f"{source}: videos and webcams need OpenCV: pip install 'opencv-python-headless<4.12'") from None
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
         raise InputError(f"{'webcam ' if isinstance(source, int) else ''}{source}: cannot be opened as a video")
@@ -181,15 +182,16 @@ def main(argv=None):
     parser.add_argument("inputs", nargs="+", help="pictures, folders, patterns, videos, or a webcam's number")
     parser.add_argument("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default %(default)s)")
     parser.add_argument("--out", default="detections", help="folder of the results (default %(default)s)")
-    parser.add_argument("--grid", metavar="PNG", help="also lay the first 24 pictures side by side in one")
+    parser.add_argument("--grid", type=parse_picture, metavar="PNG", help="also lay the first 24 pictures side by side in one")
     parser.add_argument("--score", type=float, default=0.4, help="least score of a face that is shown (default %(default)s)")
     parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
     parser.add_argument("--range", type=int, choices=(1, 255), help="white in the input of such a model")
     args = parser.parse_args(argv)
-    webcams = [int(name) for name in args.inputs if name.isdigit() and not os.path.exists(name)]
-    files = find_inputs([name for name in args.inputs if not name.isdigit() or os.path.exists(name)])
+    webcam = lambda name: re.fullmatch("[0-9]{1,3}", name) and not os.path.exists(name)
+    webcams = [int(name) for name in args.inputs if webcam(name)]
+    files = find_inputs([name for name in args.inputs if not webcam(name)])
     detector = load_detector(args.model, args.size, args.device, args.colour, args.range)
 
     # Inputs of equal names in different folders keep those folders; drawings never overwrite their photos.
@@ -212,8 +214,10 @@ def main(argv=None):
         faces = detect(detector, image)
         faces = faces[faces[:, 4] >= args.score]
         drawn = draw_faces(image, faces[:, :4], faces[:, 4])
-        save_picture(drawn, target)
-        shown += [drawn] if args.grid and len(shown) < 24 else []
+        save_picture(drawn, target if target.suffix.lower() in PICTURES else target.with_name(f"{target.name}.png"))
+        if args.grid and len(shown) < 24:
+            drawn.thumbnail((640, 640))  # 24 large ones would fill the memory
+            shown.append(drawn)
         entries.append({"file": str(file), "width": image.width, "height": image.height, "faces": as_json(faces)})
         faces_found += len(faces)
     for number in webcams:

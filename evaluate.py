@@ -18,8 +18,8 @@ import numpy as np
 
 import metrics
 import wider
-from formats import (InputError, command, parse_size, read_annotations, read_results, results, whole_file,
-                     write_json)
+from formats import (InputError, command, parse_picture, parse_size, read_annotations, read_results, results,
+                     whole_file, write_json)
 
 DATA, MODEL = "data/val.json", "weights/face_ssd300.pth"
 # torch is imported only where a model runs: scoring predictions does without it.
@@ -44,13 +44,17 @@ def join_processes(device=None):
         return 0, 1, device
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: "
-                             "lower --nproc_per_node or give --device cpu")
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+        if wanted > there:
+            raise InputError(f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"the processes cannot meet ({str(error).splitlines()[0][:160]}); start them with torchrun, "
+                             "with --standalone or a free --master_port") from None
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -194,7 +198,7 @@ def parse_args(argv):
     out.add_argument("--out", help="detections as COCO results json")
     out.add_argument("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     out.add_argument("--json", metavar="FILE", help="every number in full precision, and what produced them")
-    out.add_argument("--plot", metavar="PNG", help="precision-recall curves")
+    out.add_argument("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
     out.add_argument("--worst", type=int, metavar="N", help="draw the N photos with most mistakes to worst.png")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0 or (args.worst is not None and args.worst < 1):

@@ -127,8 +127,8 @@ def add_detection_output(model, config, grid):
                   code_type="caffe.PriorBoxParameter.CENTER_SIZE", variance_encoded_in_target=0)]
     constants = {"flat": np.array([1, -1]), "features": np.zeros((1, 1, *grid[::-1]), np.float32)}  # their shape counts
     model.opset_import.append(helper.make_opsetid(OPENVINO_DOMAIN, 1))
-    return add_tail(model, nodes, constants,
-                    [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, 1, TOP, 7])])
+    output = helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, 1, TOP, 7])
+    return add_tail(model, nodes, constants, [output])
 
 
 def swap_colours(model):
@@ -164,7 +164,6 @@ def embed(model):
     given.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
     given.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW).convert_element_type(ov.Type.f32)
     given.preprocess().convert_layout(ov.Layout("NCHW")).scale(255.0)
-    given.model().set_layout(ov.Layout("NCHW"))
     model = steps.build()
     if len(model.inputs) > 1:  # the picture whose size scales the boxes is the one that goes in
         picture = model.input("picture").get_node()
@@ -182,9 +181,9 @@ def fold_constants(model):
         from openvino.passes import ConstantFolding, Manager
     except ImportError:  # OpenVINO 2024 has them there
         from openvino.runtime.passes import ConstantFolding, Manager
-    passes = Manager()
-    passes.register_pass(ConstantFolding())
-    passes.run_passes(model)
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
 
 
 def decoding_names(model):
@@ -284,17 +283,16 @@ def main(argv=None):
     out, lines = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
-        folder = Path(folder)
+        folder, files = Path(folder), {"model.onnx": "FP32"}
         helper.set_model_props(graph, metadata)
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / "model.onnx")
-        files = {"model.onnx": "FP32"}
         if args.ir:
             files["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
                                           annotations if args.int8 else None)
         for name, kind in files.items():
-            made = check(folder / name, reference, pictures, kind)
-            lines.append(f"{out / name}: {args.head}, {size[0]}x{size[1]}, {made}")
+            line = check(folder / name, reference, pictures, kind)
+            lines.append("{}: {}, {}x{}, {}".format(out / name, args.head, *size, line))
         if args.ir:
             (out / "model.xml").unlink(missing_ok=True)  # an .xml never stands beside the .bin of another
             os.replace(folder / "model.bin", out / "model.bin")

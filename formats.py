@@ -97,6 +97,13 @@ def parse_sides(text):
     return width, height
 
 
+def parse_picture(text):
+    """The name of a picture to write, for argparse: its ending must be of a format that can be."""
+    if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a picture, something like {Path(text).stem}.png expected")
+    return text
+
+
 class FlagFileParser(argparse.ArgumentParser):
     """An argument parser that takes `@FILE`: flags as on the command line, several on a line, with # comments."""
 
@@ -208,9 +215,9 @@ def read_annotations(path):
         bad = next(a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
         raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
                          "which is not in \"images\"") from None
-    xywh = _numbers(path, faces, "bbox", (4,))
-    area = _numbers(path, [{"area": a.get("area", float(w * h)), "id": a["id"]} for a, (w, h) in zip(faces, xywh[:, 2:])],
-                    "area", ())
+    numbers = [a["id"] for a in faces]
+    xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
+    area = _numbers(path, "area", [a.get("area", own) for a, own in zip(faces, (xywh[:, 2] * xywh[:, 3]).tolist())], numbers, ())
     sizes = np.array([[_size(path, e, "width"), _size(path, e, "height")] for e in images], np.int64).reshape(-1, 2)
 
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in faces], bool)
@@ -247,15 +254,18 @@ def read_results(path, annotations):
     entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
-    entries = [dict(e, id=n) for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
+    numbers = [n for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
+    entries = [entries[n] for n in numbers]
     index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
     try:
         image = np.array([index_of[e["image_id"]] for e in entries], np.int64)
     except (KeyError, TypeError):
-        bad = next(e for e in entries if not isinstance(e.get("image_id"), int) or e["image_id"] not in index_of)
-        raise InputError(f"{path}: entry {bad['id']} is of image {bad.get('image_id')!r}, "
-                         f"which is not in {annotations.path}") from None
-    return image, _numbers(path, entries, "bbox", (4,)), _numbers(path, entries, "score", ())
+        number, bad = next((n, e.get("image_id")) for n, e in zip(numbers, entries)
+                           if not isinstance(e.get("image_id"), int) or e["image_id"] not in index_of)
+        raise InputError(f"{path}: entry {number} is of image {bad!r}, which is not in {annotations.path}") from None
+    xywh, score = (_numbers(path, key, [e.get(key) for e in entries], numbers, shape)
+                   for key, shape in (("bbox", (4,)), ("score", ())))
+    return image, xywh, score
 
 
 def results(annotations, image, xywh, score):
@@ -285,30 +295,41 @@ def _check_ids(path, kind, entries):
 
 
 def _face_category(path, categories, annotations):
-    """The id of the category `face`, or of the only one."""
-    if categories is None:  # tolerated where nothing is ambiguous
-        ids = {a.get("category_id") for a in annotations if isinstance(a.get("category_id"), int)}
-        categories = [{"id": i, "name": str(i)} for i in ids] or [{"id": 1}]
-    if not isinstance(categories, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories):
+    """The id of the category `face`, or of the only one. Without `categories` those in use count."""
+    listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}] if categories is None else categories
+    if not isinstance(listed, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed):
         raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
+    categories = list({c["id"]: c for c in listed}.values())
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
-    if len(named) == 1 or len(categories) == 1:
-        return (named or [categories[0]["id"]])[0]
-    names = ", ".join(str(c.get("name")) for c in categories) or "none"
-    raise InputError(f"{path}: which category is the face? One must be named \"face\", there are: {names}")
+    if len(named) != 1 and len(categories) != 1:
+        names = ", ".join(str(c.get("name")) for c in categories) or "none"
+        raise InputError(f"{path}: which category is the face? One must be named \"face\", there are: {names}")
+    known = {c["id"] for c in categories}
+    for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
+        if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:
+            raise InputError(f"{path}: annotation {entry['id']} is of category {str(entry.get('category_id'))[:60]}, "
+                             "which is not in \"categories\"")
+    return (named or [categories[0]["id"]])[0]
 
 
-def _numbers(path, entries, key, shape):
-    """`entries[*][key]` as one finite float64 array `[len(entries), *shape]`; the first bad entry is named."""
+def _numbers(path, key, values, numbers, shape):
+    """`values` as one finite float64 array `[len(values), *shape]`; the first bad one is named, by its entry of `numbers`."""
+    try:  # all at once is fast; one by one only to find the one to name
+        array = np.array(values)
+        if array.dtype.kind in "iuf" and array.shape == (len(values), *shape) and (np.abs(array.astype(float)) < 1e15).all():
+            return array.astype(np.float64)
+    except (ValueError, MemoryError):
+        pass  # of several lengths, or long words among them
+
     def good(value):
         values = value if shape else [value]
         return (isinstance(values, list) and len(values) == (shape or (1,))[0]
                 and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e15 for v in values))
-    for entry in entries:  # `abs(nan) < x` is False, so NaN is bad too
-        if not good(entry.get(key)):
+    for number, value in zip(numbers, values):  # `abs(nan) < x` is False, so NaN is bad too
+        if not good(value):
             expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-            raise InputError(f"{path}: entry {entry['id']}: {key} is {str(entry.get(key))[:60]}, {expected} expected")
-    return np.array([e[key] for e in entries], np.float64).reshape(len(entries), *shape)
+            raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
+    return np.array(values, np.float64).reshape(len(values), *shape)
 
 
 def _size(path, entry, key):

@@ -16,6 +16,7 @@ RECALLS = np.linspace(0, 1, 101)         # and the recalls its precision is read
 AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "_large": (96 ** 2, 1e10)}
 MAX_DETECTIONS = (1, 10, 100)
 FACE_SIZES = (0, 30, 60, 100)            # the reference's table: all faces, > 30, > 60, > 100 px
+PAIRS = 2 ** 20                          # compared at once: memory stays bounded, whatever one image holds
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
 
 
@@ -180,21 +181,31 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     images = np.intersect1d(gt_image, dt_image)
     cuts = [np.searchsorted(ids, images, side) for ids in (gt_image, dt_image) for side in ("left", "right")]
 
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
-    for g0, g1, d0, d1 in zip(*cuts):
+    def area(xywh):
+        side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
+        return side[:, 0] * side[:, 1]
+    dt_areas, gt_areas = area(dt_xywh), area(gt_xywh)
+
+    def near(found):
+        d, g, shared = (np.concatenate(parts) for parts in zip(*found))
+        dt_area, gt_area = dt_areas[d], gt_areas[g]
+        union = np.where(crowd[g], dt_area, dt_area + gt_area - shared)
+        iou = shared / np.where(union > 0, union, 1)  # areas below 1e-308 are 0
+        return tuple(part[iou >= 0.5] for part in (d, g, iou))
+
+    pairs, found, waiting = [], [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
+    blocks = ((g0, g1, d, min(d + max(1, PAIRS // (g1 - g0)), d1)) for g0, g1, d0, d1 in zip(*cuts)
+              for d in range(d0, d1, max(1, PAIRS // (g1 - g0))))
+    for g0, g1, d0, d1 in blocks:
         width, height = (np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
                          - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1]) + pixel for axis in (0, 1))
         d, g = np.nonzero((width > 0) & (height > 0))
         found.append((dt_order[d0 + d], gt_order[g0 + g], width[d, g] * height[d, g]))
-    d, g, shared = (np.concatenate(parts) for parts in zip(*found))
-
-    def area(xywh):
-        side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
-        return side[:, 0] * side[:, 1]
-    dt_area, gt_area = area(dt_xywh)[d], area(gt_xywh)[g]
-    iou = shared / np.where(crowd[g], dt_area, dt_area + gt_area - shared)
-    near = iou >= 0.5
-    return d[near], g[near], iou[near]
+        waiting += len(d)
+        if waiting > PAIRS:  # few of the pairs that touch are near
+            pairs.append(near(found))
+            found, waiting = found[:1], 0
+    return tuple(np.concatenate(parts) for parts in zip(*pairs, near(found)))
 
 
 def _coco_match(d, g, iou, rank, ignored, crowd):

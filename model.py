@@ -40,12 +40,13 @@ class Config:
 
     def __post_init__(self):
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
-        if min(self.input_width, self.input_height) < STRIDE:
-            raise ValueError(f"input {self.input_width}x{self.input_height}: at least {STRIDE} pixels a side are needed")
-        if not 0 < self.width < 100 or int(16 * self.width) < 1:
-            raise ValueError(f"width {self.width}: between 0.0625 and 100 expected")
-        if not self.anchors or min(min(a) for a in self.anchors) <= 0:
-            raise ValueError("anchors: at least one, with positive sides")
+        # The upper bounds are no limits of the method: without them a few bytes of a hostile file would fill the memory.
+        if not STRIDE <= min(self.input_width, self.input_height) <= max(self.input_width, self.input_height) <= 8192:
+            raise ValueError(f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected")
+        if not 1 / 16 <= self.width <= 8:
+            raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
+        if not 1 <= len(self.anchors) <= 100 or not all(0 < side < math.inf for anchor in self.anchors for side in anchor):
+            raise ValueError("anchors: 1 to 100 expected, with positive sides")
 
     @property
     def grid(self):
@@ -157,7 +158,9 @@ def read_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused, it holds more than tensors and plain values (or is no checkpoint)") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError):
+    except OSError:
+        raise
+    except Exception:  # on foreign bytes the loader raises nearly everything
         raise ValueError(f"{path}: not a checkpoint, or a truncated one") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: a checkpoint without \"state_dict\", ours or the official snapshots' is expected")
@@ -182,13 +185,20 @@ def load_model(path):
     An averaged set of weights is preferred where there is one. Raises ValueError, one line, if the file does not fit.
     """
     content = read_checkpoint(path)
+    return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
+
+
+def rebuild(content, state, path):
+    """The model of a checkpoint's content with the weights `state`. Raises ValueError, one line, if they do not fit."""
     model = SSD(config_of(content, path))
     try:
-        model.load_state_dict(content.get("ema") or content["state_dict"])
-    except (RuntimeError, TypeError) as error:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
         raise ValueError(f"{path}: not a checkpoint of this detector ({reason[:160]})") from None
-    return model.eval()
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
+    return model
 
 
 def load_weights(model, path):
@@ -219,8 +229,10 @@ def load_imagenet(model, path=None):
                   else weights.get_state_dict(progress=True, check_hash=True))
     except OSError as error:
         raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} and give its path") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}") from None
+    except Exception:  # on foreign bytes the loader raises nearly everything
+        source = None
+    if not isinstance(source, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in source.values()):
+        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
     wanted = {f"features.{n}" for n in range(blocks)}
     pick = lambda state: {k: v for k, v in state.items() if ".".join(k.split(".")[:2]) in wanted}

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from anchors import match
+from checkpoints import claim
 from detect import TorchDetector, detect
 from formats import InputError, whole_file
 from pictures import draw_faces, grid, load_picture, save_picture
@@ -24,6 +25,7 @@ class Monitor:
         self.epochs, self.writer = args.epochs, None
         if not self.active:
             return
+        self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
@@ -69,7 +71,10 @@ class Monitor:
 def read_log(path):
     """The lines of a log.jsonl as dicts. Raises InputError if it is something else."""
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no object")
+        return lines
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not a training log ({error})") from None
 

@@ -13,29 +13,35 @@ ORIENTATION = 0x0112  # the EXIF tag
 FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 
-def picture_size(path):
-    """Upright (width, height) of a picture, from its file's header. Raises InputError if it cannot be read."""
-    with _opened(path) as image:
-        return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size  # 5-8 lie on their side
+def upright_size(image):
+    """Upright (width, height) of an opened picture, decoded or not."""
+    return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size  # 5-8 lie on their side
 
 
-def load_picture(path, scale=1):
-    """An upright RGB picture (PIL), whatever its file holds. Raises InputError if it cannot be read.
+def decode(image, scale=1):
+    """An opened picture upright as RGB (PIL), whatever its file holds.
 
     EXIF orientation is applied; grey, CMYK, 16-bit, palette and alpha pictures become RGB; of an animation the first
     frame is taken. A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8, as long as that is not below `scale`.
     """
-    with _opened(path) as image:
-        if scale < 1:
-            image.draft("RGB", [math.ceil(side * scale) for side in image.size])
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+    if scale < 1:
+        image.draft("RGB", [math.ceil(side * scale) for side in image.size])
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_picture(path, scale=1):
+    """The picture in a file as `decode` has it. Raises InputError if it cannot be read."""
+    with open_picture(path) as image:
+        return decode(image, scale)
 
 
 @contextmanager
-def _opened(path):
+def open_picture(path):
+    """Open a picture (PIL) of which only the header is read. Whatever goes wrong with it inside raises InputError."""
     if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
         raise InputError(f"{path}: no such picture")
     try:
@@ -43,6 +49,8 @@ def _opened(path):
             warnings.simplefilter("ignore")  # of large pictures: Pillow refuses what is really too large
             with Image.open(path) as image:
                 yield image
+    except InputError:
+        raise
     except Exception as error:  # decoders raise nearly everything on broken files
         raise InputError(f"{path}: cannot be read as a picture ({error or type(error).__name__})") from None
 
@@ -76,9 +84,6 @@ def grid(images, columns=4, side=320):
 
 
 def save_picture(image, path):
-    """Write a PIL image, whole or not at all. Raises InputError if the name's ending is of no format that can."""
+    """Write a PIL image, whole or not at all."""
     with whole_file(path) as temporary:
-        try:
-            image.save(temporary)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}: cannot be written as a picture ({error}); name it .png or .jpg") from None
+        image.save(temporary)

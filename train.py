@@ -135,6 +135,7 @@ class Trainer:
             if stop and self.rank == 0:  # other processes end when they miss this one
                 raise SystemExit(128 + stop[0])
         check_finite(before)
+        self.share_unreadable()
         total, class_loss, box_loss, count = self.sums.tolist()
         self.epoch, self.done, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
         return {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "loss": total / count,
@@ -162,6 +163,14 @@ class Trainer:
         if len(self.unreadable) > self.args.max_unreadable:
             raise InputError(f"{len(self.unreadable)} photos could not be used (--max-unreadable {self.args.max_unreadable}): "
                              + "; ".join(list(self.unreadable.values())[:5]))
+
+
+    def share_unreadable(self):
+        """Let all processes know of each other's unreadable photos."""
+        if self.processes > 1:
+            parts = [None] * self.processes
+            dist.all_gather_object(parts, self.unreadable)
+            self.check_readable({index: line for part in parts for index, line in part.items()})
 
 
 def check_finite(step):
@@ -223,8 +232,10 @@ def parse_args(argv):
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
-    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and args.clip > 0):
-        parser.error("--lr and --clip must be above 0, --ema in [0, 1)")
+    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and args.clip > 0 and 0 <= args.weight_decay < math.inf):
+        parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
+    if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
+        parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
     if args.hold < 0 or (args.hold and not args.load_from):
         parser.error("--hold is a weight of 0 or more, and needs --load-from")
     if args.data is None:

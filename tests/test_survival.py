@@ -87,7 +87,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(sample, tmp_path):
     done = subprocess.run([*limited, *command(sample, out, "--epochs", 2, "--resume")], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "last.pth: File too large; not written, what was there is kept" in done.stderr.splitlines()[-1]
-    assert (out / "last.pth").read_bytes() == before and not [name for name in os.listdir(out) if name.startswith(".")]
+    assert (out / "last.pth").read_bytes() == before and [name for name in os.listdir(out) if name.startswith(".")] == [".lock"]
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="a tmpfs of one's own needs root and unshare")

@@ -54,7 +54,7 @@ def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
     last = run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 2)
     out = capsys.readouterr().out
     assert "12 photos" in out and "3 batches of 5 x 1 processes" in out and "epoch 2/2" in out
-    assert sorted(os.listdir(tmp_path / "r")) == ["best.pth", "curves.png", "last.pth", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "r")) == [".lock", "best.pth", "curves.png", "last.pth", "log.jsonl"]
     assert last["epoch"] == 2 and last["step"] == 6
     flags, *epochs = map(json.loads, (tmp_path / "r/log.jsonl").read_text().splitlines())
     assert flags["flags"]["lr"] == 0.01 and [line["epoch"] for line in epochs] == [1, 2]
@@ -223,3 +223,11 @@ def test_torchrun(sample, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "12 photos" in done.stdout and "2 batches of 5 x 2 processes" in done.stdout
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 2 and load_model(tmp_path / "r/best.pth")
+
+
+def test_tensorboard(sample, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 1, "--tensorboard")
+    events = EventAccumulator(str(tmp_path / "r"))
+    events.Reload()
+    assert {"loss", "lr", "AP50"} <= set(events.Tags()["scalars"]) and set(events.Tags()["images"]) == {"training", "validation"}
