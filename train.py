@@ -203,8 +203,8 @@ def parse_args(argv):
     start.add_argument("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
     start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
     start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
-    start.add_argument("--hold", type=float, default=0.0, metavar="WEIGHT", help="hold on to what --load-from sees where no "
-                       "face is labelled: forgets less (default 0, 1 is much)")
+    start.add_argument("--hold", type=float, default=0.0, metavar="WEIGHT", help="hold on to the scores of --load-from where "
+                       "no face is labelled, and to its boxes: forgets less (default 0, 1 is much)")
     start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--epochs", type=int, default=70, help="default 70")
