@@ -231,12 +231,9 @@ def make_loader(dataset, batches, workers, device="cpu"):
 
 
 def _heed_no_signals(_):
-    """Ctrl-C and SIGTERM may reach workers too; the main process saves first and then ends them itself.
-
-    Normally it tells them to go; a stuck one gets SIGTERM, as does every one of a whole group, and has half a minute.
-    """
+    """Ctrl-C reaches workers too; the main process saves first and then ends them itself (by SIGTERM, if need be)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def describe(annotations, min_face):

@@ -197,7 +197,7 @@ def main(argv=None):
     # Inputs of equal names in different folders keep those folders; drawings never overwrite their photos.
     root = Path(os.path.commonpath([file.resolve().parent for file in files])) if files else Path()
     entries, failed, shown, faces_found, started = [], [], [], 0, time.perf_counter()
-    for file in tqdm(files, unit="picture", disable=len(files) < 2):
+    for file in tqdm(files, unit="picture", disable=True if len(files) < 2 else None):
         target = Path(args.out) / file.resolve().relative_to(root)
         if target.resolve() == file.resolve():
             raise InputError(f"{file}: --out {args.out} would overwrite it; name another folder")

@@ -295,7 +295,7 @@ def main(argv=None):
             if stop:
                 raise SystemExit(128 + stop[0])
     except RuntimeError:
-        if stop and trainer.rank:  # the first process has saved and left
+        if stop:  # the signal has ended a worker as well, or the first process has saved and left
             raise SystemExit(128 + stop[0]) from None
         raise
     if trainer.rank == 0:
