@@ -298,6 +298,9 @@ def main(argv=None):
         if stop:  # the signal has ended a worker as well, or the first process has saved and left
             raise SystemExit(128 + stop[0]) from None
         raise
+    finally:
+        if stop:  # PyTorch's handler would raise about workers that the signal has ended, while Python exits
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if trainer.rank == 0:
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
