@@ -38,7 +38,7 @@ from runtimes import SUFFIXES, load_exported, open_network
 def interleaved(jobs, rounds, seconds=0.2):
     """Seconds per call `[len(jobs), rounds]`: in every round each job in turn is called for about `seconds`.
 
-    A round's figure is the median of its calls; the first, which warms up, also says how many calls those are.
+    A round's figure is the median of its calls; the first two warm up, and say how many calls those are.
     """
     calls = []
     for job in jobs:
@@ -162,7 +162,7 @@ def epoch(args):
     with photos_for(args) as file:
         size = args.batch_sizes[0]
         trainer = make_trainer(args, file, size, args.precision, args.workers)
-        record = trainer.run_epoch([])  # starts the workers, and chooses kernels
+        trainer.run_epoch([])  # starts the workers, and chooses kernels
         started = time.perf_counter()
         loaded = sum(len(batch.index) for batch in trainer.loader)
         loader_speed = loaded / (time.perf_counter() - started)
@@ -196,7 +196,7 @@ def make_trainer(args, file, batch_size, precision, workers):
     """A Trainer of a new network on the photos of `file`."""
     device = choose_device(args.device)
     flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
-                              "--workers", str(workers), "--min-face", "0"])
+                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000"])  # saves nothing
     return train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), 0, 1, device)
 
 
@@ -219,10 +219,12 @@ def main(argv=None):
         one.add_argument("--photos", type=int, default=64, help="how many are drawn, or at most loaded (default %(default)s)")
         one.add_argument("--threads", type=int, default=1, help="of the training step, or of the loader (default %(default)s)")
         one.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
-        one.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-        one.add_argument("--batch-sizes", type=int, nargs="+", default=[65], help="(default 65)")
-        one.add_argument("--workers", type=int, default=os.cpu_count(), help="of the epoch (default %(default)s)")
-        one.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the epoch (default %(default)s)")
+        if run is not loading:
+            one.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+            one.add_argument("--batch-sizes", type=int, nargs="+", default=[65], help="(default 65; an epoch takes the first)")
+        if run is epoch:
+            one.add_argument("--workers", type=int, default=os.cpu_count(), help="that load (default %(default)s)")
+            one.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
         one.set_defaults(run=run)
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from formats import InputError, whole_file
-from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint, rebuild
+from formats import InputError, bad_values, whole_file
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint, rebuild
 
 
 def check_out(args):
     """Settle --resume: a run is never overwritten, and one that torchrun has restarted goes on by itself."""
     last = Path(args.out) / "last.pth"
-    if args.resume is None and last.exists():
+    if last.exists() and args.resume != "" and Path(args.resume or "") != last:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
             raise InputError(f"{last} exists: continue that run with --resume, or name another folder with --out")
         args.resume = ""
@@ -83,3 +83,12 @@ def save(path, model, **more):
     torch.save(checkpoint(model, **more), buffer)
     with whole_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def load_start(args, config):
+    """The network that --hold holds on to: the one of --load-from, whose anchors must be the trained model's."""
+    with bad_values():
+        start = load_model(args.load_from)
+    if start.config.anchors != config.anchors:
+        raise InputError(f"{args.load_from}: --hold needs the same anchors in the model that is trained")
+    return start.requires_grad_(False)

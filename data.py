@@ -105,7 +105,7 @@ class FaceDataset(Dataset):
     """
 
     def __init__(self, annotations, width=None, height=None, min_face=0):
-        self.width, self.height, self.folder, self.source = width, height, annotations.path.parent, annotations.path
+        self.width, self.height, self.folder = width, height, annotations.path.parent
         self.names = np.array([os.fsencode(name) for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
         self.starts = np.searchsorted(annotations.image, np.arange(len(annotations.ids) + 1))
@@ -132,7 +132,7 @@ class FaceDataset(Dataset):
             size = upright_size(image)
             target = (self.width, self.height) if self.width else size
             if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:
-                raise InputError(f"{path}: is {size[0]}x{size[1]}, but {self.source} says "
+                raise InputError(f"{path}: is {size[0]}x{size[1]}, but its json says "
                                  f"{self.sizes[index][0]}x{self.sizes[index][1]}")
             if rng:
                 view = random_view(rng, size, faces[~ignored])
@@ -152,6 +152,7 @@ class FaceDataset(Dataset):
             whole.paste(inside, corner)
             inside = whole
         faces = faces.clip(0, target * 2)
+        ignored = ignored | (faces[:, 2:] <= faces[:, :2]).any(1)  # wholly outside, which a json without sizes does not tell
         if rng and rng.random() < 0.5:
             inside = inside.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             faces[:, [0, 2]] = target[0] - faces[:, [2, 0]]

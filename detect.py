@@ -201,12 +201,13 @@ def main(argv=None):
         target = Path(args.out) / file.resolve().relative_to(root)
         if target.resolve() == file.resolve():
             raise InputError(f"{file}: --out {args.out} would overwrite it; name another folder")
-        if file.suffix.lower() in VIDEOS:
-            frames = detect_video(detector, file, target.with_suffix(".mp4"), args.score)
-            entries.append({"file": str(file), "frames": [as_json(faces) for faces in frames]})
-            faces_found += sum(map(len, frames))
-            continue
         try:
+            if file.suffix.lower() in VIDEOS:
+                out = target if target.suffix.lower() == ".mp4" else target.with_name(f"{target.name}.mp4")
+                frames = detect_video(detector, file, out, args.score)
+                entries.append({"file": str(file), "frames": [as_json(faces) for faces in frames]})
+                faces_found += sum(map(len, frames))
+                continue
             image = load_picture(file)
         except InputError as error:
             failed.append(str(error))

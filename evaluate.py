@@ -12,7 +12,6 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 
@@ -39,16 +38,17 @@ def join_processes(device=None):
     import torch.distributed as dist
 
     from detect import choose_device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # before the first tensor, which would take memory on GPU 0 for every process
     device = choose_device(device)
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
-    local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
         if wanted > there:
             raise InputError(f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu")
         device = f"cuda:{local}"
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -212,10 +212,14 @@ def obtain(args, annotations):
     """The Detections that are to be scored, by running the model or reading COCO results; the rank; annotations read."""
     if args.predictions:
         return Detections(*read_results(args.predictions, annotations)), 0, annotations
+    import torch.distributed as dist
+
     from detect import load_detector
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
     detections, errors = run_detector(detector, annotations, args.batch_size, args.workers, rank, processes)
+    if processes > 1:  # each process now has everything, and goes its own way
+        dist.destroy_process_group()
     if errors:
         lines = "; ".join(list(errors.values())[:5])
         if not args.skip_unreadable:

@@ -32,7 +32,7 @@ from evaluate import file_hash
 from formats import InputError, bad_values, command, parse_size, read_annotations
 from model import STRIDE, load_model, read_checkpoint
 from pictures import load_picture
-from runtimes import OPENVINO_DOMAIN, SECTION, DetectionOutput, check
+from runtimes import OPENVINO_DOMAIN, SECTION, DetectionOutput, check, openvino_core
 
 OPSET = 18
 CALIBRATION = 300  # photos that the ranges of INT8 are taken from
@@ -250,7 +250,7 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
         metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
         if metadata["head"] == "generic":
             add_picture_size(model, size)
-    ir = ov.Core().read_model(model.SerializeToString())
+    ir = openvino_core().read_model(model.SerializeToString())
     fold_constants(ir)
     if annotations:
         ir = quantise(ir, annotations, size)

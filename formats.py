@@ -58,7 +58,7 @@ def command(main):
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             fail(text)
         except (RuntimeError, MemoryError) as error:
-            known = [line for words, line in TROUBLE.items() if words in (str(error) or "out of memory")]
+            known = [line for words, line in TROUBLE.items() if words in ("out of memory" if isinstance(error, MemoryError) else str(error))]
             if not known:  # a bug of ours
                 raise
             fail(known[0])
@@ -233,11 +233,11 @@ def read_annotations(path):
 
 
 def join(parts):
-    """Several Annotations as one: their photos one set after another, ids from 1, names relative to the first's folder."""
+    """Several Annotations as one: their photos one set after another, ids from 1, names absolute."""
     first = parts[0]
     if len(parts) == 1:
         return first
-    names = [os.path.relpath(part.file(n), first.path.parent) for part in parts for n in range(len(part.ids))]
+    names = [os.path.abspath(part.file(n)) for part in parts for n in range(len(part.ids))]
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("sizes", "xywh", "area", "ignored")}
     counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}

@@ -232,7 +232,7 @@ def load_imagenet(model, path=None):
     except Exception:  # on foreign bytes the loader raises nearly everything
         source = None
     if not isinstance(source, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in source.values()):
-        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
+        raise ValueError(f"{path or 'the download'}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
     wanted = {f"features.{n}" for n in range(blocks)}
     pick = lambda state: {k: v for k, v in state.items() if ".".join(k.split(".")[:2]) in wanted}

@@ -11,7 +11,7 @@ from anchors import match
 from checkpoints import claim
 from detect import TorchDetector, detect
 from formats import InputError, whole_file
-from pictures import draw_faces, grid, load_picture, save_picture
+from pictures import draw_faces, grid, load_picture
 
 PICTURES = 16  # in each grid of photos
 
@@ -41,7 +41,7 @@ class Monitor:
         """Add a line; the file is replaced whole, so that a kill leaves no half line."""
         self.lines.append(line)
         with whole_file(self.log) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.lines), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines), encoding="utf-8")
 
     def epoch(self, trainer, record, val=None):
         """Record an epoch: log line, curves, a printed line, TensorBoard."""
@@ -99,11 +99,11 @@ def draw_curves(records, path):
 
 
 def training_grid(trainer):
-    """Augmented training photos of this epoch with faces (green), ignored ones and positive anchors (thin, yellow)."""
+    """Training photos as the network sees them, with faces (green), ignored ones and positive anchors (thin, yellow)."""
     from data import collate
     from pictures import FALSE, IGNORED
     dataset, sheet = trainer.loader.dataset, []
-    items = [dataset[index, (trainer.args.seed, trainer.epoch, place)]
+    items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
              for place, index in enumerate(np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
     batch = collate(items)
     anchors = trainer.anchors.cpu()

@@ -15,7 +15,8 @@ FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 def upright_size(image):
     """Upright (width, height) of an opened picture, decoded or not."""
-    return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size  # 5-8 lie on their side
+    lying = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if lying and image.format != "TIFF" else image.size  # Pillow turns TIFF itself
 
 
 def decode(image, scale=1):
@@ -64,7 +65,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
         if scores is not None:
             text = f"{scores[n]:.2f}"
-            left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+            _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
             y = y1 - bottom - 2 if y1 > bottom + 2 else y1 + thickness
             draw.rectangle((x1, y, x1 + right + 2, y + bottom + 1), fill=colour)
             draw.text((x1 + 1, y), text, fill="black", font=font)

@@ -3,6 +3,7 @@
 What a model takes is read from the metadata that export.py wrote into it; for models of others, whose outputs are those
 of DetectionOutput `[1, 1, N, 7]`, the caller says it. An .onnx with OpenVINO's own operators runs in OpenVINO.
 """
+import functools
 import json
 from pathlib import Path
 
@@ -49,12 +50,22 @@ class OnnxNetwork:
         return self.session.run(None, {self.input: array})
 
 
+@functools.cache
+def openvino_core():
+    """OpenVINO's Core, one for the life of the process.
+
+    Its CPU plugin gives signal handlers a stack that is gone with the plugin: the next signal would end Python.
+    """
+    import openvino as ov
+    return ov.Core()
+
+
 class OpenVinoNetwork:
     """An .xml (with its .bin) or .onnx file in OpenVINO, computing in float32 (INT8 where the file is quantised)."""
 
     def __init__(self, path, threads=0):
         import openvino as ov
-        core = ov.Core()
+        core = openvino_core()
         # Without the hint OpenVINO computes in bfloat16 wherever the processor has it, and the figures change silently.
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}

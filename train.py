@@ -20,13 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors, match
-from checkpoints import check_out, make_model, report_changes, save
+from checkpoints import load_start, check_out, make_model, report_changes, save
 from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
 from evaluate import join_processes, run_detector, score_faces
 from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
 from loss import batch_divisor, hold_loss, multibox_loss
-from model import load_model
 from monitor import Monitor
 
 DATA, VAL = "data/train.json", "data/val.json"
@@ -50,7 +49,7 @@ class Trainer:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
         self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
-        self.start = load_model(args.load_from).to(device, memory_format=self.layout) if args.hold else None
+        self.start = load_start(args, model.config).to(device, memory_format=self.layout) if args.hold else None
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.epoch = self.step = self.done = 0      # epochs finished, iterations in all, photos seen of this epoch
         self.sums = torch.zeros(4, device=device)   # total, class, box loss and their number in this epoch
@@ -88,24 +87,25 @@ class Trainer:
         labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
             logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
-        labels, held = self.hold(images, logits, offsets, labels)
-        losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, batch_divisor(labels))
+        divisor = batch_divisor(labels)
+        labels, held = self.hold(images, logits, offsets, labels, divisor)
+        losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)
         self.optimizer.zero_grad()
         (losses[0] + held).backward()
-        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
+        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
         if self.ema:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return torch.stack(losses).detach()
 
-    def hold(self, images, logits, offsets, labels):
+    def hold(self, images, logits, offsets, labels, divisor):
         """With --hold, the loss of moving away from the start, and labels without faces that the start sees but they miss."""
         if not self.start:
             return labels, 0
         with torch.no_grad():
             start_logits, start_offsets = self.start(images)
         labels = labels.masked_fill((labels == 0) & (start_logits.softmax(-1)[..., 1] > 0.5), -1)
-        loss = hold_loss(logits, offsets, start_logits, start_offsets, labels, batch_divisor(labels))
+        loss = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
         return labels, self.args.hold * loss
 
     def run_epoch(self, stop):
@@ -214,7 +214,7 @@ def parse_args(argv):
     schedule.add_argument("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
     schedule.add_argument("--momentum", type=float, default=0.9, help="default 0.9")
     schedule.add_argument("--weight-decay", type=float, default=5e-4, help="default 5e-4")
-    schedule.add_argument("--clip", type=float, default=math.inf, help="greatest norm of the gradient (default: any)")
+    schedule.add_argument("--clip", type=float, help="greatest norm of the gradient (default: any)")
     schedule.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
     schedule.add_argument("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
     schedule.add_argument("--seed", type=int, default=0, help="default 0")
@@ -232,7 +232,7 @@ def parse_args(argv):
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
-    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and args.clip > 0 and 0 <= args.weight_decay < math.inf):
+    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and (args.clip is None or args.clip > 0) and 0 <= args.weight_decay < math.inf):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")

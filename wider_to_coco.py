@@ -14,10 +14,11 @@ import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from formats import InputError, command, write_json
+from pictures import upright_size
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
@@ -104,9 +105,7 @@ def picture_size(path):
         if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
             return None
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            # Pillow turns TIFF itself; every other format is stored lying and turned when the photo is loaded
-            return image.size[::-1] if turned and image.format != "TIFF" else image.size
+            return upright_size(image)
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         return error
 

@@ -1,5 +1,8 @@
 """What the tests share: a small drawn dataset, a small network, and the folder of real data where it is."""
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; threads that wait for cores only disturb
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ from detect import TorchDetector, detect
 from evaluate import file_hash
 from model import checkpoint, load_model
 from pictures import load_picture
-from runtimes import DetectionOutput, differences, load_exported, open_network
+from runtimes import DetectionOutput, differences, load_exported, open_network, openvino_core
 from sample import photo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,7 +217,7 @@ def test_int8_quantises_every_convolution(monkeypatch, run, sample, capfd):
     folder = run("--int8", "--data", sample / "val.json")
     captured = capfd.readouterr()
     assert captured.err == "" and len(captured.out.splitlines()) == 2
-    model = ov.Core().read_model(folder / "model.xml")
+    model = openvino_core().read_model(folder / "model.xml")
     whole_numbers = [node for node in model.get_ops() if node.get_type_name() == "Constant"
                      and node.get_element_type() == ov.Type.i8]
     convolutions = [node for node in model.get_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")]

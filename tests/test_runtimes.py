@@ -14,7 +14,7 @@ import detect
 import evaluate
 import export
 from model import checkpoint
-from runtimes import load_exported, open_network
+from runtimes import load_exported, open_network, openvino_core
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def foreign(tmp_path_factory):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     folder = tmp_path_factory.mktemp("foreign")
     onnx.save(model, folder / "foreign.onnx")
-    ov.save_model(ov.Core().read_model(folder / "foreign.onnx"), folder / "foreign.xml", compress_to_fp16=False)
+    ov.save_model(openvino_core().read_model(folder / "foreign.onnx"), folder / "foreign.xml", compress_to_fp16=False)
     return folder
 
 
