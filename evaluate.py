@@ -38,17 +38,16 @@ def join_processes(device=None):
     import torch.distributed as dist
 
     from detect import choose_device
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # before the first tensor, which would take memory on GPU 0 for every process
-    device = choose_device(device)
     if "LOCAL_RANK" not in os.environ:
-        return 0, 1, device
-    if device == "cuda":
+        return 0, 1, choose_device(device)
+    local = int(os.environ["LOCAL_RANK"])
+    if (device or "cuda") == "cuda" and torch.cuda.is_available():
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
         if wanted > there:
             raise InputError(f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu")
+        torch.cuda.set_device(local)  # before the first tensor, which else takes memory on GPU 0 for every process
         device = f"cuda:{local}"
+    device = choose_device(device)
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -56,6 +55,13 @@ def join_processes(device=None):
             raise InputError(f"the processes cannot meet ({str(error).splitlines()[0][:160]}); start them with torchrun, "
                              "with --standalone or a free --master_port") from None
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_processes():
+    """End the group that join_processes has joined, once its last exchange is over everywhere."""
+    import torch.distributed as dist
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def run_detector(detector, annotations, batch_size=16, workers=2, rank=0, processes=1):
@@ -212,14 +218,12 @@ def obtain(args, annotations):
     """The Detections that are to be scored, by running the model or reading COCO results; the rank; annotations read."""
     if args.predictions:
         return Detections(*read_results(args.predictions, annotations)), 0, annotations
-    import torch.distributed as dist
-
     from detect import load_detector
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
     detections, errors = run_detector(detector, annotations, args.batch_size, args.workers, rank, processes)
-    if processes > 1:  # each process now has everything, and goes its own way
-        dist.destroy_process_group()
+    if processes > 1:  # each now has everything, and goes its own way
+        leave_processes()
     if errors:
         lines = "; ".join(list(errors.values())[:5])
         if not args.skip_unreadable:

@@ -23,7 +23,7 @@ from anchors import make_anchors, match
 from checkpoints import load_start, check_out, make_model, report_changes, save
 from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
-from evaluate import join_processes, run_detector, score_faces
+from evaluate import join_processes, leave_processes, run_detector, score_faces
 from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
 from loss import batch_divisor, hold_loss, multibox_loss
 from monitor import Monitor
@@ -306,7 +306,8 @@ def main(argv=None):
             print(f"unreadable: {line}")
         print(f"finished {trainer.epoch} epochs: {args.out}/last.pth" + (f", best.pth AP50 {trainer.best:.4f}" if val else ""))
     if trainer.processes > 1:
-        dist.destroy_process_group()
+        trainer.model = None  # its hold on the group must not be the last: ending the group late can wait for ever
+        leave_processes()
 
 
 if __name__ == "__main__":

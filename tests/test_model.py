@@ -1,6 +1,7 @@
 """The network: its size, its shapes, and every kind of file it can start from."""
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +149,8 @@ def test_imagenet_errors(tmp_path):
     torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
     with pytest.raises(ValueError, match="width 1.0"):
         load_imagenet(SSD(Config(width=1.25)), tmp_path / "imagenet.pth")
+
+
+def test_the_shipped_network_is_the_small_one():
+    model = load_model(Path(__file__).parents[1] / "weights/face_ssd300.pth")
+    assert model.config == Config() and sum(p.numel() for p in model.parameters()) == 1_033_670

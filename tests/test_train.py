@@ -47,7 +47,7 @@ def test_recipes_are_flag_files_and_later_flags_override():
     args = train.parse_args(["@recipes/wider_face.txt", "--epochs", "3"])
     assert args.epochs == 3 and args.pretrained == "" and args.milestones == [40, 55, 65]
     for recipe in os.listdir("recipes"):
-        train.parse_args([f"@recipes/{recipe}"])
+        train.parse_args([f"@recipes/{recipe}", "--load-from", "x.pth"])
 
 
 def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
@@ -163,8 +163,9 @@ def test_refused(sample, tmp_path, refused):
     train.main([str(word) for word in (*common, "--epochs", 0)])
     assert "exists: continue that run with --resume" in refused(train.main, *common)
     assert "input_width is 64, not 96" in refused(train.main, *common, "--resume", "--size", "96")
+    assert "exists" in refused(train.main, *common, "--resume", tmp_path / "other.pth")
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "weights.pth")
-    assert "--load-from" in refused(train.main, *common, "--resume", tmp_path / "weights.pth")
+    assert "--load-from" in refused(train.main, *common[:-1], tmp_path / "new", "--resume", tmp_path / "weights.pth")
     assert "no checkpoint to resume" in refused(train.main, *common[:-1], tmp_path / "new", "--resume")
     assert "not available here" in refused(train.main, *common[:-1], tmp_path / "new", "--device", "xla")
     assert "no such file" in refused(train.main, "--data", tmp_path / "absent.json", "--out", tmp_path / "new")
