@@ -59,7 +59,8 @@ def make_model(args):
         config = config_of(content, args.resume)
         if not {"optimizer", "epoch", "step", "done", "best", "sums", "flags"} <= content.keys():
             raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
-        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items() if getattr(config, key) != value]
+        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items()
+                   if getattr(config, key) != value]
         if changed:
             raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
         return rebuild(content, content["state_dict"], args.resume), content

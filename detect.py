@@ -90,7 +90,7 @@ def load_detector(path, size=None, device=None, colour=None, value_range=None):
     `colour` and `value_range`: what an exported model of others takes, see runtimes.load_exported. Raises InputError.
     """
     if not Path(path).is_file():
-        hint = ("train one (python train.py; its is runs/face/best.pth) or name one with --model"
+        hint = ("train one (python train.py makes runs/face/best.pth) or name one with --model"
                 if str(path) == MODEL else "name a checkpoint with --model")
         raise InputError(f"{path}: no such model; {hint}")
     if Path(path).suffix in (".onnx", ".xml"):

@@ -55,7 +55,8 @@ def join_processes(device=None):
                 # torchrun keeps one store through its restarts, in which the addresses of processes that died are still to be
                 # read (pytorch/pytorch#135712). On several nodes the counts of restarts can differ: see the README.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=processes)
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the processes cannot meet ({str(error).splitlines()[0][:160]}); start them with torchrun, "
                              "with --standalone or a free --master_port") from None

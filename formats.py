@@ -58,7 +58,8 @@ def command(main):
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             fail(text)
         except (RuntimeError, MemoryError) as error:
-            known = [line for words, line in TROUBLE.items() if words in ("out of memory" if isinstance(error, MemoryError) else str(error))]
+            said = "out of memory" if isinstance(error, MemoryError) else str(error)
+            known = [line for words, line in TROUBLE.items() if words in said]
             if not known:  # a bug of ours
                 raise
             fail(known[0])

@@ -88,7 +88,7 @@ class Trainer:
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
             logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
         divisor = batch_divisor(labels)
-        labels, held = self.hold(images, logits, offsets, labels, divisor)
+        labels, targets, held = self.hold(images, logits, offsets, labels, targets, divisor)
         losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)
         self.optimizer.zero_grad()
         (losses[0] + held).backward()
@@ -98,15 +98,20 @@ class Trainer:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return torch.stack(losses).detach()
 
-    def hold(self, images, logits, offsets, labels, divisor):
-        """With --hold, the loss of moving away from the start, and labels without faces that the start sees but they miss."""
+    def hold(self, images, logits, offsets, labels, targets, divisor):
+        """What --hold changes in a step: (labels, box targets, the loss of moving away from the start).
+
+        Where the start is sure of a face that no label has, there is no background; where one has it, the start's box is
+        the target. Sets differ in where a face ends, and a mixture of their habits would blur the start's own.
+        """
         if not self.start:
-            return labels, 0
+            return labels, targets, 0
         with torch.no_grad():
             start_logits, start_offsets = self.start(images)
-        labels = labels.masked_fill((labels == 0) & (start_logits.softmax(-1)[..., 1] > 0.5), -1)
-        loss = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
-        return labels, self.args.hold * loss
+        sure = start_logits.softmax(-1)[..., 1] > 0.5                                               # [B, A]
+        labels = labels.masked_fill((labels == 0) & sure, -1)
+        targets = torch.where(sure[..., None], start_offsets, targets)
+        return labels, targets, self.args.hold * hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
 
     def run_epoch(self, stop):
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
@@ -164,7 +169,6 @@ class Trainer:
             raise InputError(f"{len(self.unreadable)} photos could not be used (--max-unreadable {self.args.max_unreadable}): "
                              + "; ".join(list(self.unreadable.values())[:5]))
 
-
     def share_unreadable(self):
         """Let all processes know of each other's unreadable photos."""
         if self.processes > 1:
@@ -204,7 +208,7 @@ def parse_args(argv):
     start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
     start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
     start.add_argument("--hold", type=float, default=0.0, metavar="WEIGHT", help="hold on to the scores of --load-from where "
-                       "no face is labelled, and to its boxes: forgets less (default 0, 1 is much)")
+                       "no face is labelled, and to its boxes: forgets less (default 0, 0.3 is much)")
     start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--epochs", type=int, default=70, help="default 70")
@@ -232,7 +236,8 @@ def parse_args(argv):
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
-    if not (0 < args.lr < math.inf and 0 <= args.ema < 1 and (args.clip is None or args.clip > 0) and 0 <= args.weight_decay < math.inf):
+    rates = 0 < args.lr < math.inf and 0 <= args.ema < 1 and 0 <= args.weight_decay < math.inf
+    if not rates or (args.clip is not None and not args.clip > 0):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
@@ -266,8 +271,9 @@ def prepare(args):
     if rank == 0:
         if content:
             report_changes(args, content)
-        print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces ({dataset.ignored.sum():,} ignored); "
-              f"an epoch is {args.repeat} passes, {trainer.batches.total:,} batches of {args.batch_size} x {processes} processes\n"
+        print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
+              f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
+              f"{trainer.batches.total:,} batches of {args.batch_size} x {processes} processes\n"
               f"width {config.width:g}, input {config.input_width}x{config.input_height}, {device}, {args.precision}; "
               + (f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"))
         if not val:

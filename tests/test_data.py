@@ -81,12 +81,25 @@ def test_views_follow_the_recipe():
     assert view[0] <= 0 and view[2] >= 400 and view[1] <= 0 and view[3] >= 300
 
 
+def textbook_colours(image, rng):
+    """SSD's photometric distortion, step by step, each rounded and clipped: colours in HSV, contrast before or after them."""
+    coins, levels = rng.random(5) < 0.5, np.arange(256.0)
+    table = lambda values: values.round().clip(0, 255).astype(np.uint8).tolist()
+    contrast = lambda image, wanted: image.point(table(levels * factor) * 3) if coins[1] and coins[4] == wanted else image
+    factor = rng.uniform(0.5, 1.5)
+    image = image.point(table(levels + rng.uniform(-32, 32) * coins[0]) * 3)
+    hue = ((levels + rng.uniform(-18, 18) * coins[3] * 256 / 360).round() % 256).astype(np.uint8).tolist()
+    saturation = table(levels * (rng.uniform(0.5, 1.5) if coins[2] else 1))
+    image = contrast(image, True).convert("HSV").point(hue + saturation + table(levels)).convert("RGB")
+    return contrast(image, False)
+
+
 def straightforward(dataset, index, rng):
-    """A photo augmented in the textbook's order by torchvision: decode, colours, zoom out, crop, resize, flip.
+    """A photo augmented in the textbook's order: decode, colours, and by torchvision zoom out, crop, resize, flip.
 
     Returns the picture `[3, H, W]` and the faces `[N, 4]` on it.
     """
-    image = distort_colours(load_picture(dataset.folder / dataset.names[index].decode()), rng)
+    image = textbook_colours(load_picture(dataset.folder / dataset.names[index].decode()), rng)
     faces = dataset.faces[dataset.starts[index]:dataset.starts[index + 1]]
     boxes = tv_tensors.BoundingBoxes(torch.from_numpy(faces), format="XYXY", canvas_size=image.size[::-1])
     steps = [v2.RandomZoomOut(0, (1, 2), 0.5), *([v2.RandomIoUCrop(0.1, 1, 0.5, 2)] if len(faces) else []),
@@ -118,7 +131,8 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
             "small": sides.quantile(0.25), "median": sides.median(), "large": sides.quantile(0.75),
             "share of the view": (sides ** 2).mean() / 96 ** 2,  # the IoU of a face within the crop with the crop
             "x": boxes[:, [0, 2]].mean(), "y": boxes[:, [1, 3]].mean(), "canvas": 1 - lit.double().mean(),
-            "mean": pictures.mean(), "deviation": pictures.std(),
+            "mean": pictures.mean(), "deviation": pictures.std(), "colourful": (pictures.amax(1) - pictures.amin(1)).mean(),
+            "red": pictures[:, 0].mean(), "green": pictures[:, 1].mean(), "blue": pictures[:, 2].mean(),
             "contrast within": pictures.flatten(1).std(1).mean(), "brightness between": pictures.flatten(1).mean(1).std()}
     for key, value in statistics["theirs"].items():
         assert float(statistics["ours"][key]) == pytest.approx(float(value), rel=0.1), (key, statistics)
@@ -130,9 +144,12 @@ def test_colours_follow_the_recipe():
     means = np.array([np.asarray(distort_colours(grey, rng)).mean() for _ in range(2000)])
     assert np.mean(means == 128) == pytest.approx(0.25, abs=0.03)  # neither brightness nor contrast
     assert means.min() > (128 - 33) * 0.49 and means.max() <= 255 and means.mean() == pytest.approx(128, abs=3)
-    colour = Image.new("RGB", (4, 4), (200, 100, 50))
-    hues = [np.asarray(distort_colours(colour, rng).convert("HSV"))[0, 0, 0] * 360 / 256 for _ in range(500)]
-    assert 0 <= min(hues) <= 6 and 34 <= max(hues) <= 44 and np.median(hues) == pytest.approx(20, abs=3)  # 20 +- 18
+    colour = Image.new("RGB", (4, 4), (50, 150, 100))
+    for distort in (distort_colours, textbook_colours):
+        hsv = np.array([np.asarray(distort(colour, rng).convert("HSV"))[0, 0] for _ in range(3000)]) * (360 / 256, 1, 1)
+        assert np.quantile(hsv[:, 0], (0.05, 0.5, 0.95)) == pytest.approx((150 - 16, 150, 150 + 16), abs=6)  # half stay, half turn by up to 18
+        assert np.quantile(hsv[:, 1], (0.05, 0.5, 0.95)) == pytest.approx((98, 170, 240), abs=20)
+        assert hsv[:, 2].mean() == pytest.approx(150, abs=6)
 
 
 @pytest.mark.parametrize("view", [(0, 0, 100, 80), (-50, -40, 150, 120), (10.5, 20.25, 40.75, 70.5), (-30, 10, 20, 200)])
