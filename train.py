@@ -111,7 +111,8 @@ class Trainer:
         sure = start_logits.softmax(-1)[..., 1] > 0.5                                               # [B, A]
         labels = labels.masked_fill((labels == 0) & sure, -1)
         targets = torch.where(sure[..., None], start_offsets, targets)
-        return labels, targets, self.args.hold * hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
+        losses = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
+        return labels, targets, (losses * losses.new_tensor(self.args.hold)).sum()
 
     def run_epoch(self, stop):
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
@@ -207,8 +208,8 @@ def parse_args(argv):
     start.add_argument("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
     start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
     start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
-    start.add_argument("--hold", type=float, default=0.0, metavar="WEIGHT", help="hold on to the scores of --load-from where "
-                       "no face is labelled, and to its boxes: forgets less (default 0, 0.3 is much)")
+    start.add_argument("--hold", type=float, nargs=2, metavar=("SCORES", "BOXES"), help="weights of holding on to the scores "
+                       "of --load-from where no face is labelled, and to its boxes: forgets less (default off, 0.3 is much)")
     start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     schedule = parser.add_argument_group("schedule")
     schedule.add_argument("--epochs", type=int, default=70, help="default 70")
@@ -241,8 +242,8 @@ def parse_args(argv):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
-    if args.hold < 0 or (args.hold and not args.load_from):
-        parser.error("--hold is a weight of 0 or more, and needs --load-from")
+    if args.hold and not (args.load_from and 0 <= min(args.hold) <= max(args.hold) < math.inf):
+        parser.error("--hold takes weights of 0 or more, and needs --load-from")
     if args.data is None:
         args.data, args.val = [DATA], args.val or (VAL if os.path.exists(VAL) else None)
     if args.workers is None:

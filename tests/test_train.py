@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,10 +126,21 @@ def test_holding_on_forgets_less(sample, tmp_path):
     start, moved = load_model(tmp_path / "x.pth"), {}
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for weight in (0, 10):
-        run(tmp_path / f"{weight}", sample, "--load-from", tmp_path / "x.pth", "--epochs", 2, "--hold", weight, "--freeze-bn", "--clip", 10)
+        run(tmp_path / f"{weight}", sample, "--load-from", tmp_path / "x.pth", "--epochs", 2, "--hold", weight, weight, "--freeze-bn", "--clip", 10)
         scores = [model(images)[0].softmax(-1)[..., 1] for model in (start, load_model(tmp_path / f"{weight}/last.pth"))]
         moved[weight] = (scores[0] - scores[1]).abs().mean().item()
     assert moved[10] < 0.8 * moved[0]
+
+
+def test_where_the_start_is_sure_its_box_is_the_target_and_nothing_is_background():
+    logits = torch.tensor([[[0.0, 3], [0, 3], [0, 3], [3, 0], [3, 0]]])                 # [1, 5, 2]: sure of the first three
+    start = torch.arange(20.0).view(1, 5, 4)
+    labels, targets = torch.tensor([[1, 0, -1, 1, 0]]), torch.full((1, 5, 4), -1.0)
+    trainer = SimpleNamespace(start=lambda images: (logits, start), args=SimpleNamespace(hold=[0.5, 2]))
+    labels, targets, held = train.Trainer.hold(trainer, None, logits, start + 1, labels, targets, 2)
+    assert labels.tolist() == [[1, -1, -1, 1, 0]]
+    assert targets[0, :, 0].tolist() == [0, 4, 8, -1, -1]
+    assert held.item() == pytest.approx(2 * 4 * logits.softmax(-1)[..., 1].sum().item() / 2)
 
 
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
