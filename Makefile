@@ -1,4 +1,5 @@
 # make demo: the whole workflow on a drawn dataset, in minutes on two CPU cores. make test: the tests.
+# make weights START=checkpoint PHOTOS=folder: how weights/face_ssd300.pth was made, see weights/README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,6 +10,14 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py --data data/sample/val.json --model runs/demo/best.pth --face-sizes 0 19 30 60
 	$(BIN)/python detect.py data/sample/val --model runs/demo/best.pth --out runs/demo/detections --grid runs/demo.png
 	@echo "What it finds, drawn: runs/demo.png"
+
+SETS = $(PHOTOS)/masks_train.json $(PHOTOS)/masks_train.json $(PHOTOS)/webcam_train.json --val $(PHOTOS)/masks_val.json
+RUN = $(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS)
+
+weights: .venv/installed
+	$(RUN) --out runs/weights-a
+	$(RUN) --out runs/weights-b --hold 0.05 0.3 --epochs 5
+	$(BIN)/python average.py runs/weights-a/last.pth runs/weights-b/last.pth --shares 2 1 --out runs/face_ssd300.pth
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q
@@ -22,4 +31,4 @@ test: .venv/installed-dev
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo weights test

@@ -152,6 +152,9 @@ class Trainer:
     def validate(self, annotations):
         """Score the model (the averaged one, if there is one) on Annotations; keeps best.pth. Returns plain numbers."""
         model = self.ema or self.raw_model
+        if self.processes > 1:  # each has batch-norm statistics of its own; the first one's are saved
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         detections, errors = run_detector(TorchDetector(model, device=self.device), annotations, 16, self.args.workers,
                                           self.rank, self.processes)
         if errors:
