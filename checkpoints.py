@@ -83,7 +83,7 @@ def save(path, model, **more):
     buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
     torch.save(checkpoint(model, **more), buffer)
     with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())  # a view of it, left in the error of a full disk, ends Python 3.12 by a crash
 
 
 def load_start(args, config):

@@ -112,8 +112,8 @@ class FlagFileParser(argparse.ArgumentParser):
         super().__init__(fromfile_prefix_chars="@", **more)
 
     def convert_arg_line_to_args(self, line):
-        """argparse's hook."""
-        return shlex.split(line, comments=True)
+        """argparse's hook. From Python 3.12 on, bytes that are no text arrive as surrogates, which encode() refuses."""
+        return shlex.split(line.encode().decode(), comments=True)
 
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, which leaves such files to fail as they may: no text, open quotes, a file that names itself."""
