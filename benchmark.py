@@ -144,7 +144,8 @@ def training(args):
     names, jobs = [], []
     with photos_for(args) as file:
         for size in args.batch_sizes:
-            for layout, precision in zip([torch.contiguous_format] + [torch.channels_last] * 2, ("fp32", "fp32", "bf16")):
+            for layout, precision in ((torch.contiguous_format, "fp32"), (torch.channels_last, "fp32"),
+                                      (torch.channels_last, "bf16")):
                 trainer = make_trainer(args, file, size, precision, 0)
                 trainer.layout = layout
                 trainer.raw_model.to(memory_format=layout).train()

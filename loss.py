@@ -44,7 +44,7 @@ def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor):
 
 
 def hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor):
-    """How far scores and boxes `[2]` have moved from those of the network that training started from.
+    """How far (scores, boxes), each a scalar, have moved from those of the network that training started from.
 
     Shapes and divisor as in `multibox_loss`. Scores: their divergence where no face is labelled (Hinton et al. 2015, at
     temperature 1). Boxes: everywhere their L1 distance in proportion to the start's face score; L1, which is felt however
@@ -53,4 +53,4 @@ def hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor):
     start = start_logits.float().softmax(-1)                                            # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none").sum(-1)
     moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * start[..., 1]
-    return torch.stack([(divergence * (labels != 1)).sum(), moved.sum()]) / divisor
+    return (divergence * (labels != 1)).sum() / divisor, moved.sum() / divisor

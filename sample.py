@@ -295,6 +295,7 @@ def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
 
 @command
 def main(argv=None):
+    """Draw the two parts of the set."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where to draw, as data/sample")
     parser.add_argument("--train", type=int, default=240, help="photos to train on (default: %(default)s)")

@@ -111,8 +111,8 @@ class Trainer:
         sure = start_logits.softmax(-1)[..., 1] > 0.5                                               # [B, A]
         labels = labels.masked_fill((labels == 0) & sure, -1)
         targets = torch.where(sure[..., None], start_offsets, targets)
-        losses = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
-        return labels, targets, (losses * losses.new_tensor(self.args.hold)).sum()
+        scores, boxes = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
+        return labels, targets, self.args.hold[0] * scores + self.args.hold[1] * boxes
 
     def run_epoch(self, stop):
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""

@@ -180,6 +180,7 @@ def convert(annotation, images, out, jobs=1):
 
 @command
 def main(argv=None):
+    """Convert one annotation text, and say what was met in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("annotation", help="WIDER FACE text, as wider_face_train_bbx_gt.txt")
     parser.add_argument("images", help="folder of the pictures that the text names, as data/WIDER_train/images")
