@@ -62,7 +62,7 @@ def match(anchors, faces, ignored, image, batch):
 
     anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
     place in the batch of each face's image; batch B. An anchor is positive if its IoU with some face is 0.4 or more;
-    besides, every face takes its best anchor. Anchors that reach 0.4 with ignored faces only are neither.
+    besides, every face takes its best anchor (of faces that share one, that of the higher IoU has it). Anchors that reach 0.4 with ignored faces only are neither.
     """
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
@@ -99,14 +99,14 @@ def fit(sides, k, seed=0, iterations=300):
     return centres[centres.prod(1).argsort()]
 
 
-def network_sides(annotations, width, height):
-    """Sides `[M, 2]` of the faces not ignored, in pixels of a `width` x `height` network input."""
+def network_sides(annotations, width, height, min_face=0):
+    """Sides `[M, 2]` of the faces to learn (not ignored, no side below `min_face` in the photo), in pixels of the input."""
     sizes = annotations.sizes[annotations.image]
     if (sizes <= 0).any():
         name = annotations.names[annotations.image[(sizes <= 0).any(1)][0]]
         raise InputError(f"{annotations.path}: image {name} has no width and height, they are needed here")
     sides = annotations.xywh[:, 2:] * (width, height) / sizes
-    return sides[~annotations.ignored]
+    return sides[~annotations.ignored & (annotations.xywh[:, 2:] >= min_face).all(1)]
 
 
 def draw_scatter(path, sides, sets):
@@ -131,9 +131,10 @@ def main(argv=None):
     parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
     parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
     parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
+    parser.add_argument("--min-face", type=int, default=17, help="smaller faces do not count (default %(default)s px), as in train.py")
     parser.add_argument("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
     args = parser.parse_args(argv)
-    sides = network_sides(read_annotations(args.data), *args.size)
+    sides = network_sides(read_annotations(args.data), *args.size, args.min_face)
     distinct = len(np.unique(sides, axis=0))
     if not 1 <= args.k <= distinct:
         raise InputError(f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different face sizes")

@@ -1,14 +1,14 @@
 """A run's checkpoints: where its model starts from, what is saved, and on which terms it may be resumed."""
 import io
 import os
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from formats import InputError, bad_values, whole_file
-from model import SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint, rebuild
+from model import HAND_DESIGNED, SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint, rebuild
 
 
 def check_out(args):
@@ -49,30 +49,32 @@ def report_changes(args, content):
             print(f"resumed with --{key.replace('_', '-')} {own[key]}, it was {content['flags'][key]}")
 
 
+def asked(args, config):
+    """`config` with what the flags ask for in its place; --anchors are given for 300 x 300 and scaled to the input."""
+    width, height = args.size or (config.input_width, config.input_height)
+    anchors = Config.new(width, height, anchors=args.anchors).anchors if args.anchors else config.anchors
+    return Config(width, height, config.width if args.width is None else args.width, anchors)
+
+
 def make_model(args):
     """The model to train, on the CPU, and the content of the checkpoint it resumes (None for a new run)."""
-    given = {"width": args.width, "anchors": args.anchors and tuple(args.anchors)}
-    given |= {"input_width": args.size[0], "input_height": args.size[1]} if args.size else {}
-    given = {key: value for key, value in given.items() if value is not None}
     if args.resume:
         content = read_checkpoint(args.resume)
         config = config_of(content, args.resume)
         if not {"optimizer", "epoch", "step", "done", "best", "sums", "flags"} <= content.keys():
             raise InputError(f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from")
-        changed = [f"{key} is {getattr(config, key)}, not {value}" for key, value in given.items()
-                   if getattr(config, key) != value]
+        wanted = asdict(asked(args, config))
+        changed = [f"{key} is {value}, not {wanted[key]}" for key, value in asdict(config).items() if value != wanted[key]]
         if changed:
             raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
         return rebuild(content, content["state_dict"], args.resume), content
     if args.load_from:  # its anchors are kept at any input size, being pixels
-        config = replace(config_of(read_checkpoint(args.load_from), args.load_from), **given)
-        model = SSD(config)
+        model = SSD(asked(args, config_of(read_checkpoint(args.load_from), args.load_from)))
         unfit = load_weights(model, args.load_from)
         if unfit:
             tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: {', '.join(unfit[:8])}")
         return model, None
-    at_300 = {"anchors": given["anchors"]} if "anchors" in given else {}
-    model = SSD(Config.new(*(args.size or (300, 300)), args.width or 0.75, **at_300))
+    model = SSD(Config.new(*(args.size or (300, 300)), 0.75 if args.width is None else args.width, args.anchors or HAND_DESIGNED))
     if args.pretrained is not None:
         load_imagenet(model, args.pretrained or None)
     return model, None

@@ -195,10 +195,10 @@ def main(argv=None):
     detector = load_detector(args.model, args.size, args.device, args.colour, args.range)
 
     # Inputs of equal names in different folders keep those folders; drawings never overwrite their photos.
-    root = Path(os.path.commonpath([file.resolve().parent for file in files])) if files else Path()
+    root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])) if files else Path()
     entries, failed, shown, faces_found, started = [], [], [], 0, time.perf_counter()
     for file in tqdm(files, unit="picture", disable=True if len(files) < 2 else None):
-        target = Path(args.out) / file.resolve().relative_to(root)
+        target = Path(args.out) / Path(os.path.abspath(file)).relative_to(root)
         if target.resolve() == file.resolve():
             raise InputError(f"{file}: --out {args.out} would overwrite it; name another folder")
         try:
@@ -228,7 +228,7 @@ def main(argv=None):
     write_json(Path(args.out) / "detections.json", entries)
     if shown:
         save_picture(grid(shown), args.grid)
-    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; see {args.grid or args.out}")
+    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; see {args.grid if shown else args.out}")
     if failed:
         raise InputError(f"{len(failed)} of {len(files)} could not be read: " + "; ".join(failed[:5]))
 

@@ -12,6 +12,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 
 import numpy as np
 
@@ -122,12 +123,10 @@ def table(scores):
     if "wider" in scores:
         lines += ["WIDER FACE val AP", *(f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items())]
     if "coco" in scores:
-        rows = [(name, f"{value:.4f}" if value >= 0 else "-") for name, value in scores["coco"].items()]
+        left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()] for part in ("coco", "AP50_by_size"))
         lines += ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
-        sizes = [(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores["AP50_by_size"].items()]
-        for n, (name, value) in enumerate(rows):
-            right = f"{sizes[n][0]:<12}{sizes[n][1]:>8}" if n < len(sizes) else ""
-            lines.append(f"  {name:<12}{value:>8}    {right}".rstrip())
+        for pair in zip_longest(left, right, fillvalue=("", "")):
+            lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
         lines.append("score >=   precision   recall   false per photo")
         for point, note in zip(scores["operating_points"], ("", "", "", f"   best F1 {scores['operating_points'][-1]['f1']:.3f}")):
             lines.append(f"  {point['score']:.3f}       {point['precision']:.3f}      {point['recall']:.3f}      "
@@ -182,6 +181,8 @@ def settings(args, **more):
             versions[package] = version(package)
         except PackageNotFoundError:
             pass
+    if str(more.get("model")).endswith(".xml"):  # an IR's weights lie beside it
+        more["weights"] = f"{more['model'][:-4]}.bin"
     hashes = {name: file_hash(path) for name, path in more.items() if path and os.path.isfile(path)}
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
             "sha256": hashes, "versions": versions}

@@ -297,7 +297,7 @@ def _check_ids(path, kind, entries):
 
 def _face_category(path, categories, annotations):
     """The id of the category `face`, or of the only one. Without `categories` those in use count."""
-    listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}] if categories is None else categories
+    listed = ([{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]) if categories is None else categories
     if not isinstance(listed, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed):
         raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
     categories = list({c["id"]: c for c in listed}.values())

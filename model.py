@@ -45,8 +45,8 @@ class Config:
             raise ValueError(f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected")
         if not 1 / 16 <= self.width <= 8:
             raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
-        if not 1 <= len(self.anchors) <= 100 or not all(0 < side < math.inf for anchor in self.anchors for side in anchor):
-            raise ValueError("anchors: 1 to 100 expected, with positive sides")
+        if not 1 <= len(self.anchors) <= 100 or not all(1 <= side < math.inf for anchor in self.anchors for side in anchor):
+            raise ValueError("anchors: 1 to 100 expected, with sides of at least a pixel of the network's input")
 
     @property
     def grid(self):

@@ -63,6 +63,9 @@ class Trainer:
             self.model = torch.compile(self.model)
         self.anchors = make_anchors(self.raw_model.config).to(device)
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes, not args.no_augment)
+        if self.done > args.batch_size * processes * self.batches.total:
+            raise InputError(f"{args.resume}: stopped after {self.done:,} photos of an epoch, which would now be over before; "
+                             "resume with the --data and --repeat it had")
         self.loader = make_loader(dataset, self.batches, args.workers, device)
 
     def restore(self, content):
@@ -184,15 +187,15 @@ class Trainer:
 def check_finite(step):
     """Stop if the (losses, photo indices) of a step are not finite."""
     if step and not step[0].isfinite().all():
-        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; the last checkpoint "
-                         "is from before: resume it with a lower --lr, or with --clip 10")
+        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; resume the last "
+                         "checkpoint with a lower --lr or with --clip 10, or, should it be ruined as well, start again so")
 
 
 @torch.no_grad()
 def move_average(average, model, decay):
     """Move averaged weights and batch-norm statistics towards the current ones."""
-    pairs = zip(average.state_dict().values(), model.state_dict().values())
-    torch._foreach_lerp_(*map(list, zip(*[pair for pair in pairs if pair[0].is_floating_point()])), 1 - decay)
+    averaged, current = (list(filter(torch.is_floating_point, m.state_dict().values())) for m in (average, model))
+    torch._foreach_lerp_(averaged, current, 1 - decay)  # all tensors in one call, as torch.optim.swa_utils does
 
 
 def parse_args(argv):
@@ -241,7 +244,7 @@ def parse_args(argv):
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
     rates = 0 < args.lr < math.inf and 0 <= args.ema < 1 and 0 <= args.weight_decay < math.inf
-    if not rates or (args.clip is not None and not args.clip > 0):
+    if not rates or (args.clip is not None and not 0 < args.clip < math.inf):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
@@ -266,6 +269,8 @@ def prepare(args):
     with bad_values():
         model, content = make_model(args)
     rank, processes, device = join_processes(args.device)
+    if args.sync_bn and not device.startswith("cuda"):
+        raise InputError(f"--sync-bn works on GPUs only, the device is {device}")
     args.precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
     torch.backends.cudnn.benchmark = True
     config = model.config
@@ -309,7 +314,7 @@ def main(argv=None):
             raise SystemExit(128 + stop[0]) from None
         raise
     finally:
-        if stop:  # PyTorch's handler would raise about workers that the signal has ended, while Python exits
+        if stop and hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise about workers that the signal has ended, while Python exits
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if trainer.rank == 0:
         for line in trainer.unreadable.values():

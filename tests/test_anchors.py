@@ -8,6 +8,7 @@ from torchvision.ops import box_iou
 
 import anchors as module
 from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, shape_iou
+from formats import read_annotations
 from model import HAND_DESIGNED, Config
 
 
@@ -129,5 +130,11 @@ def test_command(sample, tmp_path, capsys, refused):
     module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
     out = capsys.readouterr().out
     assert "hand-designed: mean best IoU" in out and "--anchors" in out and (tmp_path / "a.png").stat().st_size > 5000
+    counts = []
+    for least in ("0", "17", "30"):
+        module.main(["--data", str(sample / "train.json"), "-k", "2", "--out", str(tmp_path / "a.png"), "--min-face", least])
+        counts.append(int(capsys.readouterr().out.split(" faces; ")[0].split()[-1]))
+    sides = read_annotations(sample / "train.json").xywh[:, 2:].min(1)
+    assert counts == [(sides >= least).sum() for least in (0, 17, 30)] and counts[0] > counts[2]
     assert "cannot be fitted" in refused(module.main, "--data", sample / "train.json", "-k", 9999)
     assert "no such file" in refused(module.main, "--data", tmp_path / "absent.json")

@@ -85,6 +85,15 @@ def test_command(sample, tmp_path, model_file, capsys):
     assert Image.open(tmp_path / "grid.png").width > 1000 and f"in {len(photos)} files" in capsys.readouterr().out
 
 
+def test_links_to_one_photo_are_drawn_each_under_its_own_name(sample, tmp_path, model_file):
+    photo = next((sample / "val").rglob("*.jpg"))
+    (tmp_path / "in").mkdir()
+    for name in ("one.jpg", "two.jpg"):
+        (tmp_path / "in" / name).symlink_to(photo)
+    detect.main([str(tmp_path / "in"), "--model", str(model_file), "--out", str(tmp_path / "o")])
+    assert sorted(os.listdir(tmp_path / "o")) == ["detections.json", "one.jpg", "two.jpg"]
+
+
 def test_command_goes_on_past_unreadable_pictures_and_says_so(sample, tmp_path, model_file, refused):
     (tmp_path / "x.jpg").write_bytes(b"hello")
     photo = next((sample / "val").rglob("*.jpg"))

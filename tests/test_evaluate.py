@@ -63,6 +63,20 @@ def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch
     assert all(again[key] == numbers[key] for key in ("coco", "AP50_by_size", "operating_points"))
 
 
+def test_every_size_asked_for_is_shown(sample):
+    annotations = read_annotations(sample / "val.json")
+    perfect = evaluate.Detections(annotations.image, annotations.xywh, np.ones(len(annotations.image)))
+    shown = evaluate.table(score_faces(annotations, perfect, range(1, 16))[0])
+    assert all(f"> {size} px" in shown for size in range(1, 16)) and "AR_large" in shown
+
+
+def test_an_irs_weights_are_hashed_with_it(tmp_path):
+    args = evaluate.parse_args(["--data", "x.json"])
+    for name in ("m.xml", "m.bin"):
+        (tmp_path / name).write_text(name)
+    assert evaluate.settings(args, model=str(tmp_path / "m.xml"))["sha256"].keys() == {"model", "weights"}
+
+
 def test_two_processes_give_the_same_digits(sample, tmp_path, model_file):
     flags = ["evaluate.py", "--data", sample / "val.json", "--model", model_file, "--workers", "0", "--batch-size", "2"]
     for name, start in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):

@@ -106,6 +106,14 @@ def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, mon
     assert [[line["loss"] for line in run if "epoch" in line] for run in lines][0] == [line["loss"] for line in lines[1] if "epoch" in line]
 
 
+def test_an_epoch_that_has_become_shorter_than_what_is_done_of_it_is_not_resumed(sample, tmp_path, refused):
+    last = run(tmp_path / "r", sample, "--epochs", 0)
+    torch.save(last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth")  # of 12 photos, in batches of 5
+    run(tmp_path / "r", sample, "--epochs", 1, "--resume")
+    torch.save(last | {"done": 20}, tmp_path / "r/last.pth")
+    assert "would now be over" in refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r", "--resume")
+
+
 def test_a_finished_run_goes_on_at_its_final_rate(sample, tmp_path):
     run(tmp_path / "r", sample, "--epochs", 2, "--milestones", 1)
     run(tmp_path / "r", sample, "--epochs", 3, "--milestones", 1, "--resume")
@@ -119,6 +127,18 @@ def test_starting_from_weights(sample, tmp_path, capsys):
     assert last["config"] == own["config"] | {"input_width": 96} and same(last["state_dict"], own["state_dict"])
     run(tmp_path / "other", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--anchors", "10x15", "20x30")
     assert "4 tensors did not fit" in capsys.readouterr().out
+
+
+def test_anchors_given_for_300_are_scaled_to_the_input_whatever_the_start(sample, tmp_path):
+    flags = ["--anchors", "10x15", "20x30", "--epochs"]
+    last = run(tmp_path / "new", sample, *flags, 0)
+    expected = ((10 * 64 / 300, 15 * 64 / 300), (20 * 64 / 300, 30 * 64 / 300))
+    assert load_model(tmp_path / "new/last.pth").config.anchors == expected
+    assert run(tmp_path / "new", sample, *flags, 1, "--resume")["config"] == last["config"]
+    run(tmp_path / "from", sample, "--load-from", tmp_path / "new/last.pth", *flags, 0)
+    assert load_model(tmp_path / "from/last.pth").config.anchors == expected
+    run(tmp_path / "larger", sample, "--load-from", tmp_path / "new/last.pth", "--epochs", 0, "--size", "128")
+    assert load_model(tmp_path / "larger/last.pth").config.anchors == expected  # a checkpoint's own are kept
 
 
 def test_holding_on_forgets_less(sample, tmp_path):
@@ -182,6 +202,9 @@ def test_refused(sample, tmp_path, refused):
     assert "not available here" in refused(train.main, *common[:-1], tmp_path / "new", "--device", "xla")
     assert "no such file" in refused(train.main, "--data", tmp_path / "absent.json", "--out", tmp_path / "new")
     assert "at least 1" in refused(train.main, "--batch-size", "0")
+    assert "sides of at least a pixel" in refused(train.main, *common[:-1], tmp_path / "new", "--size", "24")
+    assert "works on GPUs only" in refused(train.main, *common[:-1], tmp_path / "new", "--sync-bn")
+    assert "--clip must be above 0" in refused(train.main, "--clip", "inf")
     assert "unrecognized" in refused(train.main, "--learning-rate", "1")
     assert "No such file" in refused(train.main, "@absent.txt")
 
