@@ -4,12 +4,14 @@ As a command it shows photos with their faces, the first thing to do with one's 
 
     python data.py --data data/train.json --out grid.png              # as they are
     python data.py --data data/train.json --out grid.png --augment    # as the training sees them
+    python data.py --data mine.json --split 5 train.json val.json     # and every fifth photo is kept out for validation
 """
 import argparse
 import math
 import os
 import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
-from formats import InputError, command, parse_picture, parse_size, read_annotations
+from formats import InputError, command, parse_picture, parse_size, read_annotations, read_json, write_json
 from pictures import IGNORED, decode, draw_faces, grid, load_picture, open_picture, save_picture, upright_size
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
@@ -248,6 +250,20 @@ def describe(annotations, min_face):
     return lines
 
 
+def split(annotations, every, train, val):
+    """Write two COCO files of some Annotations' file: every `every`-th photo to `val`, the others to `train`."""
+    content, photos = read_json(annotations.path), os.path.realpath(annotations.path.parent)
+    kept_out = np.arange(len(annotations.ids)) % every == every - 1
+    for path, own in ((train, ~kept_out), (val, kept_out)):
+        to_photos = os.path.relpath(photos, os.path.dirname(os.path.realpath(path)))  # names in a json are relative to it
+        images = [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()}
+                  for n, image in enumerate(content["images"]) if own[n]]
+        ids = set(annotations.ids[own].tolist())
+        faces = [face for face in content["annotations"] if face.get("image_id") in ids]
+        write_json(path, content | {"images": images, "annotations": faces})
+        print(f"{path}: {len(images):,} photos, {len(faces):,} boxes")
+
+
 @command
 def main(argv=None):
     """Show photos of a dataset with their faces."""
@@ -259,12 +275,18 @@ def main(argv=None):
     parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
     parser.add_argument("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
     parser.add_argument("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
+    parser.add_argument("--split", nargs=3, metavar=("N", "TRAIN", "VAL"), help="also write every N-th photo to the json VAL "
+                        "and the others to TRAIN")
     args = parser.parse_args(argv)
     annotations = read_annotations(args.data)
     if args.seed < 0:
         parser.error("--seed must be at least 0")
     if not len(annotations.ids) or args.count < 1:
         raise InputError(f"{args.data}: no photos to show")
+    if args.split and not (args.split[0].isdecimal() and 2 <= int(args.split[0]) <= len(annotations.ids)):
+        parser.error(f"--split {args.split[0]}: a number from 2 to that of the photos ({len(annotations.ids)}) expected")
+    if args.split and len({os.path.realpath(path) for path in (args.data, *args.split[1:])}) < 3:
+        parser.error("--split: TRAIN and VAL must be two new files")
     dataset = FaceDataset(annotations, *args.size, args.min_face)
     pictures = []
     for place, index in enumerate(np.random.default_rng(args.seed).permutation(len(dataset))[:args.count]):
@@ -281,6 +303,8 @@ def main(argv=None):
     save_picture(grid(pictures), args.out)
     print("\n".join(describe(annotations, args.min_face)))
     print(f"{len(pictures)} photos in {args.out}: faces green, ignored ones orange")
+    if args.split:
+        split(annotations, int(args.split[0]), *args.split[1:])
 
 
 if __name__ == "__main__":

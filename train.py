@@ -25,7 +25,7 @@ from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
 from evaluate import join_processes, leave_processes, run_detector, score_faces
 from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
-from loss import batch_divisor, hold_loss, multibox_loss
+from loss import TRUST, batch_divisor, hold_loss, multibox_loss
 from monitor import Monitor
 
 DATA, VAL = "data/train.json", "data/val.json"
@@ -90,8 +90,9 @@ class Trainer:
         labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
             logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
+            start = self.start(images) if self.start else None
         divisor = batch_divisor(labels)
-        labels, targets, held = self.hold(images, logits, offsets, labels, targets, divisor)
+        labels, targets, held = self.hold(start, logits, offsets, labels, targets, divisor) if start else (labels, targets, 0)
         losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)
         self.optimizer.zero_grad()
         (losses[0] + held).backward()
@@ -101,20 +102,18 @@ class Trainer:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return torch.stack(losses).detach()
 
-    def hold(self, images, logits, offsets, labels, targets, divisor):
-        """What --hold changes in a step: (labels, box targets, the loss of moving away from the start).
+    def hold(self, start, logits, offsets, labels, targets, divisor):
+        """What --hold changes in a step, given the start's logits and offsets: (labels, box targets, the loss of moving away).
 
-        Where the start is sure of a face that no label has, there is no background; where one has it, the start's box is
-        the target. Sets differ in where a face ends, and a mixture of their habits would blur the start's own.
+        Sets differ in where a face ends, and a mixture of their habits would blur the start's own: the surer the start is of
+        a face, the nearer the target is to its box. A face that it sees and no label has is no background, but for photos
+        without any face, where somebody looked at the whole.
         """
-        if not self.start:
-            return labels, targets, 0
-        with torch.no_grad():
-            start_logits, start_offsets = self.start(images)
-        sure = start_logits.softmax(-1)[..., 1] > 0.5                                               # [B, A]
-        labels = labels.masked_fill((labels == 0) & sure, -1)
-        targets = torch.where(sure[..., None], start_offsets, targets)
-        scores, boxes = hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor)
+        score = start[0].float().softmax(-1)[..., 1]                                                # [B, A]
+        unlabelled = (labels == 0) & (score > 0.5) & (labels == 1).any(1, keepdim=True)
+        labels = labels.masked_fill(unlabelled, -1)
+        targets = torch.lerp(targets, start[1].float(), (score ** TRUST)[..., None])
+        scores, boxes = hold_loss(logits, offsets, *start, labels, divisor)
         return labels, targets, self.args.hold[0] * scores + self.args.hold[1] * boxes
 
     def run_epoch(self, stop):

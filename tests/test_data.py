@@ -240,3 +240,18 @@ def test_command(sample, tmp_path, capsys, refused):
     shutil.copy(sample / "val.json", tmp_path / "val.json")  # without its photos
     assert "no such picture" in refused(module.main, "--data", tmp_path / "val.json", "--out", tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
+
+
+def test_split_deals_out_photos_with_their_faces(sample, tmp_path, refused):
+    flags = ["--data", sample / "train.json", "--out", tmp_path / "g.png", "--split"]
+    module.main([str(word) for word in (*flags, 5, tmp_path / "a/train.json", tmp_path / "val.json")])
+    whole, train, val = (read_annotations(path) for path in (sample / "train.json", tmp_path / "a/train.json", tmp_path / "val.json"))
+    kept_out = np.arange(len(whole.ids)) % 5 == 4
+    for part, own in ((train, ~kept_out), (val, kept_out)):
+        assert part.ids.tolist() == whole.ids[own].tolist() and (part.sizes == whole.sizes[own]).all()
+        assert (part.xywh == whole.xywh[own[whole.image]]).all()
+        assert [part.file(n).resolve() for n in range(len(part.ids))] == [whole.file(n).resolve() for n in np.flatnonzero(own)]
+    for bad in ((1, "t.json", "v.json"), (99, "t.json", "v.json"), ("x", "t.json", "v.json")):
+        assert "from 2 to" in refused(module.main, *flags, *bad)
+    assert "two new files" in refused(module.main, *flags, 2, tmp_path / "t.json", sample / "train.json")
+    assert "two new files" in refused(module.main, *flags, 2, tmp_path / "t.json", tmp_path / "t.json")

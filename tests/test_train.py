@@ -1,5 +1,6 @@
 """Training: the schedule, what a run leaves behind, resuming bit for bit, and processes that follow one another."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -152,15 +153,16 @@ def test_holding_on_forgets_less(sample, tmp_path):
     assert moved[10] < 0.8 * moved[0]
 
 
-def test_where_the_start_is_sure_its_box_is_the_target_and_nothing_is_background():
-    logits = torch.tensor([[[0.0, 3], [0, 3], [0, 3], [3, 0], [3, 0]]])                 # [1, 5, 2]: sure of the first three
-    start = torch.arange(20.0).view(1, 5, 4)
-    labels, targets = torch.tensor([[1, 0, -1, 1, 0]]), torch.full((1, 5, 4), -1.0)
-    trainer = SimpleNamespace(start=lambda images: (logits, start), args=SimpleNamespace(hold=[0.5, 2]))
-    labels, targets, held = train.Trainer.hold(trainer, None, logits, start + 1, labels, targets, 2)
-    assert labels.tolist() == [[1, -1, -1, 1, 0]]
-    assert targets[0, :, 0].tolist() == [0, 4, 8, -1, -1]
-    assert held.item() == pytest.approx(2 * 4 * logits.softmax(-1)[..., 1].sum().item() / 2)
+def test_the_surer_the_start_the_more_its_box_is_the_target_and_what_it_sees_is_no_background_beside_faces():
+    logits = torch.tensor([[0.0, 3], [0, 3], [0, 3], [3, 0], [3, 0]]).expand(2, 5, 2)   # sure of the first three
+    start = torch.arange(20.0).view(5, 4).expand(2, 5, 4)
+    labels, targets = torch.tensor([[1, 0, -1, 1, 0], [0, 0, -1, 0, 0]]), torch.full((2, 5, 4), -1.0)
+    trainer = SimpleNamespace(args=SimpleNamespace(hold=[0.5, 2]))
+    labels, targets, held = train.Trainer.hold(trainer, (logits, start), logits, start + 1, labels, targets, 2)
+    assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, -1, 0, 0]]  # the second image has no face
+    trust = [1 / (1 + math.exp(-3)) ** 3] * 3 + [1 / (1 + math.exp(3)) ** 3] * 2
+    assert targets[0, :, 0].tolist() == pytest.approx([-1 + t * (4 * n + 1) for n, t in enumerate(trust)])
+    assert held.item() == pytest.approx(2 * 4 * 2 * sum(trust) / 2)
 
 
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
