@@ -11,13 +11,19 @@ demo: .venv/installed
 	$(BIN)/python detect.py data/sample/val --model runs/demo/best.pth --out runs/demo/detections --grid runs/demo.png
 	@echo "What it finds, drawn: runs/demo.png"
 
-SETS = $(PHOTOS)/masks_train.json $(PHOTOS)/masks_train.json $(PHOTOS)/webcam_train.json --val $(PHOTOS)/masks_val.json
-RUN = $(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS)
+SEEDS = 1 2 3 4
+NEGATIVES = runs/negatives.json
+SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES) $(NEGATIVES)
 
-weights: .venv/installed
-	$(RUN) --out runs/weights-a
-	$(RUN) --out runs/weights-b --hold 0.05 0.3 --epochs 5
-	$(BIN)/python average.py runs/weights-a/last.pth runs/weights-b/last.pth --shares 2 1 --out runs/face_ssd300.pth
+weights: $(SEEDS:%=weights-%)
+	$(BIN)/python average.py $(SEEDS:%=runs/weights-%/last.pth) --out runs/face_ssd300.pth
+
+$(SEEDS:%=weights-%): weights-%: $(NEGATIVES)
+	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) --val $(PHOTOS)/masks_val.json \
+		--seed $* --out runs/weights-$*
+
+$(NEGATIVES): .venv/installed
+	$(BIN)/python data.py --data $(PHOTOS)/negatives_train.json --out runs/negatives.png --split 2 $@ runs/negatives-kept-out.json
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q
@@ -31,4 +37,4 @@ test: .venv/installed-dev
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo weights test
+.PHONY: demo weights $(SEEDS:%=weights-%) test
