@@ -137,7 +137,8 @@ def main(argv=None):
     sides = network_sides(read_annotations(args.data), *args.size, args.min_face)
     distinct = len(np.unique(sides, axis=0))
     if not 1 <= args.k <= distinct:
-        raise InputError(f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different face sizes")
+        raise InputError(f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different sizes of faces of "
+                         f"{args.min_face} px and more")
     sets = {"hand-designed": np.array(HAND_DESIGNED) * args.size / 300, "fitted": fit(sides, args.k)}
     for label, anchors in sets.items():
         best = shape_iou(sides, anchors).max(1)

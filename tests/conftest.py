@@ -37,6 +37,22 @@ def small():
     return SSD(Config.new(64, 48, width=0.25)).eval()
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of hard_world.py."""
+    import hard_world
+    folder = tmp_path_factory.mktemp("hard")
+    hard_world.build(folder)
+    return folder
+
+
+@pytest.fixture
+def world(built, monkeypatch):
+    """That folder as the working directory."""
+    monkeypatch.chdir(built)
+    return built
+
+
 @pytest.fixture
 def refused(capsys):
     """Run a script's main on arguments that must be refused: exit 2 and one line, which is returned."""

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 import detect
 from anchors import encode, make_anchors
 from detect import NMS_IOU, TOP, TorchDetector, find_inputs, load_detector, postprocess, to_picture
-from model import SSD, Config, checkpoint
+from model import Config, checkpoint
 
 
 @pytest.fixture(scope="module")
