@@ -85,22 +85,26 @@ class Trainer:
 
     def update(self, batch):
         """One training step on a Batch; returns its losses `[3]`: total, class, box."""
-        batch = batch.to(self.device)
-        images = batch.images.contiguous(memory_format=self.layout).float() / 255         # [B, 3, H, W]
-        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
-            logits, offsets = self.model(images)                                                  # [B, A, 2], [B, A, 4]
-            start = self.start(images) if self.start else None
-        divisor = batch_divisor(labels)
-        labels, targets, held = self.hold(start, logits, offsets, labels, targets, divisor) if start else (labels, targets, 0)
-        losses = multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)
+        losses, held = self.loss(batch.to(self.device))
         self.optimizer.zero_grad()
         (losses[0] + held).backward()
         torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
         if self.ema:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
-        return torch.stack(losses).detach()
+        return losses.detach()
+
+    def loss(self, batch):
+        """The losses of a Batch `[3]`, and what --hold adds to the first of them."""
+        images = batch.images.contiguous(memory_format=self.layout).float() / 255         # [B, 3, H, W]
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
+            logits, offsets = self.model(images)                                          # [B, A, 2], [B, A, 4]
+            start = self.start(images) if self.start else None
+        divisor, held = batch_divisor(labels), 0
+        if start:
+            labels, targets, held = self.hold(start, logits, offsets, labels, targets, divisor)
+        return torch.stack(multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)), held
 
     def hold(self, start, logits, offsets, labels, targets, divisor):
         """What --hold changes in a step, given the start's logits and offsets: (labels, box targets, the loss of moving away).
