@@ -13,7 +13,7 @@ demo: .venv/installed
 
 SEEDS = 1 2 3 4
 NEGATIVES = runs/negatives.json
-SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES) $(NEGATIVES)
+SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES)
 
 weights: $(SEEDS:%=weights-%)
 	$(BIN)/python average.py $(SEEDS:%=runs/weights-%/last.pth) --out runs/face_ssd300.pth

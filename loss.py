@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
-TRUST = 3  # power of the start's face score: how far its box is believed, wholly at 1, by an eighth at 0.5
 
 
 def batch_divisor(labels):
@@ -44,14 +43,19 @@ def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor):
     return total, class_loss, box_loss
 
 
+def trust(start_logits):
+    """How far the faces of the start are believed, `[B, A]`: not at all up to a score of 0.5, wholly from 0.9 on."""
+    return ((start_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
+
+
 def hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor):
     """How far (scores, boxes), each a scalar, have moved from those of the network that training started from.
 
     Shapes and divisor as in `multibox_loss`. Scores: their divergence where no face is labelled (Hinton et al. 2015, at
-    temperature 1). Boxes: everywhere their L1 distance as far as the start's box is believed; L1, which is felt however
+    temperature 1). Boxes: everywhere their L1 distance, as far as the start is believed; L1, which is felt however
     small it is, for it is the last percents of a box that a strict IoU asks for.
     """
     start = start_logits.float().softmax(-1)                                            # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none").sum(-1)
-    moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * start[..., 1] ** TRUST
+    moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * trust(start_logits)
     return (divergence * (labels != 1)).sum() / divisor, moved.sum() / divisor

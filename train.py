@@ -25,7 +25,7 @@ from data import FaceDataset, TrainBatches, make_loader
 from detect import TorchDetector
 from evaluate import join_processes, leave_processes, run_detector, score_faces
 from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
-from loss import TRUST, batch_divisor, hold_loss, multibox_loss
+from loss import batch_divisor, hold_loss, multibox_loss, trust
 from monitor import Monitor
 
 DATA, VAL = "data/train.json", "data/val.json"
@@ -113,10 +113,10 @@ class Trainer:
         a face, the nearer the target is to its box. A face that it sees and no label has is no background, but for photos
         without any face, where somebody looked at the whole.
         """
-        score = start[0].float().softmax(-1)[..., 1]                                                # [B, A]
-        unlabelled = (labels == 0) & (score > 0.5) & (labels == 1).any(1, keepdim=True)
+        believed = trust(start[0])                                                                  # [B, A]
+        unlabelled = (labels == 0) & (believed > 0) & (labels == 1).any(1, keepdim=True)
         labels = labels.masked_fill(unlabelled, -1)
-        targets = torch.lerp(targets, start[1].float(), (score ** TRUST)[..., None])
+        targets = torch.lerp(targets, start[1].float(), believed[..., None])
         scores, boxes = hold_loss(logits, offsets, *start, labels, divisor)
         return labels, targets, self.args.hold[0] * scores + self.args.hold[1] * boxes
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import batch_divisor, hold_loss, multibox_loss
+from loss import batch_divisor, hold_loss, multibox_loss, trust
 
 
 def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
@@ -93,4 +93,10 @@ def test_holding_on_is_0_at_the_start_and_lets_scores_of_labelled_faces_go():
     moved = logits.clone().requires_grad_(), (offsets + 1).requires_grad_()
     sum(hold_loss(moved[0] * 1.5, moved[1], logits, offsets, labels, divisor)).backward()
     assert not moved[0].grad[labels == 1].any() and moved[0].grad[labels != 1].any(-1).all()
-    assert moved[1].grad.any(-1).all()  # boxes are held everywhere
+    assert (moved[1].grad.any(-1) == (trust(logits) > 0)).all() and (trust(logits) > 0).any()  # boxes wherever it saw a face
+
+
+def test_the_start_is_believed_from_a_score_of_a_half_on_and_wholly_from_nine_tenths_on():
+    scores = torch.tensor([0.0, 0.1, 0.5, 0.6, 0.7, 0.9, 1])
+    logits = torch.stack([torch.zeros(7), torch.logit(scores)], -1)
+    assert trust(logits).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1], abs=1e-6)
