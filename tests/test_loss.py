@@ -97,6 +97,6 @@ def test_holding_on_is_0_at_the_start_and_lets_scores_of_labelled_faces_go():
 
 
 def test_the_start_is_believed_from_a_score_of_a_half_on_and_wholly_from_nine_tenths_on():
-    scores = torch.tensor([0.0, 0.1, 0.5, 0.6, 0.7, 0.9, 1])
+    scores = torch.tensor([0.01, 0.1, 0.5, 0.6, 0.7, 0.9, 0.99])
     logits = torch.stack([torch.zeros(7), torch.logit(scores)], -1)
     assert trust(logits).tolist() == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1], abs=1e-6)
