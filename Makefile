@@ -16,7 +16,7 @@ NEGATIVES = runs/negatives.json
 SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES)
 
 weights: $(SEEDS:%=weights-%)
-	$(BIN)/python average.py $(SEEDS:%=runs/weights-%/last.pth) --out runs/face_ssd300.pth
+	$(BIN)/python average.py $(SEEDS:%=runs/weights-%/last.pth) $(START) --shares 2 2 2 2 1 --out runs/face_ssd300.pth
 
 $(SEEDS:%=weights-%): weights-%: $(NEGATIVES)
 	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) --val $(PHOTOS)/masks_val.json \
