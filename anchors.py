@@ -62,7 +62,8 @@ def match(anchors, faces, ignored, image, batch):
 
     anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
     place in the batch of each face's image; batch B. An anchor is positive if its IoU with some face is 0.4 or more;
-    besides, every face takes its best anchor (of faces that share one, that of the higher IoU has it). Anchors that reach 0.4 with ignored faces only are neither.
+    besides, every face takes its best anchor (of faces that share one, the one of higher IoU). Anchors that reach 0.4 with
+    ignored faces only are neither.
     """
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
@@ -131,7 +132,7 @@ def main(argv=None):
     parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
     parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
     parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
-    parser.add_argument("--min-face", type=int, default=17, help="smaller faces do not count (default %(default)s px), as in train.py")
+    parser.add_argument("--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py")
     parser.add_argument("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
     args = parser.parse_args(argv)
     sides = network_sides(read_annotations(args.data), *args.size, args.min_face)

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from formats import InputError, bad_values, whole_file
-from model import HAND_DESIGNED, SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint, rebuild
+from model import (HAND_DESIGNED, SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint,
+                   rebuild)
 
 
 def check_out(args):

@@ -228,7 +228,8 @@ def main(argv=None):
     write_json(Path(args.out) / "detections.json", entries)
     if shown:
         save_picture(grid(shown), args.grid)
-    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; see {args.grid if shown else args.out}")
+    print(f"{faces_found} faces in {len(entries)} files, {time.perf_counter() - started:.1f} s; "
+          f"see {args.grid if shown else args.out}")
     if failed:
         raise InputError(f"{len(failed)} of {len(files)} could not be read: " + "; ".join(failed[:5]))
 

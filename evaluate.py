@@ -123,7 +123,8 @@ def table(scores):
     if "wider" in scores:
         lines += ["WIDER FACE val AP", *(f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items())]
     if "coco" in scores:
-        left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()] for part in ("coco", "AP50_by_size"))
+        left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()]
+                       for part in ("coco", "AP50_by_size"))
         lines += ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
         for pair in zip_longest(left, right, fillvalue=("", "")):
             lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())

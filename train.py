@@ -317,7 +317,8 @@ def main(argv=None):
             raise SystemExit(128 + stop[0]) from None
         raise
     finally:
-        if stop and hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise about workers that the signal has ended, while Python exits
+        if stop and hasattr(signal, "SIGCHLD"):
+            # PyTorch's handler would raise about workers that the signal has ended, while Python exits.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if trainer.rank == 0:
         for line in trainer.unreadable.values():
