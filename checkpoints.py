@@ -8,8 +8,7 @@ import torch
 from tqdm import tqdm
 
 from formats import InputError, bad_values, whole_file
-from model import (HAND_DESIGNED, SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint,
-                   rebuild)
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights, read_checkpoint, rebuild
 
 
 def check_out(args):
@@ -75,7 +74,7 @@ def make_model(args):
         if unfit:
             tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: {', '.join(unfit[:8])}")
         return model, None
-    model = SSD(Config.new(*(args.size or (300, 300)), 0.75 if args.width is None else args.width, args.anchors or HAND_DESIGNED))
+    model = SSD(asked(args, Config.new(*(args.size or (300, 300)))))
     if args.pretrained is not None:
         load_imagenet(model, args.pretrained or None)
     return model, None

@@ -78,9 +78,10 @@ def choose_device(name=None):
     """`name` if it is a device that is there (else InputError); without a name cuda, mps or cpu, the first there is."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not available here") from None
+        torch.zeros(1, device=name).item()  # read back: meta makes tensors, but holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0][:160]
+        raise InputError(f"--device {name}: not available here ({reason})") from None
     return name
 
 

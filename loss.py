@@ -48,14 +48,14 @@ def trust(start_logits):
     return ((start_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
 
 
-def hold_loss(logits, offsets, start_logits, start_offsets, labels, divisor):
+def hold_loss(logits, offsets, start_logits, start_offsets, believed, labels, divisor):
     """How far (scores, boxes), each a scalar, have moved from those of the network that training started from.
 
-    Shapes and divisor as in `multibox_loss`. Scores: their divergence where no face is labelled (Hinton et al. 2015, at
-    temperature 1). Boxes: everywhere their L1 distance, as far as the start is believed; L1, which is felt however
-    small it is, for it is the last percents of a box that a strict IoU asks for.
+    Shapes and divisor as in `multibox_loss`; believed `[B, A]`, from `trust`. Scores: their divergence where no face is
+    labelled (Hinton et al. 2015, at temperature 1). Boxes: everywhere their L1 distance, as far as they are believed; L1,
+    which is felt however small it is, for it is the last percents of a box that a strict IoU asks for.
     """
     start = start_logits.float().softmax(-1)                                            # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none").sum(-1)
-    moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * trust(start_logits)
+    moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * believed
     return (divergence * (labels != 1)).sum() / divisor, moved.sum() / divisor

@@ -111,13 +111,13 @@ class Trainer:
 
         Sets differ in where a face ends, and a mixture of their habits would blur the start's own: the surer the start is of
         a face, the nearer the target is to its box. A face that it sees and no label has is no background, but for photos
-        without any face, where somebody looked at the whole.
+        without any face, ignored ones included: there somebody looked at the whole.
         """
         believed = trust(start[0])                                                                  # [B, A]
-        unlabelled = (labels == 0) & (believed > 0) & (labels == 1).any(1, keepdim=True)
+        unlabelled = (labels == 0) & (believed > 0) & (labels != 0).any(1, keepdim=True)
         labels = labels.masked_fill(unlabelled, -1)
         targets = torch.lerp(targets, start[1].float(), believed[..., None])
-        scores, boxes = hold_loss(logits, offsets, *start, labels, divisor)
+        scores, boxes = hold_loss(logits, offsets, *start, believed, labels, divisor)
         return labels, targets, self.args.hold[0] * scores + self.args.hold[1] * boxes
 
     def run_epoch(self, stop):

@@ -108,7 +108,8 @@ def test_refused(sample, tmp_path, model_file, refused, monkeypatch):
     assert "would overwrite it" in refused(detect.main, photo, "--model", model_file, "--out", photo.parent)
     assert photo.read_bytes() == before
     assert "no such model" in refused(detect.main, photo, "--model", tmp_path / "absent.pth")
-    assert "not available here" in refused(detect.main, photo, "--model", model_file, "--device", "xla")
+    for device in ("xla", "meta", "nonsense"):
+        assert "not available here (" in refused(detect.main, photo, "--model", model_file, "--device", device)
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     import sys
     monkeypatch.setitem(sys.modules, "cv2", None)

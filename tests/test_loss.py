@@ -89,9 +89,9 @@ def test_extreme_logits_stay_finite():
 def test_holding_on_is_0_at_the_start_and_lets_scores_of_labelled_faces_go():
     logits, offsets, labels, _ = case(positives=0.2)
     divisor = batch_divisor(labels)
-    assert torch.stack(hold_loss(logits, offsets, logits, offsets, labels, divisor)).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert torch.stack(hold_loss(logits, offsets, logits, offsets, trust(logits), labels, divisor)).tolist() == pytest.approx([0, 0], abs=1e-6)
     moved = logits.clone().requires_grad_(), (offsets + 1).requires_grad_()
-    sum(hold_loss(moved[0] * 1.5, moved[1], logits, offsets, labels, divisor)).backward()
+    sum(hold_loss(moved[0] * 1.5, moved[1], logits, offsets, trust(logits), labels, divisor)).backward()
     assert not moved[0].grad[labels == 1].any() and moved[0].grad[labels != 1].any(-1).all()
     assert (moved[1].grad.any(-1) == (trust(logits) > 0)).all() and (trust(logits) > 0).any()  # boxes wherever it saw a face
 

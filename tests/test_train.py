@@ -154,15 +154,15 @@ def test_holding_on_forgets_less(sample, tmp_path):
 
 
 def test_the_surer_the_start_the_more_its_box_is_the_target_and_what_it_sees_is_no_background_beside_faces():
-    logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(2, 5, 2)   # sure of the first three
-    start = torch.arange(20.0).view(5, 4).expand(2, 5, 4)
-    labels, targets = torch.tensor([[1, 0, -1, 1, 0], [0, 0, -1, 0, 0]]), torch.full((2, 5, 4), -1.0)
+    logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(3, 5, 2)   # sure of the first three
+    start = torch.arange(20.0).view(5, 4).expand(3, 5, 4)
+    labels, targets = torch.tensor([[1, 0, -1, 1, 0], [0, 0, 0, 0, 0], [0, 0, -1, 0, 0]]), torch.full((3, 5, 4), -1.0)
     trainer = SimpleNamespace(args=SimpleNamespace(hold=[0.5, 2]))
     labels, targets, held = train.Trainer.hold(trainer, (logits, start), logits, start + 1, labels, targets, 2)
-    assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, -1, 0, 0]]  # the second image has no face
+    assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, 0, 0, 0], [-1, -1, -1, 0, 0]]  # no face on the second, an ignored one on the third
     believed = [1, (1 / (1 + math.exp(-1)) - 0.5) / 0.4, 1, 0, 0]
     assert targets[0, :, 0].tolist() == pytest.approx([-1 + t * (4 * n + 1) for n, t in enumerate(believed)])
-    assert held.item() == pytest.approx(2 * 4 * 2 * sum(believed) / 2)
+    assert held.item() == pytest.approx(2 * 4 * 3 * sum(believed) / 2)
 
 
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
