@@ -320,6 +320,7 @@ def main(argv=None):
         if stop and hasattr(signal, "SIGCHLD"):
             # PyTorch's handler would raise about workers that the signal has ended, while Python exits.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    trainer.loader = None  # ends its workers; left to the exit of Python, their end could be taken for a failure
     if trainer.rank == 0:
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")

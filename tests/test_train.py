@@ -1,4 +1,5 @@
 """Training: the schedule, what a run leaves behind, resuming bit for bit, and processes that follow one another."""
+import gc
 import json
 import math
 import os
@@ -176,6 +177,15 @@ def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     last = run(tmp_path / "r", sample, "--load-from", tmp_path / "x.pth", "--epochs", 1, "--freeze-bn")
     assert not last["state_dict"]["backbone.bn_first.running_mean"].any()
+
+
+def test_no_loading_process_outlives_a_run(sample, tmp_path):
+    gc.disable()  # a cycle, as that of any exception's traceback, may keep main's variables for as long as it likes
+    try:
+        run(tmp_path / "r", sample, "--epochs", 1, "--workers", 2)
+        assert torch.multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_photos_without_faces_are_ordinary(sample, tmp_path):
