@@ -5,29 +5,30 @@ As a command it fits anchor sizes to a dataset, beside the hand-designed ones:
     python anchors.py --data data/train.json            # nine anchors, scatter in anchors.png
     python anchors.py --data data/train.json -k 6 --size 320x240
 """
-import argparse
 import math
 
 import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from formats import InputError, command, parse_picture, parse_size, read_annotations, whole_file
-from model import HAND_DESIGNED, STRIDE
+from coco import read_annotations
+from model import HAND_DESIGNED, STRIDE, Config, grid_size
+from script import InputError, command, new_parser, parse_picture, parse_size, whole_file
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
 POSITIVE_IOU = 0.4
 MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no offset overflows exp
 
 
-def make_anchors(config, rounded=True, grid=None):
+def make_anchors(config: Config, size: tuple | None = None, rounded: bool = True) -> torch.Tensor:
     """All anchors `[A, 4]`, xyxy in pixels of the network input, cells row-major, anchor fastest.
 
-    `rounded`: corners rounded in pixel-inclusive coordinates before the grid shifts are added, as training and the
-    generic export have it; else unrounded, centred on the cell, as PriorBoxClustered (the DetectionOutput export) has
-    it. `grid`: columns and rows, the configuration's own unless given.
+    `size` (width, height) of the input is the configuration's own unless given. `rounded`: corners are
+    rounded in pixel-inclusive coordinates before they are shifted to their cells, as training and the
+    generic export have it. Else they are unrounded and centred on the cell, as PriorBoxClustered (the
+    DetectionOutput export) has it.
     """
-    columns, rows = grid or config.grid
+    columns, rows = grid_size(*(size or config.input_size))
     sides = torch.tensor(config.anchors, dtype=torch.float64)               # [n, 2]
     if rounded:  # half to even, on the inclusive corners of a box centred in the cell's pixels 0..15
         centre = (STRIDE - 1) / 2
@@ -68,7 +69,7 @@ def match(anchors, faces, ignored, image, batch):
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
     learned = iou.masked_fill(ignored[:, None], 0)
-    learned[number, learned.argmax(1)] += 2 * (~ignored)                    # lifts its best anchor above every other
+    learned[number, learned.argmax(1)] += 2 * (~ignored)  # lifts its best anchor above every other
     rows = image[:, None].expand_as(iou)
     zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
     top = zeros.scatter_reduce(0, rows, learned, "amax")
@@ -96,7 +97,9 @@ def fit(sides, k, seed=0, iterations=300):
         previous, nearest = nearest, shape_iou(sides, centres).argmax(1)
         if previous is not None and (nearest == previous).all():
             break
-        centres = np.stack([sides[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(k)])
+        centres = np.stack(
+            [sides[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(k)]
+        )
     return centres[centres.prod(1).argsort()]
 
 
@@ -128,23 +131,33 @@ def draw_scatter(path, sides, sets):
 @command
 def main(argv=None):
     """Fit anchors to a dataset and print them beside the hand-designed ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
     parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
-    parser.add_argument("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
-    parser.add_argument("--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py")
-    parser.add_argument("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
+    parser.add_argument(
+        "--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)"
+    )
+    parser.add_argument(
+        "--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py"
+    )
+    parser.add_argument(
+        "--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)"
+    )
     args = parser.parse_args(argv)
     sides = network_sides(read_annotations(args.data), *args.size, args.min_face)
     distinct = len(np.unique(sides, axis=0))
     if not 1 <= args.k <= distinct:
-        raise InputError(f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different sizes of faces of "
-                         f"{args.min_face} px and more")
+        raise InputError(
+            f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different sizes of faces of "
+            f"{args.min_face} px and more"
+        )
     sets = {"hand-designed": np.array(HAND_DESIGNED) * args.size / 300, "fitted": fit(sides, args.k)}
     for label, anchors in sets.items():
         best = shape_iou(sides, anchors).max(1)
-        print(f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {(best >= POSITIVE_IOU).mean():.3f}  "
-              + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors))
+        print(
+            f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {(best >= POSITIVE_IOU).mean():.3f}  "
+            + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors)
+        )
     draw_scatter(args.out, sides, sets)
     at_300 = " ".join(f"{w:.1f}x{h:.1f}" for w, h in sets["fitted"] * 300 / np.array(args.size))
     print(f"{len(sides)} faces; scatter in {args.out}; to train with the fitted ones:\n"

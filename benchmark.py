@@ -9,7 +9,7 @@
 Latency is that of one input of the model's own size, through all that its file holds; for a checkpoint, through the
 network and the NMS. All compute in float32 on the CPU, except where a file is quantised.
 """
-import argparse
+
 import functools
 import os
 import platform
@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 import sample
 import train
+from coco import read_annotations
 from data import FaceDataset, collate
-from detect import choose_device, detect, load_detector
-from formats import InputError, command, read_annotations
+from detector import detect, load_detector
+from distributed import choose_device
 from model import SSD
 from pictures import load_picture
-from runtimes import SUFFIXES, load_exported, open_network
+from runtimes import SUFFIXES, open_network
+from script import InputError, command, new_parser
 
 
 def interleaved(jobs, rounds, seconds=0.2):
@@ -106,15 +108,15 @@ def pictures(args):
     if not images:
         raise InputError(f"{args.data}: no photos")
 
-    def load(path):
-        exported = Path(path).suffix in SUFFIXES
-        return load_exported(path, threads=args.threads) if exported else load_detector(path, device="cpu")
-
-    detectors = [load(path) for path in args.models]
+    detectors = [load_detector(path, device="cpu", threads=args.threads) for path in args.models]
     jobs = [lambda detector=detector: [detect(detector, image) for image in images] for detector in detectors]
-    notes = ["resized in Python to {}x{}".format(*one.size) if one.size else "resized inside" for one in detectors]
+    notes = [
+        "resized in Python to {}x{}".format(*one.size) if one.size else "resized inside" for one in detectors
+    ]
     sides = np.array([image.size for image in images]).mean(0)
-    setting(args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(len(images), *sides))
+    setting(
+        args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(len(images), *sides)
+    )
     report(args.models, notes, interleaved(jobs, args.rounds) / len(images))
 
 
@@ -130,12 +132,20 @@ def loading(args):
         def theirs(index):
             picture = tv_tensors.Image(decode_image(str(annotations.file(index)), ImageReadMode.RGB))
             own = corners[ours.starts[index]:ours.starts[index + 1]]
-            return transform(picture, tv_tensors.BoundingBoxes(own, format="XYXY", canvas_size=picture.shape[1:]))
+            return transform(
+                picture, tv_tensors.BoundingBoxes(own, format="XYXY", canvas_size=picture.shape[1:])
+            )
+
         chosen = range(min(len(ours), args.photos))
-        jobs = [lambda: [theirs(index) for index in chosen], lambda: [ours[index, (0, index)] for index in chosen]]
+        jobs = [
+            lambda: [theirs(index) for index in chosen],
+            lambda: [ours[index, (0, index)] for index in chosen],
+        ]
         measured = interleaved(jobs, args.rounds, 0)
     sizes = np.unique(annotations.sizes, axis=0)
-    print(f"loading on one core, {len(chosen)} photos of {np.median(sizes[:, 0]):.0f}x{np.median(sizes[:, 1]):.0f} (median)")
+    print(
+        f"loading on one core, {len(chosen)} photos of {np.median(sizes[:, 0]):.0f}x{np.median(sizes[:, 1]):.0f} (median)"
+    )
     speeds(["torchvision", "data.py"], len(chosen) / measured)
 
 
@@ -171,15 +181,19 @@ def epoch(args):
         batch = next(iter(trainer.loader))
         steps = interleaved([lambda: trainer.update(batch).tolist()], args.rounds, 1)
     whole = record["photos_per_second"]
-    print(f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, photos a second: loader alone "
-          f"{loader_speed:.0f}, step alone {size / np.median(steps):.0f}, together {whole:.0f}\n"
-          f"the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: {12_880 * 2 * 70 / whole / 60:.0f} minutes")
+    print(
+        f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, photos a second: loader alone "
+        f"{loader_speed:.0f}, step alone {size / np.median(steps):.0f}, together {whole:.0f}\n"
+        f"the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: {12_880 * 2 * 70 / whole / 60:.0f} minutes"
+    )
 
 
 def speeds(names, measured):
     """A table of photos a second, most is best; ratios to the first, round by round."""
     for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
-        print(f"{name:34} {np.median(values):8.1f} photos/s ({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
+        print(
+            f"{name:34} {np.median(values):8.1f} photos/s ({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}"
+        )
 
 
 @contextmanager
@@ -196,15 +210,29 @@ def photos_for(args):
 def make_trainer(args, file, batch_size, precision, workers):
     """A Trainer of a new network on the photos of `file`."""
     device = choose_device(args.device)
-    flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
-                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000"])  # saves nothing
+    flags = train.parse_args(
+        [
+            "--data",
+            str(file),
+            "--batch-size",
+            str(batch_size),
+            "--precision",
+            precision,
+            "--workers",
+            str(workers),
+            "--min-face",
+            "0",
+            "--save-every",
+            "1000000000",
+        ]
+    )  # saves nothing
     return train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), 0, 1, device)
 
 
 @command
 def main(argv=None):
     """Measure what the first argument names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in (("latency", latency), ("pictures", pictures)):
         one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -217,15 +245,35 @@ def main(argv=None):
     for run, rounds in ((loading, 3), (training, 5), (epoch, 5)):
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         one.add_argument("--data", help="COCO json whose photos are used (default: drawn ones, 1024x768)")
-        one.add_argument("--photos", type=int, default=64, help="how many are drawn, or at most loaded (default %(default)s)")
-        one.add_argument("--threads", type=int, default=1, help="of the training step, or of the loader (default %(default)s)")
+        one.add_argument(
+            "--photos",
+            type=int,
+            default=64,
+            help="how many are drawn, or at most loaded (default %(default)s)",
+        )
+        one.add_argument(
+            "--threads",
+            type=int,
+            default=1,
+            help="of the training step, or of the loader (default %(default)s)",
+        )
         one.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
         if run is not loading:
             one.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-            one.add_argument("--batch-sizes", type=int, nargs="+", default=[65], help="(default 65; an epoch takes the first)")
+            one.add_argument(
+                "--batch-sizes",
+                type=int,
+                nargs="+",
+                default=[65],
+                help="(default 65; an epoch takes the first)",
+            )
         if run is epoch:
-            one.add_argument("--workers", type=int, default=os.cpu_count(), help="that load (default %(default)s)")
-            one.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)")
+            one.add_argument(
+                "--workers", type=int, default=os.cpu_count(), help="that load (default %(default)s)"
+            )
+            one.add_argument(
+                "--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)"
+            )
         one.set_defaults(run=run)
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:

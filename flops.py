@@ -4,13 +4,12 @@
     python flops.py --width 1.0 --size 320x240
     python flops.py --model weights/face_ssd300.pth
 """
-import argparse
 
 import torch
 from torch import nn
 
-from formats import bad_values, command, parse_size
 from model import SSD, Config, load_model
+from script import bad_values, command, new_parser, parse_size
 
 
 def count(model, width, height):
@@ -52,14 +51,16 @@ def count(model, width, height):
 @command
 def main(argv=None):
     """Print the per-layer table and the totals."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", help="a checkpoint, instead of --width")
     parser.add_argument("--width", type=float, default=0.75, help="channel multiplier (default %(default)s)")
-    parser.add_argument("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
+    parser.add_argument(
+        "--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)"
+    )
     args = parser.parse_args(argv)
     with bad_values():
         model = load_model(args.model) if args.model else SSD(Config(width=args.width))
-    width, height = args.size or (model.config.input_width, model.config.input_height)
+    width, height = args.size or model.config.input_size
     parameters = sum(p.numel() for p in model.parameters())
     rows = count(model, width, height)
     total = {key: sum(row[key] for row in rows) for key in ("convolution", "all")}
@@ -70,9 +71,13 @@ def main(argv=None):
         print(f"{row['layer']:<32}{row['type']:<13}{shape:>15}{row['parameters']:>12,}{row['all']:>14,}"
               f"{row['all'] / total['all']:>8.2%}")
     print(f"\nwidth {model.config.width:g}, input {width} x {height}")
-    print(f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, two loss weights included)")
+    print(
+        f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, two loss weights included)"
+    )
     print(f"MACs, convolutions only   {total['convolution']:>13,}")
-    print(f"MACs, all layers          {total['all']:>13,}  ({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)")
+    print(
+        f"MACs, all layers          {total['all']:>13,}  ({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""The multibox loss: hard-mined classification, smooth L1 boxes, and a learned balance between them."""
+"""The loss: multibox with hard negatives and a learned balance, and distillation from a teacher."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from anchors import match
 
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
 
 
 def batch_divisor(labels):
-    """What this process divides its sums by, from labels `[B, A]`: max(positives, images) of the batch over all processes.
+    """What this process divides its sums by, from labels `[B, A]`: max(positives, images) of the whole batch.
 
-    Divided by the number of processes, since gradients are averaged over them afterwards: N processes with batch B / N
-    then follow one process with batch B.
+    The whole batch is that of all processes. Divided by their number, since gradients are averaged over them
+    afterwards: N processes with batch B / N then follow one process with batch B.
     """
     counts = torch.stack([(labels == 1).sum(), labels.new_tensor(len(labels))]).float()
     processes = 1
@@ -24,14 +26,16 @@ def batch_divisor(labels):
 def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor):
     """The loss of a batch and its two parts, each a scalar: total, class, box.
 
-    logits `[B, A, 2]`, offsets `[B, A, 4]`, labels `[B, A]` (1 face, 0 background, -1 neither), targets `[B, A, 4]`
-    (finite everywhere), loss_weights `[2]`. Class: cross-entropy of all positives and, per image, the max(3 x positives,
-    10) hardest negatives (SSD, Liu et al. 2016, section 2.2). Box: smooth L1 of the positives. Balance: exp(-w0) class
-    + w0 / 2 + exp(-w1) box + w1 / 2 (Kendall et al. 2018). Computed in float32 whatever the inputs are.
+    logits `[B, A, 2]`, offsets `[B, A, 4]`, labels `[B, A]` (1 face, 0 background, -1 neither), targets
+    `[B, A, 4]` (finite everywhere), loss_weights `[2]`. Class: cross-entropy of all positives and, per
+    image, the max(3 x positives, 10) hardest negatives (SSD, Liu et al. 2016, section 2.2). Box: smooth L1
+    of the positives. Balance: exp(-w0) class + w0 / 2 + exp(-w1) box + w1 / 2 (Kendall et al. 2018).
+    Computed in float32 whatever the inputs are.
     """
     logits, offsets = logits.float(), offsets.float()
     positive, negative = labels == 1, labels == 0
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), positive.flatten().long(), reduction="none").view_as(labels)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), positive.flatten().long(), reduction="none")
+    cross_entropy = cross_entropy.view_as(labels)
     # Cross-entropy is never below 0, so zeros in the place of non-negatives sort last and add nothing.
     hardest = (cross_entropy * negative).sort(dim=1, descending=True).values            # [B, A]
     wanted = (NEGATIVES_PER_POSITIVE * positive.sum(1, keepdim=True)).clamp(min=MIN_NEGATIVES)
@@ -43,19 +47,57 @@ def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor):
     return total, class_loss, box_loss
 
 
-def trust(start_logits):
-    """How far the faces of the start are believed, `[B, A]`: not at all up to a score of 0.5, wholly from 0.9 on."""
-    return ((start_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
+def confidence(teacher_logits: torch.Tensor) -> torch.Tensor:
+    """How far a teacher's faces replace the labels, `[B, A]`: not at all up to a score of 0.5, wholly from 0.9 on."""
+    return ((teacher_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
 
 
-def hold_loss(logits, offsets, start_logits, start_offsets, believed, labels, divisor):
-    """How far (scores, boxes), each a scalar, have moved from those of the network that training started from.
+def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, weight, labels, divisor):
+    """How far the student is from the teacher, each a scalar: (scores, boxes).
 
-    Shapes and divisor as in `multibox_loss`; believed `[B, A]`, from `trust`. Scores: their divergence where no face is
-    labelled (Hinton et al. 2015, at temperature 1). Boxes: everywhere their L1 distance, as far as they are believed; L1,
-    which is felt however small it is, for it is the last percents of a box that a strict IoU asks for.
+    Shapes and divisor are as in `multibox_loss`; weight `[B, A]` is from `confidence`. Scores: the
+    divergence from the teacher's where no face is labelled (Hinton et al. 2015, at temperature 1). Boxes:
+    the L1 distance everywhere, by that weight. L1 is felt however small it is, and the last percents of a
+    box are what a strict IoU asks for.
     """
-    start = start_logits.float().softmax(-1)                                            # [B, A, 2]
-    divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none").sum(-1)
-    moved = (offsets.float() - start_offsets.float()).abs().sum(-1) * believed
-    return (divergence * (labels != 1)).sum() / divisor, moved.sum() / divisor
+    teacher = teacher_logits.float().softmax(-1)                                        # [B, A, 2]
+    divergence = F.kl_div(logits.float().log_softmax(-1), teacher, reduction="none").sum(-1)
+    distance = (offsets.float() - teacher_offsets.float()).abs().sum(-1) * weight
+    return (divergence * (labels != 1)).sum() / divisor, distance.sum() / divisor
+
+
+class Criterion:
+    """The loss of a batch: match, multibox loss and, with a teacher, distillation.
+
+    anchors `[A, 4]`; loss_weights `[2]`, the model's; distill: the weights of the distillation's two parts.
+    """
+
+    def __init__(self, anchors, loss_weights, distill=(0, 0)):
+        self.anchors, self.loss_weights, self.distill = anchors, loss_weights, distill
+
+    def __call__(self, outputs, batch, teacher=None):
+        """The losses `[3]` (total, class, box) and what distillation adds to the first of them.
+
+        outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None.
+        """
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images))
+        divisor, distilled = batch_divisor(labels), 0
+        if teacher:
+            labels, targets, weight = soft_targets(labels, targets, *teacher)
+            scores, boxes = distillation_loss(*outputs, *teacher, weight, labels, divisor)
+            distilled = self.distill[0] * scores + self.distill[1] * boxes
+        return torch.stack(multibox_loss(*outputs, labels, targets, self.loss_weights, divisor)), distilled
+
+
+def soft_targets(labels, targets, teacher_logits, teacher_offsets):
+    """Let a teacher correct the labels `[B, A]` and box targets `[B, A, 4]`: (labels, targets, weight `[B, A]`).
+
+    Datasets differ in where a face ends. Mixed, they would blur the boxes that the teacher knows. So the
+    more confident the teacher is, the nearer the box target is to its box. A face that the teacher sees and
+    nobody labelled is not taught as background. Photos without any face, ignored ones included, are the
+    exception: there somebody has looked at the whole.
+    """
+    weight = confidence(teacher_logits)                                                 # [B, A]
+    unlabelled = (labels == 0) & (weight > 0) & (labels != 0).any(1, keepdim=True)
+    labels = labels.masked_fill(unlabelled, -1)
+    return labels, torch.lerp(targets, teacher_offsets.float(), weight[..., None]), weight

@@ -7,6 +7,7 @@ Order matters only where scores or overlaps tie: equal scores go by image id, th
 All rest on the P pairs of a detection and a face of the same image that overlap by IoU 0.5, the lowest threshold any
 of the protocols looks at: few, so that what follows is done for all images at once. A metric over no faces is -1.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,9 +64,13 @@ def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score)
         hit = (match >= 0) & ~dropped
         faces = np.count_nonzero(~ignored)
         precision[name] = np.array([_coco_precision(h, ~x, faces) for h, x in zip(hit, dropped)])  # [T, 101]
-        recall[name] = {n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS)) for n in MAX_DETECTIONS}
+        recall[name] = {
+            n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS)) for n in MAX_DETECTIONS
+        }
 
-    curves = {iou: Curve(float(at.mean()), RECALLS, at) for iou, at in zip((0.5, 0.75), precision[""][[0, 5]])}
+    curves = {
+        iou: Curve(float(at.mean()), RECALLS, at) for iou, at in zip((0.5, 0.75), precision[""][[0, 5]])
+    }
     numbers = {"AP": precision[""].mean(), "AP50": curves[0.5].ap, "AP75": curves[0.75].ap}
     numbers |= {f"AP{name}": precision[name].mean() for name in AREAS if name}
     numbers |= {f"AR{n}": recall[""][n].mean() for n in MAX_DETECTIONS}
@@ -81,14 +86,18 @@ def size_ap(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, sizes=FA
     """
     _, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
     result = {}
-    for size, (face, counted, asked) in _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes).items():
+    for size, (face, counted, asked) in _by_size(
+        gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes
+    ).items():
         faces = np.count_nonzero(asked)
         found, shown = _counts_at_hits(face >= 0, counted)
         result[size] = _envelope_area(found / faces, found / shown) if faces else -1.0
     return result
 
 
-def operating_points(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, pictures, scores=(0.3, 0.5, 0.7)):
+def operating_points(
+    gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, pictures, scores=(0.3, 0.5, 0.7)
+):
     """Precision, recall and false detections per picture at IoU 0.5 over all faces, matched as in `size_ap`.
 
     `pictures` is the number of images, with and without faces. Returns an `OperatingPoint` for each of `scores`, then
@@ -97,15 +106,24 @@ def operating_points(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score,
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
     face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
     faces = np.count_nonzero(asked)
-    found, shown = (np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted))  # [D + 1], by detections shown
+    found, shown = (
+        np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted)
+    )  # [D + 1], by detections shown
     f1 = 2 * found / np.maximum(shown + faces, 1)
 
     def point(score):
         n = np.searchsorted(-dt_score, -score, side="right")
-        return OperatingPoint(float(score), float(found[n] / max(shown[n], 1)), float(found[n] / max(faces, 1)),
-                              float(f1[n]), float((shown[n] - found[n]) / max(pictures, 1)))
+        return OperatingPoint(
+            float(score),
+            float(found[n] / max(shown[n], 1)),
+            float(found[n] / max(faces, 1)),
+            float(f1[n]),
+            float((shown[n] - found[n]) / max(pictures, 1)),
+        )
 
-    ends = 1 + np.flatnonzero(np.diff(dt_score, append=-np.inf))  # equal scores are shown together or not at all
+    ends = 1 + np.flatnonzero(
+        np.diff(dt_score, append=-np.inf)
+    )  # equal scores are shown together or not at all
     best = dt_score[ends[np.argmax(f1[ends])] - 1] if len(ends) else 1.0
     return [point(score) for score in (*scores, best)]
 
@@ -138,7 +156,9 @@ def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
         asked = np.asarray(asked, bool)
         hit = _first_on_face(face, asked)
         counted = annotated & ((face < 0) | np.append(asked, False)[face])
-        found, shown = (np.searchsorted(-score[flags], -WIDER_THRESHOLDS, side="right") for flags in (hit, counted))
+        found, shown = (
+            np.searchsorted(-score[flags], -WIDER_THRESHOLDS, side="right") for flags in (hit, counted)
+        )
         faces = np.count_nonzero(asked)
         recall, precision = found / max(faces, 1), found / np.maximum(shown, 1)
         curves[level] = Curve(_envelope_area(recall, precision) if faces else -1.0, recall, precision)
@@ -172,6 +192,7 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     The union with a crowd region is the detection alone. With `pixel` 1 both ends of a box are pixels inside it, one
     more in width and height (WIDER). Operations are ordered as in pycocotools and the official code: same bits.
     """
+
     def corners(image, xywh):
         order = np.argsort(image, kind="stable")
         start = xywh[order, :2].T
@@ -197,8 +218,12 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     blocks = ((g0, g1, d, min(d + max(1, PAIRS // (g1 - g0)), d1)) for g0, g1, d0, d1 in zip(*cuts)
               for d in range(d0, d1, max(1, PAIRS // (g1 - g0))))
     for g0, g1, d0, d1 in blocks:
-        width, height = (np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
-                         - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1]) + pixel for axis in (0, 1))
+        width, height = (
+            np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
+            - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1])
+            + pixel
+            for axis in (0, 1)
+        )
         d, g = np.nonzero((width > 0) & (height > 0))
         found.append((dt_order[d0 + d], gt_order[g0 + g], width[d, g] * height[d, g]))
         waiting += len(d)

@@ -3,6 +3,7 @@
 Parameter names are those of the official training snapshots, so theirs and ours load without a mapping. This file
 imports nothing of this repository: copy it and `load_model` works elsewhere.
 """
+
 import math
 import pickle
 from dataclasses import asdict, dataclass
@@ -13,8 +14,17 @@ from torch import nn
 STRIDE = 16  # input pixels per cell of the only feature map
 
 # Widths and heights of the anchors, pixels of a 300 x 300 input, hand-designed by the reference system.
-HAND_DESIGNED = ((9.4, 15.0), (25.1, 39.6), (14.7, 25.5), (34.7, 63.2), (143.0, 227.5), (77.4, 162.9), (128.8, 124.5),
-                 (51.1, 105.1), (75.6, 72.6))
+HAND_DESIGNED = (
+    (9.4, 15.0),
+    (25.1, 39.6),
+    (14.7, 25.5),
+    (34.7, 63.2),
+    (143.0, 227.5),
+    (77.4, 162.9),
+    (128.8, 124.5),
+    (51.1, 105.1),
+    (75.6, 72.6),
+)
 
 # MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride at 1,
 # so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
@@ -30,6 +40,11 @@ ROWS = (
 )
 
 
+def grid_size(width: int, height: int) -> tuple[int, int]:
+    """Columns and rows of the grid: the cells of the feature map for an input of `width` x `height` pixels."""
+    return math.ceil(width / STRIDE), math.ceil(height / STRIDE)
+
+
 @dataclass(frozen=True)
 class Config:
     """What shapes the weights; saved with them, so that a checkpoint rebuilds its model without flags."""
@@ -41,21 +56,33 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
         # The upper bounds are no limits of the method: without them a few bytes of a hostile file would fill the memory.
-        if not STRIDE <= min(self.input_width, self.input_height) <= max(self.input_width, self.input_height) <= 8192:
-            raise ValueError(f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected")
+        if (
+            not STRIDE
+            <= min(self.input_width, self.input_height)
+            <= max(self.input_width, self.input_height)
+            <= 8192
+        ):
+            raise ValueError(
+                f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected"
+            )
         if not 1 / 16 <= self.width <= 8:
             raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
-        if not 1 <= len(self.anchors) <= 100 or not all(1 <= side < math.inf for anchor in self.anchors for side in anchor):
-            raise ValueError("anchors: 1 to 100 expected, with sides of at least a pixel of the network's input")
+        if not 1 <= len(self.anchors) <= 100 or not all(
+            1 <= side < math.inf for anchor in self.anchors for side in anchor
+        ):
+            raise ValueError(
+                "anchors: 1 to 100 expected, with sides of at least a pixel of the network's input"
+            )
 
     @property
-    def grid(self):
-        """Columns and rows of the feature map."""
-        return math.ceil(self.input_width / STRIDE), math.ceil(self.input_height / STRIDE)
+    def input_size(self) -> tuple[int, int]:
+        """(width, height) of the network input."""
+        return self.input_width, self.input_height
 
     @classmethod
-    def new(cls, input_width, input_height, width=0.75, anchors=HAND_DESIGNED):
-        """The configuration of an untrained model: anchors given for 300 x 300 are scaled to its input."""
+    def scaled_from_300(cls, input_width: int, input_height: int, width: float = 0.75,
+                        anchors=HAND_DESIGNED) -> "Config":
+        """The configuration of an untrained model: `anchors`, given for 300 x 300, are scaled to its input."""
         scaled = [(w * input_width / 300, h * input_height / 300) for w, h in anchors]
         return cls(input_width, input_height, width, scaled)
 
@@ -90,7 +117,9 @@ class MobileNetV2(nn.Module):
                                 nn.ReLU(inplace=True))]
         for expansion, outputs, blocks, stride in ROWS:
             for block in range(blocks):
-                layers.append(InvertedResidual(channels, int(outputs * width), stride if block == 0 else 1, expansion))
+                layers.append(
+                    InvertedResidual(channels, int(outputs * width), stride if block == 0 else 1, expansion)
+                )
                 channels = int(outputs * width)
         self.features = nn.Sequential(*layers)
         self.channels = channels
@@ -110,11 +139,18 @@ class SSDHead(nn.Module):
 
     @staticmethod
     def _branch(channels, outputs):
-        return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.BatchNorm2d(channels),
-                             nn.ReLU(inplace=True), nn.Conv2d(channels, outputs, 1))
+        return nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, outputs, 1),
+        )
 
     def forward(self, features):
-        logits, offsets = self.cls_convs[0](features), self.reg_convs[0](features)  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
+        logits, offsets = (
+            self.cls_convs[0](features),
+            self.reg_convs[0](features),
+        )  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
         return (logits.permute(0, 2, 3, 1).reshape(len(logits), -1, 2),             # [B, A, 2]
                 offsets.permute(0, 2, 3, 1).reshape(len(offsets), -1, 4))           # [B, A, 4]
 
@@ -157,13 +193,17 @@ def read_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain values (or is no checkpoint)") from None
+        raise ValueError(
+            f"{path}: refused, it holds more than tensors and plain values (or is no checkpoint)"
+        ) from None
     except OSError:
         raise
     except Exception:  # on foreign bytes the loader raises nearly everything
         raise ValueError(f"{path}: not a checkpoint, or a truncated one") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError(f"{path}: a checkpoint without \"state_dict\", ours or the official snapshots' is expected")
+        raise ValueError(
+            f'{path}: a checkpoint without "state_dict", ours or the official snapshots\' is expected'
+        )
     return content
 
 
@@ -228,11 +268,17 @@ def load_imagenet(model, path=None):
         source = (torch.load(path, map_location="cpu", weights_only=True) if path
                   else weights.get_state_dict(progress=True, check_hash=True))
     except OSError as error:
-        raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} and give its path") from None
+        raise ValueError(
+            f"ImageNet weights: {error}; offline? fetch {weights.url} and give its path"
+        ) from None
     except Exception:  # on foreign bytes the loader raises nearly everything
         source = None
-    if not isinstance(source, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in source.values()):
-        raise ValueError(f"{path or 'the download'}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
+    if not isinstance(source, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in source.values()
+    ):
+        raise ValueError(
+            f"{path or 'the download'}: not torchvision's MobileNetV2 weights; they are at {weights.url}"
+        )
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
     wanted = {f"features.{n}" for n in range(blocks)}
     pick = lambda state: {k: v for k, v in state.items() if ".".join(k.split(".")[:2]) in wanted}

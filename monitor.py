@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from anchors import match
 from checkpoints import claim
-from detect import TorchDetector, detect
-from formats import InputError, whole_file
-from pictures import draw_faces, grid, load_picture
+from data import collate, to_image
+from detector import TorchDetector, detect
+from pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
+from script import InputError, whole_file
 
-PICTURES = 16  # in each grid of photos
+PICTURES = 16  # on each contact sheet
 
 
 class Monitor:
@@ -21,7 +21,12 @@ class Monitor:
 
     def __init__(self, args, model, epoch, rank):
         """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
-        self.active, self.out, self.started, self.first = rank == 0, Path(args.out), time.perf_counter(), epoch
+        self.active, self.out, self.started, self.first = (
+            rank == 0,
+            Path(args.out),
+            time.perf_counter(),
+            epoch,
+        )
         self.epochs, self.writer = args.epochs, None
         if not self.active:
             return
@@ -29,7 +34,13 @@ class Monitor:
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
-        self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__})
+        self.write(
+            {
+                "flags": vars(args),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "torch": torch.__version__,
+            }
+        )
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -41,7 +52,9 @@ class Monitor:
         """Add a line; the file is replaced whole, so that a kill leaves no half line."""
         self.lines.append(line)
         with whole_file(self.log) as temporary:
-            temporary.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines), encoding="utf-8"
+            )
 
     def epoch(self, trainer, record, val=None):
         """Record an epoch: log line, curves, a printed line, TensorBoard."""
@@ -49,18 +62,25 @@ class Monitor:
             return
         self.write(record)
         draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-        left = (time.perf_counter() - self.started) / (record["epoch"] - self.first) * (self.epochs - record["epoch"])
+        left = (
+            (time.perf_counter() - self.started)
+            / (record["epoch"] - self.first)
+            * (self.epochs - record["epoch"])
+        )
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
-        print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} (class {record['class_loss']:.3f}, "
-              f"box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
-              f"{left / 60:.0f} min left", flush=True)
+        print(
+            f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} (class {record['class_loss']:.3f}, "
+            f"box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
+            f"{left / 60:.0f} min left",
+            flush=True,
+        )
         if self.writer:
             for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
                 if key in record:
                     self.writer.add_scalar(key, record[key], record["epoch"])
-            self.picture("training", training_grid(trainer), record["epoch"])
+            self.picture("training", training_sheet(trainer), record["epoch"])
             if val is not None:
-                self.picture("validation", validation_grid(trainer, val), record["epoch"])
+                self.picture("validation", validation_sheet(trainer, val), record["epoch"])
             self.writer.flush()
 
     def picture(self, name, image, epoch):
@@ -83,7 +103,11 @@ def draw_curves(records, path):
     """Losses, accuracy and learning rate over the epochs of a log, to a PNG."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = [("loss", ("loss", "class_loss", "box_loss")), ("AP on --val", ("AP", "AP50")), ("learning rate", ("lr",))]
+    panels = [
+        ("loss", ("loss", "class_loss", "box_loss")),
+        ("AP on --val", ("AP", "AP50")),
+        ("learning rate", ("lr",)),
+    ]
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             points = [(record["epoch"], record[key]) for record in records if key in record]
@@ -98,28 +122,31 @@ def draw_curves(records, path):
         figure.savefig(temporary, dpi=100)
 
 
-def training_grid(trainer):
+def training_sheet(trainer):
     """Training photos as the network sees them, with faces (green), ignored ones and positive anchors (thin, yellow)."""
-    from data import collate
-    from pictures import FALSE, IGNORED
-    dataset, sheet = trainer.loader.dataset, []
-    items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
-             for place, index in enumerate(np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
+    dataset, pictures = trainer.loader.dataset, []
+    items = [
+        dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
+        for place, index in enumerate(
+            np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES]
+        )
+    ]
     batch = collate(items)
     anchors = trainer.anchors.cpu()
     labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items))
     for item, own in zip(items, labels):
-        image = draw_faces(Image.fromarray(item.picture.permute(1, 2, 0).numpy()), anchors[own == 1], colour=FALSE)
-        sheet.append(draw_faces(draw_faces(image, item.faces[~item.ignored]), item.faces[item.ignored], colour=IGNORED))
-    return grid(sheet)
+        image = draw_faces(to_image(item.picture), anchors[own == 1], colour=FALSE)
+        image = draw_faces(image, item.faces[~item.ignored])
+        pictures.append(draw_faces(image, item.faces[item.ignored], colour=IGNORED))
+    return contact_sheet(pictures)
 
 
-def validation_grid(trainer, annotations):
+def validation_sheet(trainer, annotations):
     """The first validation photos with what the model finds there at a score of 0.4."""
-    detector, sheet = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
+    detector, pictures = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
     for index in range(min(PICTURES, len(annotations.ids))):
         image = load_picture(annotations.file(index))
         faces = detect(detector, image)
         faces = faces[faces[:, 4] >= 0.4]
-        sheet.append(draw_faces(image, faces[:, :4], faces[:, 4]))
-    return grid(sheet)
+        pictures.append(draw_faces(image, faces[:, :4], faces[:, 4]))
+    return contact_sheet(pictures)

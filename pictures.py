@@ -1,4 +1,5 @@
-"""Photos in, pictures out: read any picture file upright as RGB, draw boxes on it, lay pictures side by side."""
+"""Photos in, drawings out: read any picture file upright as RGB, draw boxes on it, lay pictures side by side."""
+
 import math
 import os
 import warnings
@@ -7,57 +8,63 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from formats import InputError, whole_file
+from script import InputError, whole_file
 
 ORIENTATION = 0x0112  # the EXIF tag
 FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 
+def load_picture(path):
+    """Read the picture in a file, upright, as RGB (PIL). Raises InputError if it cannot be read."""
+    return decode_picture(open_picture(path))
+
+
+def open_picture(path):
+    """Open a picture file (PIL). Only its header is read yet. Raises InputError if it cannot be read."""
+    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
+        raise InputError(f"{path}: no such picture")
+    with _decoding(path):
+        return Image.open(os.fspath(path))
+
+
 def upright_size(image):
-    """Upright (width, height) of an opened picture, decoded or not."""
-    lying = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    """The upright (width, height) of an opened picture, decoded or not."""
+    with _decoding(image.filename):
+        lying = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if lying and image.format != "TIFF" else image.size  # Pillow turns TIFF itself
 
 
-def decode(image, scale=1):
-    """An opened picture upright as RGB (PIL), whatever its file holds.
+def decode_picture(image, scale=1):
+    """Decode an opened picture: upright, RGB (PIL), whatever its file holds.
 
-    EXIF orientation is applied; grey, CMYK, 16-bit, palette and alpha pictures become RGB; of an animation the first
-    frame is taken. A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8, as long as that is not below `scale`.
+    EXIF orientation is applied. Grey, CMYK, 16-bit, palette and alpha pictures become RGB. Of an animation
+    the first frame is taken. A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as
+    long as that is not below `scale`. Raises InputError if it cannot be read.
     """
-    if scale < 1:
-        image.draft("RGB", [math.ceil(side * scale) for side in image.size])
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def load_picture(path, scale=1):
-    """The picture in a file as `decode` has it. Raises InputError if it cannot be read."""
-    with open_picture(path) as image:
-        return decode(image, scale)
+    with _decoding(image.filename), image:
+        if scale < 1:
+            image.draft("RGB", [math.ceil(side * scale) for side in image.size])
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager
-def open_picture(path):
-    """Open a picture (PIL) of which only the header is read. Whatever goes wrong with it inside raises InputError."""
-    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
-        raise InputError(f"{path}: no such picture")
+def _decoding(path):
+    """Turn whatever a decoder raises on a broken file into InputError: it may be nearly anything."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures: Pillow refuses what is really too large
-            with Image.open(path) as image:
-                yield image
-    except InputError:
-        raise
-    except Exception as error:  # decoders raise nearly everything on broken files
-        raise InputError(f"{path}: cannot be read as a picture ({error or type(error).__name__})") from None
+            yield
+    except Exception as error:
+        reason = error or type(error).__name__
+        raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
 def draw_faces(image, boxes, scores=None, colour=FACE):
-    """A copy of `image` (PIL, RGB) with boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` as text."""
+    """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB)."""
     image = image.copy()
     draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
     font = ImageFont.load_default(max(9, round(max(image.size) / 55)))
@@ -72,9 +79,9 @@ def draw_faces(image, boxes, scores=None, colour=FACE):
     return image
 
 
-def grid(images, columns=4, side=320):
-    """`images` (PIL) side by side in one picture, each fitted into a `side` x `side` square on grey."""
-    rows = -(-len(images) // columns)
+def contact_sheet(images, columns=4, side=320):
+    """Lay `images` (PIL) side by side in one picture, each fitted into a `side` x `side` square on grey."""
+    rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "#404040")
     for n, image in enumerate(images):
         scale = side / max(image.size)

@@ -7,7 +7,7 @@ Writes DIR/train.json and DIR/val.json (COCO), their photos below DIR/train and 
 DIR/wider_{train,val}_bbx_gt.txt that the json files are converted from. The same arguments draw the same pixels. Every
 photo has its own random stream, so a larger dataset begins with the photos of a smaller one.
 """
-import argparse
+
 import time
 from pathlib import Path
 
@@ -15,13 +15,21 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from formats import InputError, command, whole_file
+from script import InputError, command, new_parser, whole_file
 from wider_to_coco import convert
 
 SUPER = 3  # drawn at this multiple of the photo's size and averaged down, which smooths the edges
 SPLITS = ("train", "val")
 SKINS = ((250, 219, 191), (235, 192, 155), (210, 160, 118), (176, 122, 82), (139, 90, 59), (98, 63, 43))
-HAIRS = ((28, 22, 20), (58, 38, 26), (96, 62, 36), (150, 104, 56), (208, 172, 104), (150, 62, 30), (170, 168, 165))
+HAIRS = (
+    (28, 22, 20),
+    (58, 38, 26),
+    (96, 62, 36),
+    (150, 104, 56),
+    (208, 172, 104),
+    (150, 62, 30),
+    (170, 168, 165),
+)
 EYES = ((70, 45, 25), (40, 30, 25), (80, 120, 70), (70, 110, 160))
 MASKS = ((235, 238, 240), (150, 195, 220), (40, 40, 45), (230, 170, 180))
 # event, scenery, fewest and most faces, lowest and highest width of a face in a photo 240 px high
@@ -31,7 +39,7 @@ EVENTS = (("0--Portrait", "wall", 1, 2, 50, 170),
           ("3--Crowd", "bricks", 4, 10, 11, 42),
           ("4--Office", "shelves", 1, 4, 20, 110))
 # scenery: width and height of one rectangle with the gap around it, then that gap, in pixels of a photo 240 px high
-GRIDS = {"windows": (40, 50, 10), "bricks": (25, 11, 1), "shelves": (9, 40, .3)}
+TILES = {"windows": (40, 50, 10), "bricks": (25, 11, 1), "shelves": (9, 40, .3)}
 
 
 class Pen:
@@ -52,7 +60,9 @@ class Pen:
         self.shape(ring(rx, ry) + (x, y), colour)
 
     def line(self, points, width, colour):
-        self.draw.line([tuple(p) for p in self.place(points)], colour, max(1, round(width * self.unit)), "curve")
+        self.draw.line(
+            [tuple(p) for p in self.place(points)], colour, max(1, round(width * self.unit)), "curve"
+        )
 
 
 def ring(rx, ry, taper=0.0, start=0.0, end=2.0):
@@ -86,7 +96,9 @@ def background(rng, scenery, width, height):
     for grain in (30, 8, 2):
         rows, columns, (grey, colour) = height // grain + 2, width // grain + 2, rng.uniform((2, 0), (16, 7))
         cells = 128 + rng.normal(0, grey, (rows, columns, 1)) + rng.normal(0, colour, (rows, columns, 3))
-        smooth = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        smooth = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         pixels += np.asarray(smooth, float) - 128
     canvas = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((width * SUPER, height * SUPER))
     draw, base, unit = ImageDraw.Draw(canvas), paint(rng), height / 240 * SUPER
@@ -95,8 +107,8 @@ def background(rng, scenery, width, height):
             (x, y), r = rng.uniform(0, 1, 2) * canvas.size, rng.uniform(2, 16) * unit
             green = tuple(rng.integers((20, 60, 10), (120, 170, 80)).tolist())
             draw.ellipse((x, y, x + r, y + r * rng.uniform(.4, 1.6)), green)
-    elif scenery in GRIDS:
-        wide, high, gap = np.array(GRIDS[scenery]) * unit * rng.uniform(.7, 1.4, 3)
+    elif scenery in TILES:
+        wide, high, gap = np.array(TILES[scenery]) * unit * rng.uniform(.7, 1.4, 3)
         for row in range(int(canvas.height / high) + 1):
             for column in range(-1, int(canvas.width / wide) + 1):
                 x, y = (column + row % 2 / 2 * (scenery == "bricks")) * wide, row * high
@@ -171,8 +183,13 @@ def head(rng, pen, skin):
         glasses(rng, pen, feature)
     if style != "bald":
         low, part = rng.uniform(-.72, -.45), rng.uniform(-.4, .4)
-        right, left = np.array([(.95, -.2), (.6, low)]) * (width, 1), np.array([(-.6, low), (-.95, -.2)]) * (width, 1)
-        pen.shape([*ring(width * 1.06, 1.12, 0, -.42, .42), *right, (part, low - rng.uniform(0, .2)), *left], top)
+        right, left = (
+            np.array([(0.95, -0.2), (0.6, low)]) * (width, 1),
+            np.array([(-0.6, low), (-0.95, -0.2)]) * (width, 1),
+        )
+        pen.shape(
+            [*ring(width * 1.06, 1.12, 0, -0.42, 0.42), *right, (part, low - rng.uniform(0, 0.2)), *left], top
+        )
     if style == "hat":
         brim = width * np.array([-1.2, 1.2, 1.1, -1.1])
         pen.shape(np.stack([brim, [-.5, -.5, -.66, -.66]], 1), shade(cloth, .7))
@@ -247,8 +264,18 @@ def photo(rng, width, height, empty):
     event = EVENTS[rng.integers(len(EVENTS))]
     canvas = background(rng, event[1], width, height)
     distractors(rng, canvas)
-    people = [(Pen(canvas, ((x + w / 2) * SUPER, (y + h / 2) * SUPER), h / 2 * SUPER, rng.triangular(-.45, 0, .45)),
-               pick(rng, SKINS)) for x, y, w, h in ([] if empty else placements(rng, event, width, height))]
+    people = [
+        (
+            Pen(
+                canvas,
+                ((x + w / 2) * SUPER, (y + h / 2) * SUPER),
+                h / 2 * SUPER,
+                rng.triangular(-0.45, 0, 0.45),
+            ),
+            pick(rng, SKINS),
+        )
+        for x, y, w, h in ([] if empty else placements(rng, event, width, height))
+    ]
     for pen, skin in people:  # all bodies first, so that none covers a face
         body(rng, pen, skin)
     heads = [head(rng, pen, skin) for pen, skin in people]
@@ -289,18 +316,22 @@ def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
     folder = Path(folder)
     for split in SPLITS:
         if (folder / f"{split}.json").exists() and not (folder / f"wider_{split}_bbx_gt.txt").exists():
-            raise InputError(f"{folder}/{split}.json: was not drawn by sample.py and stays, choose another folder")
+            raise InputError(
+                f"{folder}/{split}.json: was not drawn by sample.py and stays, choose another folder"
+            )
     return {split: draw_split(folder, split, count, size, seed) for split, count in zip(SPLITS, (train, val))}
 
 
 @command
 def main(argv=None):
     """Draw the two parts of the set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("folder", help="where to draw, as data/sample")
     parser.add_argument("--train", type=int, default=240, help="photos to train on (default: %(default)s)")
     parser.add_argument("--val", type=int, default=40, help="photos to validate on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other photos (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other photos (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if min(args.train, args.val) < 1 or args.seed < 0:
         raise InputError("--train and --val take 1 photo or more, --seed 0 or more")

@@ -1,32 +1,36 @@
 """Train the detector: from nothing, from ImageNet or detector weights, or on from a checkpoint; on one or many GPUs.
 
-    python train.py --data data/train.json                     # runs/face/{last,best}.pth, log.jsonl, curves.png
-    torchrun --nproc_per_node 4 train.py                       # four processes, four times the batch
-    python train.py @recipes/wider_face.txt --out runs/wider   # flags from a file; any flag after it overrides
-    python train.py --resume                                   # goes on where the last run in --out stopped
-    python train.py --resume --epochs 80                       # a finished run longer, at its final small rate
+python train.py --data data/train.json                     # runs/face/{last,best}.pth, log.jsonl, curves.png
+torchrun --nproc_per_node 4 train.py                       # four processes, four times the batch
+python train.py @recipes/wider_face.txt --out runs/wider   # flags from a file; any flag after it overrides
+python train.py --resume                                   # goes on where the last run in --out stopped
+python train.py --resume --epochs 80                       # a finished run longer, at its final small rate
 """
-import argparse
+
 import copy
+import functools
 import math
 import os
 import signal
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from anchors import make_anchors, match
-from checkpoints import load_start, check_out, make_model, report_changes, save
-from data import FaceDataset, TrainBatches, make_loader
-from detect import TorchDetector
-from evaluate import join_processes, leave_processes, run_detector, score_faces
-from formats import FlagFileParser, InputError, bad_values, command, join, parse_sides, parse_size, read_annotations
-from loss import batch_divisor, hold_loss, multibox_loss, trust
+from anchors import make_anchors
+from checkpoints import check_out, load_teacher, make_model, report_changes, save
+from coco import join, read_annotations
+from data import FaceDataset, TrainBatches, make_loader, to_input
+from detector import TorchDetector, detect_all
+from distributed import gather, join_processes, leave_processes, share_buffers
+from evaluate import score_faces
+from loss import Criterion
 from monitor import Monitor
+from script import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size
 
 DATA, VAL = "data/train.json", "data/val.json"
 
@@ -34,7 +38,8 @@ DATA, VAL = "data/train.json", "data/val.json"
 def lr_at(step, epoch, lr, milestones, warmup):
     """The learning rate of iteration `step` (from 0, of the whole run) in `epoch` (from 0): a pure function.
 
-    `lr`, divided by 10 at each epoch of `milestones`, and over the first `warmup` iterations rising linearly from a third.
+    `lr`, divided by 10 at each epoch of `milestones`. Over the first `warmup` iterations it rises linearly
+    from a third.
     """
     lr *= 0.1 ** sum(epoch >= milestone for milestone in milestones)
     return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
@@ -49,29 +54,43 @@ class Trainer:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
         self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
-        self.start = load_start(args, model.config).to(device, memory_format=self.layout) if args.hold else None
-        self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-        self.epoch = self.step = self.done = 0      # epochs finished, iterations in all, photos seen of this epoch
+        self.teacher = None
+        if args.distill:
+            self.teacher = load_teacher(args, model.config).to(device, memory_format=self.layout)
+        self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
+                                         weight_decay=args.weight_decay)
+        self.epoch = self.step = self.done = (
+            0  # epochs finished, iterations in all, photos seen of this epoch
+        )
         self.sums = torch.zeros(4, device=device)   # total, class, box loss and their number in this epoch
         self.best, self.unreadable = -1.0, {}
         if content:
             self.restore(content)
         self.model = self.raw_model
         if processes > 1:
-            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.startswith("cuda") else None)
+            own_gpu = [device] if device.startswith("cuda") else None
+            self.model = DistributedDataParallel(self.model, device_ids=own_gpu)
         if args.compile:
             self.model = torch.compile(self.model)
         self.anchors = make_anchors(self.raw_model.config).to(device)
-        self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes, not args.no_augment)
+        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill)
+        self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
+                                          args.precision == "bf16")
+        self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
+                                    not args.no_augment)
         if self.done > args.batch_size * processes * self.batches.total:
-            raise InputError(f"{args.resume}: stopped after {self.done:,} photos of an epoch, which would now be over before; "
-                             "resume with the --data and --repeat it had")
+            raise InputError(
+                f"{args.resume}: stopped after {self.done:,} photos of an epoch, which would now be "
+                "over before; resume with the --data and --repeat it had"
+            )
         self.loader = make_loader(dataset, self.batches, args.workers, device)
 
     def restore(self, content):
         """Continue from a checkpoint's content."""
         self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.step, self.done, self.best = (content[key] for key in ("epoch", "step", "done", "best"))
+        self.epoch, self.step, self.done, self.best = (
+            content[key] for key in ("epoch", "step", "done", "best")
+        )
         self.sums = content["sums"].to(self.device)
         if self.ema:
             self.ema.load_state_dict(content.get("ema") or content["state_dict"])
@@ -80,91 +99,88 @@ class Trainer:
         """Write last.pth, whole or not at all."""
         if self.rank == 0:
             more = {"ema": self.ema.state_dict()} if self.ema else {}
-            save(Path(self.args.out) / "last.pth", self.raw_model, **more, optimizer=self.optimizer.state_dict(),
-                 epoch=self.epoch, step=self.step, done=self.done, best=self.best, sums=self.sums.cpu(), flags=vars(self.args))
+            save(
+                Path(self.args.out) / "last.pth",
+                self.raw_model,
+                **more,
+                optimizer=self.optimizer.state_dict(),
+                epoch=self.epoch,
+                step=self.step,
+                done=self.done,
+                best=self.best,
+                sums=self.sums.cpu(),
+                flags=vars(self.args),
+            )
 
     def update(self, batch):
-        """One training step on a Batch; returns its losses `[3]`: total, class, box."""
-        losses, held = self.loss(batch.to(self.device))
+        """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
+        batch = batch.to(self.device)
+        images = to_input(batch.images.contiguous(memory_format=self.layout))             # [B, 3, H, W]
+        with self.autocast():
+            outputs = self.model(images)  # [B, A, 2], [B, A, 4]
+            teacher = self.teacher(images) if self.teacher else None                      # the same shapes
+        losses, distilled = self.criterion(outputs, batch, teacher)
         self.optimizer.zero_grad()
-        (losses[0] + held).backward()
+        (losses[0] + distilled).backward()
         torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip or math.inf)
         self.optimizer.step()
         if self.ema:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return losses.detach()
 
-    def loss(self, batch):
-        """The losses of a Batch `[3]`, and what --hold adds to the first of them."""
-        images = batch.images.contiguous(memory_format=self.layout).float() / 255         # [B, 3, H, W]
-        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(images))
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
-            logits, offsets = self.model(images)                                          # [B, A, 2], [B, A, 4]
-            start = self.start(images) if self.start else None
-        divisor, held = batch_divisor(labels), 0
-        if start:
-            labels, targets, held = self.hold(start, logits, offsets, labels, targets, divisor)
-        return torch.stack(multibox_loss(logits, offsets, labels, targets, self.raw_model.loss_weights, divisor)), held
-
-    def hold(self, start, logits, offsets, labels, targets, divisor):
-        """What --hold changes in a step, given the start's logits and offsets: (labels, box targets, the loss of moving away).
-
-        Sets differ in where a face ends, and a mixture of their habits would blur the start's own: the surer the start is of
-        a face, the nearer the target is to its box. A face that it sees and no label has is no background, but for photos
-        without any face, ignored ones included: there somebody looked at the whole.
-        """
-        believed = trust(start[0])                                                                  # [B, A]
-        unlabelled = (labels == 0) & (believed > 0) & (labels != 0).any(1, keepdim=True)
-        labels = labels.masked_fill(unlabelled, -1)
-        targets = torch.lerp(targets, start[1].float(), believed[..., None])
-        scores, boxes = hold_loss(logits, offsets, *start, believed, labels, divisor)
-        return labels, targets, self.args.hold[0] * scores + self.args.hold[1] * boxes
-
     def run_epoch(self, stop):
         """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
         args, whole = self.args, self.args.batch_size * self.processes
         self.batches.epoch, self.batches.start = self.epoch, self.done // whole
         for module in self.raw_model.modules():
-            module.train(not (args.freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm)))
+            module.train(not (args.freeze_bn and isinstance(module, _BatchNorm)))
         started, shown, seen, before = time.perf_counter(), 0.0, 0, None
-        bar = tqdm(self.loader, f"epoch {self.epoch + 1}/{args.epochs}", leave=False, disable=None if self.rank == 0 else True)
+        bar = tqdm(self.loader, f"epoch {self.epoch + 1}/{args.epochs}", leave=False,
+                   disable=None if self.rank == 0 else True)
         for batch in bar:
             rate = lr_at(self.step, self.epoch, args.lr, args.milestones, args.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             losses = self.update(batch)
             self.sums += torch.cat([losses, losses.new_ones(1)])
-            self.step, self.done, seen = self.step + 1, self.done + whole, seen + len(batch.index) * self.processes
-            check_finite(before)  # the step before: the device is done with it, so reading its loss waits for nothing
+            self.step, self.done = self.step + 1, self.done + whole
+            seen += len(batch.index) * self.processes
+            check_finite(before)  # the step before: the device is done with it, so nothing waits
             before = losses, batch.index
             self.check_readable(batch.errors)
             if time.perf_counter() - shown > 1 and not bar.disable:
                 shown = time.perf_counter()
-                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.2g}, {seen / (shown - started):.0f} photos/s")
+                speed = seen / (shown - started)
+                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.2g}, {speed:.0f} photos/s")
             if stop or self.step % args.save_every == 0:
                 check_finite(before)
                 self.save()
             if stop and self.rank == 0:  # other processes end when they miss this one
                 raise SystemExit(128 + stop[0])
         check_finite(before)
-        self.share_unreadable()
+        self.check_readable(gather(self.unreadable))
         total, class_loss, box_loss, count = self.sums.tolist()
         self.epoch, self.done, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
-        return {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "loss": total / count,
-                "class_loss": class_loss / count, "box_loss": box_loss / count,
-                "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": time.perf_counter() - started,
-                "photos_per_second": seen / (time.perf_counter() - started)}
+        seconds = time.perf_counter() - started
+        return {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"],
+                "loss": total / count, "class_loss": class_loss / count, "box_loss": box_loss / count,
+                "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": seconds,
+                "photos_per_second": seen / seconds}
 
     def validate(self, annotations):
-        """Score the model (the averaged one, if there is one) on Annotations; keeps best.pth. Returns plain numbers."""
+        """Score the model on Annotations, its averaged weights if there are any; keeps best.pth.
+
+        Returns plain numbers.
+        """
         model = self.ema or self.raw_model
-        if self.processes > 1:  # each has batch-norm statistics of its own; the first one's are saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        detections, errors = run_detector(TorchDetector(model, device=self.device), annotations, 16, self.args.workers,
-                                          self.rank, self.processes)
+        share_buffers(model)
+        detector = TorchDetector(model, device=self.device)
+        detections, errors = detect_all(
+            detector, annotations, 16, self.args.workers, self.rank, self.processes
+        )
         if errors:
-            raise InputError(f"{self.args.val}: {len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}")
+            lines = "; ".join(list(errors.values())[:5])
+            raise InputError(f"{self.args.val}: {len(errors)} photos could not be used: {lines}")
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
         if ap50 > self.best and self.rank == 0:
@@ -173,76 +189,107 @@ class Trainer:
         return {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
     def check_readable(self, errors):
-        """Go on past unreadable photos, within the budget."""
+        """Remember unreadable photos {index: line}, and stop once there are too many."""
         self.unreadable |= errors
         if len(self.unreadable) > self.args.max_unreadable:
-            raise InputError(f"{len(self.unreadable)} photos could not be used (--max-unreadable {self.args.max_unreadable}): "
-                             + "; ".join(list(self.unreadable.values())[:5]))
-
-    def share_unreadable(self):
-        """Let all processes know of each other's unreadable photos."""
-        if self.processes > 1:
-            parts = [None] * self.processes
-            dist.all_gather_object(parts, self.unreadable)
-            self.check_readable({index: line for part in parts for index, line in part.items()})
+            lines = "; ".join(list(self.unreadable.values())[:5])
+            raise InputError(f"{len(self.unreadable)} photos could not be used "
+                             f"(--max-unreadable {self.args.max_unreadable}): {lines}")
 
 
 def check_finite(step):
     """Stop if the (losses, photo indices) of a step are not finite."""
     if step and not step[0].isfinite().all():
-        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; resume the last "
-                         "checkpoint with a lower --lr or with --clip 10, or, should it be ruined as well, start again so")
+        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; "
+                         "resume the last checkpoint with a lower --lr or with --clip 10, or, should it be "
+                         "ruined as well, start again so")
 
 
 @torch.no_grad()
 def move_average(average, model, decay):
     """Move averaged weights and batch-norm statistics towards the current ones."""
-    averaged, current = (list(filter(torch.is_floating_point, m.state_dict().values())) for m in (average, model))
-    torch._foreach_lerp_(averaged, current, 1 - decay)  # all tensors in one call, as torch.optim.swa_utils does
+    averaged, current = (
+        list(filter(torch.is_floating_point, m.state_dict().values())) for m in (average, model)
+    )
+    torch._foreach_lerp_(
+        averaged, current, 1 - decay
+    )  # all tensors in one call, as torch.optim.swa_utils does
+
+
+def make_parser():
+    """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
+    parser = FlagFileParser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
+    add("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
+    add(
+        "--min-face",
+        type=int,
+        default=17,
+        help="ignore faces with a side below this, in the photo (default 17 px)",
+    )
+    add("--no-augment", action="store_true", help="show the photos as they are")
+    add("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
+    add("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
+    add = parser.add_argument_group("model and starting point").add_argument
+    add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
+    add("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
+    add("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
+    add(
+        "--pretrained",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="ImageNet backbone: torchvision's, or in PATH",
+    )
+    add("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
+    add(
+        "--distill",
+        type=float,
+        nargs=2,
+        metavar=("SCORES", "BOXES"),
+        help="learn from --load-from as a teacher too: weights of its scores where no face is labelled, and of "
+        "its boxes. It forgets less (default off, 0.3 is much)",
+    )
+    add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
+    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=int, default=70, help="default 70")
+    add("--batch-size", type=int, default=65, help="photos per process (default 65)")
+    add(
+        "--lr",
+        type=float,
+        default=0.05,
+        help="learning rate (default 0.05), whatever the number of processes",
+    )
+    add(
+        "--milestones", type=int, nargs="*", default=[40, 55, 65], help="epochs of lr / 10 (default 40 55 65)"
+    )
+    add("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
+    add("--momentum", type=float, default=0.9, help="default 0.9")
+    add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
+    add("--clip", type=float, help="greatest norm of the gradient (default: any)")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
+    add("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
+    add("--seed", type=int, default=0, help="default 0")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs/face", help="folder of the run (default %(default)s)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, else fp32")
+    add("--workers", type=int, help="loading processes for each process (default: share the cores)")
+    add("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
+    add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
+    return parser
 
 
 def parse_args(argv):
-    """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
-    parser = FlagFileParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
-    data.add_argument("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
-    data.add_argument("--min-face", type=int, default=17, help="ignore faces with a side below this, in the photo (default 17 px)")
-    data.add_argument("--no-augment", action="store_true", help="show the photos as they are")
-    data.add_argument("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
-    data.add_argument("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
-    start = parser.add_argument_group("model and starting point")
-    start.add_argument("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
-    start.add_argument("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
-    start.add_argument("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
-    start.add_argument("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or in PATH")
-    start.add_argument("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
-    start.add_argument("--hold", type=float, nargs=2, metavar=("SCORES", "BOXES"), help="weights of holding on to the scores "
-                       "of --load-from where no face is labelled, and to its boxes: forgets less (default off, 0.3 is much)")
-    start.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
-    schedule = parser.add_argument_group("schedule")
-    schedule.add_argument("--epochs", type=int, default=70, help="default 70")
-    schedule.add_argument("--batch-size", type=int, default=65, help="photos per process (default 65)")
-    schedule.add_argument("--lr", type=float, default=0.05, help="learning rate (default 0.05), whatever the number of processes")
-    schedule.add_argument("--milestones", type=int, nargs="*", default=[40, 55, 65], help="epochs of lr / 10 (default 40 55 65)")
-    schedule.add_argument("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
-    schedule.add_argument("--momentum", type=float, default=0.9, help="default 0.9")
-    schedule.add_argument("--weight-decay", type=float, default=5e-4, help="default 5e-4")
-    schedule.add_argument("--clip", type=float, help="greatest norm of the gradient (default: any)")
-    schedule.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
-    schedule.add_argument("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
-    schedule.add_argument("--seed", type=int, default=0, help="default 0")
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", default="runs/face", help="folder of the run (default %(default)s)")
-    run.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    run.add_argument("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, else fp32")
-    run.add_argument("--workers", type=int, help="loading processes for each process (default: share the cores)")
-    run.add_argument("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
-    run.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
-    run.add_argument("--compile", action="store_true", help="torch.compile the network")
-    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
+    """Parse and check the flags."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    least = {"epochs": 0, "batch_size": 1, "repeat": 1, "warmup": 0, "save_every": 1, "workers": 0, "max_unreadable": 0, "seed": 0}
+    least = {"epochs": 0, "batch_size": 1, "repeat": 1, "warmup": 0, "save_every": 1, "workers": 0,
+             "max_unreadable": 0, "seed": 0}
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
@@ -251,8 +298,8 @@ def parse_args(argv):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
-    if args.hold and not (args.load_from and 0 <= min(args.hold) <= max(args.hold) < math.inf):
-        parser.error("--hold takes weights of 0 or more, and needs --load-from")
+    if args.distill and not (args.load_from and 0 <= min(args.distill) <= max(args.distill) < math.inf):
+        parser.error("--distill takes weights of 0 or more, and needs --load-from")
     if args.data is None:
         args.data, args.val = [DATA], args.val or (VAL if os.path.exists(VAL) else None)
     if args.workers is None:
@@ -276,21 +323,27 @@ def prepare(args):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}")
     args.precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
     torch.backends.cudnn.benchmark = True
-    config = model.config
-    dataset = FaceDataset(faces, config.input_width, config.input_height, args.min_face)
+    dataset = FaceDataset(faces, *model.config.input_size, args.min_face)
     trainer = Trainer(args, model, content, dataset, rank, processes, device)
     monitor = Monitor(args, model, trainer.epoch, rank)
     if rank == 0:
         if content:
             report_changes(args, content)
-        print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
-              f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
-              f"{trainer.batches.total:,} batches of {args.batch_size} x {processes} processes\n"
-              f"width {config.width:g}, input {config.input_width}x{config.input_height}, {device}, {args.precision}; "
-              + (f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"))
+        describe_run(trainer, dataset, content)
         if not val:
             print("no validation (no --val): best.pth is not written")
     return trainer, val, monitor
+
+
+def describe_run(trainer, dataset, content):
+    """Print what is trained on what, and from where."""
+    args, config = trainer.args, trainer.raw_model.config
+    goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
+    print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
+          f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
+          f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
+    print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
+          f"{args.precision}; {goal}")
 
 
 @command
@@ -308,7 +361,8 @@ def main(argv=None):
             record = trainer.run_epoch(stop)
             if val:
                 record |= trainer.validate(val)
-            monitor.epoch(trainer, record, val)  # before the save: an epoch that is done again loses its line, none is missing
+            # Before the save: an epoch that is done again loses its line, but none is ever missing.
+            monitor.epoch(trainer, record, val)
             trainer.save()
             if stop:
                 raise SystemExit(128 + stop[0])
@@ -320,13 +374,18 @@ def main(argv=None):
         if stop and hasattr(signal, "SIGCHLD"):
             # PyTorch's handler would raise about workers that the signal has ended, while Python exits.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    trainer.loader = None  # ends its workers; left to the exit of Python, their end could be taken for a failure
+    trainer.loader = (
+        None  # ends its workers; left to the exit of Python, their end could be taken for a failure
+    )
     if trainer.rank == 0:
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
-        print(f"finished {trainer.epoch} epochs: {args.out}/last.pth" + (f", best.pth AP50 {trainer.best:.4f}" if val else ""))
+        best = f", best.pth AP50 {trainer.best:.4f}" if val else ""
+        print(f"finished {trainer.epoch} epochs: {args.out}/last.pth{best}")
     if trainer.processes > 1:
-        trainer.model = None  # its hold on the group must not be the last: ending the group late can wait for ever
+        trainer.model = (
+            None  # its hold on the group must not be the last: ending the group late can wait for ever
+        )
         leave_processes()
 
 

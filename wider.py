@@ -3,6 +3,7 @@
 An image is named `<event>/<image>` without its suffix, as in `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh`
 in pixels of the original image, float64, as in the files. Nothing here imports torch.
 """
+
 import io
 import re
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from formats import InputError, whole_file
+from coco import Detections
+from script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
 LEVELS = ("easy", "medium", "hard")
@@ -37,7 +39,11 @@ def read_ground_truth(folder=GROUND_TRUTH):
     try:
         names = [f"{event[0][0]}/{file[0][0]}"
                  for event, files in zip(val["event_list"], val["file_list"]) for file in files[0]]
-        boxes = [np.asarray(box[0], np.float64).reshape(-1, 4) for event in val["face_bbx_list"] for box in event[0]]
+        boxes = [
+            np.asarray(box[0], np.float64).reshape(-1, 4)
+            for event in val["face_bbx_list"]
+            for box in event[0]
+        ]
         faces = np.array([len(box) for box in boxes])
         kept = {level: _kept(gt_list, faces) for level, gt_list in lists.items()}
         if len(names) != len(boxes):
@@ -53,16 +59,20 @@ def wider_names(path, file_names):
 
     `path` is the COCO file, for messages. Raises InputError if a name has no two such parts, or two are the same.
     """
-    names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE) for name in file_names]
+    names = [
+        re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
+        for name in file_names
+    ]
     _check_names(path, names)
     return names
 
 
 def read_predictions(folder, ground_truth):
-    """Read `<folder>/<event>/<image>.txt` of each image: image indices [D], xywh [D, 4], scores [D], missing [names].
+    """Read `<folder>/<event>/<image>.txt` of each image: (Detections, names of images without a file).
 
-    Detections are sorted by image, best first. Where a file lies says which image it is of, as in the official code;
-    its first line is not looked at. Raises InputError, with file and line, for what is not five finite numbers per row.
+    Detections are sorted by image, best first. Where a file lies says which image it is of, as in the
+    official code; its first line is not looked at. Raises InputError, with file and line, for what is not
+    five finite numbers per row.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,28 +89,35 @@ def read_predictions(folder, ground_truth):
         counts.append(len(lines))
         rows += lines
     if len(missing) == len(paths):
-        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {paths[0]} are expected")
+        raise InputError(
+            f"{folder}: no predictions for WIDER FACE val, files such as {paths[0]} are expected"
+        )
 
     values = _numbers(rows)  # all at once is fast; row by row only to find the one to name
     if values is None:
-        raise InputError(next(f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
-                              for path, count in zip(paths, counts) if count
-                              for number, line in enumerate(_lines(Path(path).read_bytes()), 1)
-                              if number > 2 and line.strip() and _numbers([line]) is None))
+        raise InputError(
+            next(
+                f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
+                for path, count in zip(paths, counts)
+                if count
+                for number, line in enumerate(_lines(Path(path).read_bytes()), 1)
+                if number > 2 and line.strip() and _numbers([line]) is None
+            )
+        )
     image = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
-    return image, values[order, :4], values[order, 4], missing
+    return Detections(image, values[order, :4], values[order, 4]), missing
 
 
-def write_predictions(folder, names, image, xywh, score):
+def write_predictions(folder, names, detections):
     """Write the official folder, `<folder>/<event>/<image>.txt` for each of `names` [I], also those without detections.
 
-    `image` [D] are indices into `names`, `xywh` [D, 4] pixels, `score` [D]. Digits are kept whole: read back, the
-    predictions score the same. Raises InputError for names that would lead elsewhere, before anything is written.
+    The Detections' images are indices into `names`. Digits are kept whole: read back, the predictions score
+    the same. Raises InputError for names that would lead elsewhere, before anything is written.
     """
     _check_names(folder, names)
-    image, score = np.asarray(image, np.int64), np.asarray(score, np.float64)
-    values = np.column_stack((np.asarray(xywh, np.float64).reshape(-1, 4), score))
+    image, score = detections.image, detections.score
+    values = np.column_stack((detections.xywh, score))
     if not np.isfinite(values).all():
         raise InputError(f"{folder}: not written, a box or score to go there is not finite")
     order = np.lexsort((-score, image))
@@ -112,7 +129,7 @@ def write_predictions(folder, names, image, xywh, score):
 
 
 def _kept(gt_list, faces):
-    """A level's list of face numbers, from 1 in each image, as flags over all faces [M]; `faces` [I] counts them."""
+    """A level's lists of face numbers, from 1 in each image, as flags over all faces [M]; `faces` [I] counts them."""
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
     image = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
     index = np.concatenate(numbers) - 1
@@ -129,7 +146,9 @@ def _check_names(source, names):
     for name in names:
         parts = name.split("/")
         if len(parts) != 2 or not all(map(_plain, parts)):
-            raise InputError(f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>")
+            raise InputError(
+                f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>"
+            )
         if name in seen:
             raise InputError(f"{source}: {name!r} is there twice")
         seen.add(name)
@@ -137,7 +156,12 @@ def _check_names(source, names):
 
 def _plain(part):
     """Is it a name without meaning to any file system, and short enough for all?"""
-    return part.isprintable() and not set(part) & set("\\:") and bool(part.strip(". ")) and len(part.encode()) < 200
+    return (
+        part.isprintable()
+        and not set(part) & set("\\:")
+        and bool(part.strip(". "))
+        and len(part.encode()) < 200
+    )
 
 
 def _load_mat(path, *keys):
@@ -145,13 +169,17 @@ def _load_mat(path, *keys):
     try:
         file = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
-                         f"and unpack it under data, which gives {GROUND_TRUTH}") from None
+        raise InputError(
+            f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
+            f"and unpack it under data, which gives {GROUND_TRUTH}"
+        ) from None
     try:
         content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
     except Exception as error:  # of a damaged file, scipy raises whatever it stumbles over
-        raise InputError(f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
+        raise InputError(
+            f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})"
+        ) from None
 
 
 def _lines(content):
@@ -179,4 +207,6 @@ def _numbers(rows):
         values = np.loadtxt(rows, comments=None, ndmin=2) if rows else np.zeros((0, 5))
     except ValueError:
         return None
-    return values if values.shape == (len(rows), 5) and (np.abs(values) < 1e15).all() else None  # NaN < x is False
+    return (
+        values if values.shape == (len(rows), 5) and (np.abs(values) < 1e15).all() else None
+    )  # NaN < x is False

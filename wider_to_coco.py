@@ -6,7 +6,7 @@
 File names in the output are relative to its folder, so the json and its photos move together. Annotations that are
 flagged invalid, or whose box is empty or outside the picture, get `"iscrowd": 1`: not trained on, known to evaluation.
 """
-import argparse
+
 import os
 import re
 import time
@@ -14,11 +14,10 @@ import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from PIL import Image
 from tqdm import tqdm
 
-from formats import InputError, command, write_json
-from pictures import upright_size
+from pictures import open_picture, upright_size
+from script import InputError, command, new_parser, write_json
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
@@ -51,23 +50,31 @@ def read_wider(path):
         number, line = lines[at]
         name = _name(f"{path}:{number}", line)
         if name in first_line:
-            raise InputError(f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}")
+            raise InputError(
+                f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}"
+            )
         first_line[name] = number
         if at + 1 == len(lines):
             raise InputError(f"{path}:{number}: the file ends after the name {name!r}, is it truncated?")
         count_line, count = lines[at + 1]
         if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
-            raise InputError(f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}")
+            raise InputError(
+                f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}"
+            )
         rows = lines[at + 2:at + 2 + int(count)]
         at += 2 + len(rows)
         pictures.append((name, [_row(f"{path}:{n}", row, name, count, count_line) for n, row in rows]))
         if len(rows) < int(count):
-            raise InputError(f"{path}:{count_line}: {name!r} has {count} faces but the file ends after {len(rows)}, "
-                             "is it truncated?")
+            raise InputError(
+                f"{path}:{count_line}: {name!r} has {count} faces but the file ends after {len(rows)}, "
+                "is it truncated?"
+            )
         if at < len(lines) and NUMBERS.fullmatch(lines[at][1]):
             place, extra = f"{path}:{lines[at][0]}", lines[at][1]
             if int(count) or any(_row(place, extra, name, count, count_line)):
-                raise InputError(f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})")
+                raise InputError(
+                    f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})"
+                )
             at += 1  # how the official train file writes a picture without faces
     return pictures
 
@@ -76,9 +83,13 @@ def _name(place, text):
     """A picture's path, plain and inside the images folder."""
     name = PurePosixPath(text)
     if NUMBERS.fullmatch(text):
-        raise InputError(f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?")
+        raise InputError(
+            f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?"
+        )
     if name.is_absolute() or PureWindowsPath(text).drive or {"\0", "\\"} & set(text) or ".." in name.parts:
-        raise InputError(f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'")
+        raise InputError(
+            f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'"
+        )
     return str(name)
 
 
@@ -100,13 +111,13 @@ def _row(place, text, name, count, count_line):
 
 
 def picture_size(path):
-    """Width and height of the upright picture by its header, None if there is no such file, or the decoder's error."""
+    """Read a picture's upright (width, height) from its header: None if there is no such file, else the error."""
+    if not os.path.isfile(path):
+        return None
     try:
-        if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
-            return None
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return upright_size(image)
-    except Exception as error:  # decoders raise nearly anything on hostile bytes
+    except InputError as error:
         return error
 
 
@@ -116,7 +127,9 @@ def read_sizes(pictures, images, jobs):
     paths = [os.path.join(images, name) for name in names]
     with warnings.catch_warnings(), ThreadPool(jobs) as pool:
         warnings.simplefilter("ignore")  # a large picture is no concern while only headers are read
-        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16), "image sizes", len(paths), disable=None))
+        sizes = list(
+            tqdm(pool.imap(picture_size, paths, chunksize=16), "image sizes", len(paths), disable=None)
+        )
     bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
            "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
     if any(bad.values()):
@@ -148,15 +161,28 @@ def to_coco(pictures, sizes, prefix):
             attributes = dict(zip(ATTRIBUTES, row[4:]))
             box, kind = clip(row[:4], width, height)
             invalid = attributes["invalid"] != 0
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
-                                "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
-                                "iscrowd": int(invalid or kind in ("empty", "outside")), **attributes})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "bbox": box,
+                    "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
+                    "iscrowd": int(invalid or kind in ("empty", "outside")),
+                    **attributes,
+                }
+            )
             met["invalid"] += invalid
             met["rows of zeros"] += not any(row)
             if kind != "inside":
                 met[kind] += 1
-    counts = {"pictures": len(images), "without annotation": sum(not rows for _, rows in pictures),
-              "annotations": len(annotations), **met, "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
+    counts = {
+        "pictures": len(images),
+        "without annotation": sum(not rows for _, rows in pictures),
+        "annotations": len(annotations),
+        **met,
+        "marked iscrowd": sum(a["iscrowd"] for a in annotations),
+    }
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
 
 
@@ -166,7 +192,9 @@ def convert(annotation, images, out, jobs=1):
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
-        raise InputError(f"{out}: is a folder or the annotation text itself, name another file for the output")
+        raise InputError(
+            f"{out}: is a folder or the annotation text itself, name another file for the output"
+        )
     pictures = read_wider(annotation)
     sizes = read_sizes(pictures, images, jobs)
     prefix = os.path.relpath(images, out.parent)
@@ -181,11 +209,15 @@ def convert(annotation, images, out, jobs=1):
 @command
 def main(argv=None):
     """Convert one annotation text, and say what was met in it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("annotation", help="WIDER FACE text, as wider_face_train_bbx_gt.txt")
-    parser.add_argument("images", help="folder of the pictures that the text names, as data/WIDER_train/images")
+    parser.add_argument(
+        "images", help="folder of the pictures that the text names, as data/WIDER_train/images"
+    )
     parser.add_argument("out", help="COCO json to write, as data/train.json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads that read sizes (default: CPUs)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="threads that read sizes (default: CPUs)"
+    )
     args = parser.parse_args(argv)
     if not 1 <= args.jobs <= 256:
         raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")

@@ -2,7 +2,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; threads that wait for cores only disturb
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the processes that tests start; threads that wait for cores only disturb
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def shared():
     """The folder of real photos, weights and ground truth that may lie beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("no ../shared beside the repository: real photos, weights and WIDER ground truth are not here")
+        pytest.skip(
+            "no ../shared beside the repository: real photos, weights and WIDER ground truth are not here"
+        )
     return folder
 
 
@@ -34,7 +38,7 @@ def shared():
 def small():
     """An untrained network of 64 x 48 input and quarter width, in evaluation mode."""
     torch.manual_seed(0)
-    return SSD(Config.new(64, 48, width=0.25)).eval()
+    return SSD(Config.scaled_from_300(64, 48, width=0.25)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -34,17 +34,38 @@ class Hostile:
 
 def png(width, height):
     """A small file whose header promises a large picture."""
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
 UNREADABLE = {  # file: why not
-    "truncated.jpg": "truncated", "zero.jpg": "cannot identify", "text.jpg": "cannot identify", "folder.jpg": "no such picture",
-    "absent.jpg": "no such picture", "pipe.jpg": "no such picture", "bomb.png": "decompression bomb", "half.png": "cannot be read",
-    "size.png": "is 30x20, but", "exif.jpg": "is 20x30, but", "long" * 99 + ".jpg": "no such picture", "\x1b[2J\n.jpg": "no such picture"}
-UNUSUAL = {"1x1.png": (1, 1), "1x10000.png": (1, 10000), "10000x1.jpg": (10000, 1), "wide.jpg": (20000, 30), "animated.gif": (30, 20),
-           "cmyk.jpg": (30, 20), "16bit.png": (30, 20), "upright.jpg": (20, 30), "alpha.webp": (30, 20), "bits.png": (30, 20)}
+    "truncated.jpg": "truncated",
+    "zero.jpg": "cannot identify",
+    "text.jpg": "cannot identify",
+    "folder.jpg": "no such picture",
+    "absent.jpg": "no such picture",
+    "pipe.jpg": "no such picture",
+    "bomb.png": "decompression bomb",
+    "half.png": "cannot be read",
+    "size.png": "is 30x20, but",
+    "exif.jpg": "is 20x30, but",
+    "long" * 99 + ".jpg": "no such picture",
+    "\x1b[2J\n.jpg": "no such picture",
+}
+UNUSUAL = {
+    "1x1.png": (1, 1),
+    "1x10000.png": (1, 10000),
+    "10000x1.jpg": (10000, 1),
+    "wide.jpg": (20000, 30),
+    "animated.gif": (30, 20),
+    "cmyk.jpg": (30, 20),
+    "16bit.png": (30, 20),
+    "upright.jpg": (20, 30),
+    "alpha.webp": (30, 20),
+    "bits.png": (30, 20),
+}
 
 
 def draw_pictures(folder):
@@ -66,7 +87,12 @@ def draw_pictures(folder):
         noise.save(folder / name, exif=exif)
     noise.resize((300, 200)).save(folder / "truncated.jpg")
     os.truncate(folder / "truncated.jpg", 9000)
-    for name, content in (("zero.jpg", b""), ("text.jpg", b"no picture"), ("bomb.png", png(50000, 50000)), ("half.png", png(30, 20))):
+    for name, content in (
+        ("zero.jpg", b""),
+        ("text.jpg", b"no picture"),
+        ("bomb.png", png(50000, 50000)),
+        ("half.png", png(30, 20)),
+    ):
         (folder / name).write_bytes(content)
     (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.jpg")
@@ -74,9 +100,14 @@ def draw_pictures(folder):
 
 def coco(**changes):
     """Image 7 with one face, image 3 without, of category 2."""
-    return {"images": [{"id": 7, "file_name": "e/a.jpg", "width": 30, "height": 20}, {"id": 3, "file_name": "e/b.jpg"}],
-            "annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [1, 2, 30, 4]}],
-            "categories": [{"id": 2, "name": "face"}]} | changes
+    return {
+        "images": [
+            {"id": 7, "file_name": "e/a.jpg", "width": 30, "height": 20},
+            {"id": 3, "file_name": "e/b.jpg"},
+        ],
+        "annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [1, 2, 30, 4]}],
+        "categories": [{"id": 2, "name": "face"}],
+    } | changes
 
 
 def face(**changes):
@@ -86,50 +117,95 @@ def face(**changes):
 def pictured(names):
     """A face on each of the pictures `names`; those in the folder's list of wrong sizes get one."""
     wrong = {"size.png": (20, 30), "exif.jpg": (30, 20)}
-    images = [{"id": n, "file_name": f"pictures/{name}"} | (dict(zip(("width", "height"), wrong[name])) if name in wrong else {})
-              for n, name in enumerate(names)]
-    return {"images": images, "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 1, 1]} for n in range(len(images))],
-            "categories": [{"id": 1, "name": "face"}]}
+    images = [
+        {"id": n, "file_name": f"pictures/{name}"}
+        | (dict(zip(("width", "height"), wrong[name])) if name in wrong else {})
+        for n, name in enumerate(names)
+    ]
+    return {
+        "images": images,
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 1, 1]} for n in range(len(images))
+        ],
+        "categories": [{"id": 1, "name": "face"}],
+    }
 
 
 JSONS = {
-    "cut": '{"images": [', "list": "[]", "digits": '{"images": ' + "9" * 5000 + "}", "deep": '{"a":' * 50_000, "keys": {"images": []},
-    "no-id": coco(images=[{"file_name": "a"}]), "twice": coco(images=[{"id": 7, "file_name": "a"}] * 2),
-    "unnamed": coco(images=[{"id": 7}]), "surrogate": coco(images=[{"id": 7, "file_name": "\ud800.jpg"}]),
-    "nul": coco(images=[{"id": 7, "file_name": "a\0.jpg"}]), "endless": coco(images=[{"id": 7, "file_name": "a" * 10 ** 6}]),
-    "unknown": coco(annotations=face(image_id=99)), "nan": coco(annotations=face(bbox=[1, 2, 3, NAN])),
-    "inf": coco(annotations=face(bbox=[1, INF, 3, 4])), "string": coco(annotations=face(bbox=[1, 2, "3", 4])),
-    "short": coco(annotations=face(bbox=[1, 2, 3])), "huge": coco(annotations=face(bbox=[1, 2, 10 ** 400, 4])),
-    "object": coco(annotations=face(bbox={"x": 1})), "area": coco(annotations=face(area=NAN)),
-    "size": coco(images=[{"id": 7, "file_name": "a", "width": NAN}]), "cat-dog": coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]),
-    "two-faces": coco(categories=[{"id": 1, "name": "face"}, {"id": 2, "name": "face"}]), "no-photos": coco(images=[], annotations=[]),
-    "category": coco(annotations=face(category_id=[2]), categories=None), "stranger": coco(annotations=face(category_id=3)),
-    "good": coco(), "one": None, "bad": None,
+    "cut": '{"images": [',
+    "list": "[]",
+    "digits": '{"images": ' + "9" * 5000 + "}",
+    "deep": '{"a":' * 50_000,
+    "keys": {"images": []},
+    "no-id": coco(images=[{"file_name": "a"}]),
+    "twice": coco(images=[{"id": 7, "file_name": "a"}] * 2),
+    "unnamed": coco(images=[{"id": 7}]),
+    "surrogate": coco(images=[{"id": 7, "file_name": "\ud800.jpg"}]),
+    "nul": coco(images=[{"id": 7, "file_name": "a\0.jpg"}]),
+    "endless": coco(images=[{"id": 7, "file_name": "a" * 10**6}]),
+    "unknown": coco(annotations=face(image_id=99)),
+    "nan": coco(annotations=face(bbox=[1, 2, 3, NAN])),
+    "inf": coco(annotations=face(bbox=[1, INF, 3, 4])),
+    "string": coco(annotations=face(bbox=[1, 2, "3", 4])),
+    "short": coco(annotations=face(bbox=[1, 2, 3])),
+    "huge": coco(annotations=face(bbox=[1, 2, 10**400, 4])),
+    "object": coco(annotations=face(bbox={"x": 1})),
+    "area": coco(annotations=face(area=NAN)),
+    "size": coco(images=[{"id": 7, "file_name": "a", "width": NAN}]),
+    "cat-dog": coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]),
+    "two-faces": coco(categories=[{"id": 1, "name": "face"}, {"id": 2, "name": "face"}]),
+    "no-photos": coco(images=[], annotations=[]),
+    "category": coco(annotations=face(category_id=[2]), categories=None),
+    "stranger": coco(annotations=face(category_id=3)),
+    "good": coco(),
+    "one": None,
+    "bad": None,
     "flat": coco(images=[{"id": 7, "file_name": "a.jpg"}], annotations=face()),
-    "odd": coco(annotations=[dict(*face(), id=n, bbox=box) for n, box in enumerate([
-        [1, 2, 0, 4], [1, 2, -3, 4], [-9, 2, 5, 5], [100, 2, 5, 5], [-5, -5, 20, 20]])]),  # the last reaches outside only partly
-    "no-faces": coco(annotations=[]), "no-categories": {key: value for key, value in coco().items() if key != "categories"},
-    "persons": coco(annotations=face(category_id=4) + face(id=2), categories=[{"id": 4, "name": "person"}, {"id": 2, "name": "Face"}]),
-    "bom": "\ufeff" + json.dumps(coco()).replace(",", ",\r\n"), "pair": None, "r-none": [],
+    "odd": coco(
+        annotations=[
+            dict(*face(), id=n, bbox=box)
+            for n, box in enumerate(
+                [[1, 2, 0, 4], [1, 2, -3, 4], [-9, 2, 5, 5], [100, 2, 5, 5], [-5, -5, 20, 20]]
+            )
+        ]
+    ),  # the last reaches outside only partly
+    "no-faces": coco(annotations=[]),
+    "no-categories": {key: value for key, value in coco().items() if key != "categories"},
+    "persons": coco(
+        annotations=face(category_id=4) + face(id=2),
+        categories=[{"id": 4, "name": "person"}, {"id": 2, "name": "Face"}],
+    ),
+    "bom": "\ufeff" + json.dumps(coco()).replace(",", ",\r\n"),
+    "pair": None,
+    "r-none": [],
     # results of evaluate.py, to be scored on good.json
-    "r-list": {}, "r-number": [1], "r-image": [{"image_id": 8, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}],
+    "r-list": {},
+    "r-number": [1],
+    "r-image": [{"image_id": 8, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}],
     "r-nan": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": NAN}],
     "r-box": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, INF, 4], "score": 0.5}],
     "r-score": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": True}],
-    "r-good": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, -3, 4], "score": 2}]}
+    "r-good": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, -3, 4], "score": 2}],
+}
 
 
 def draw_models(folder):
     """Files that are no models of ours, each in its own way."""
-    good = checkpoint(SSD(Config.new(64, 48, width=0.25)))
+    good = checkpoint(SSD(Config.scaled_from_300(64, 48, width=0.25)))
     state, config = good["state_dict"], good["config"]
     contents = {
-        "good": good, "hostile": {"state_dict": Hostile()}, "other": {"state_dict": {"fc.weight": torch.ones(2, 2)}},
-        "tensor": torch.ones(3), "shape": {"config": config | {"width": 0.5}, "state_dict": state},
-        "wide": {"config": config | {"width": 90.0}, "state_dict": state}, "tall": {"config": config | {"input_height": 10 ** 9}, "state_dict": state},
-        "anchors": {"config": config | {"anchors": [[NAN, 3.0]]}, "state_dict": state}, "keys": {"config": {"layers": 3}, "state_dict": state},
+        "good": good,
+        "hostile": {"state_dict": Hostile()},
+        "other": {"state_dict": {"fc.weight": torch.ones(2, 2)}},
+        "tensor": torch.ones(3),
+        "shape": {"config": config | {"width": 0.5}, "state_dict": state},
+        "wide": {"config": config | {"width": 90.0}, "state_dict": state},
+        "tall": {"config": config | {"input_height": 10**9}, "state_dict": state},
+        "anchors": {"config": config | {"anchors": [[NAN, 3.0]]}, "state_dict": state},
+        "keys": {"config": {"layers": 3}, "state_dict": state},
         "nan": {"config": config, "state_dict": state | {"backbone.bn_first.bias": torch.full([3], NAN)}},
-        "foreign-run": {"config": config, "state_dict": state, "optimizer": {}, "meta": {"epoch": 3}}}
+        "foreign-run": {"config": config, "state_dict": state, "optimizer": {}, "meta": {"epoch": 3}},
+    }
     for name, content in contents.items():
         torch.save(content, folder / f"{name}.pth")
     whole = (folder / "good.pth").read_bytes()
@@ -140,10 +216,16 @@ def draw_models(folder):
     (folder / "text.xml").write_text("<no/>")
     (folder / "text.bin").write_bytes(b"")
     (folder / "alone.xml").write_text("<net/>")
-    value = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    def value(name, shape):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     for name, shape in (("relu", [1, 3, 48, 64]), ("vector", [5])):
-        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value("x", shape)], [value("y", shape)])
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / f"{name}.onnx")
+        graph = helper.make_graph(
+            [helper.make_node("Relu", ["x"], ["y"])], "g", [value("x", shape)], [value("y", shape)]
+        )
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9),
+            folder / f"{name}.onnx",
+        )
 
 
 def build(folder):
@@ -156,8 +238,11 @@ def build(folder):
     draw_pictures(folder / "pictures")
     draw_models(folder)
     for name, content in JSONS.items():
-        content = {"one": coco(images=coco()["images"][:1]), "bad": pictured(UNREADABLE), "pair": pictured(["zero.jpg", "1x1.png"])
-                   }.get(name, content)
+        content = {
+            "one": coco(images=coco()["images"][:1]),
+            "bad": pictured(UNREADABLE),
+            "pair": pictured(["zero.jpg", "1x1.png"]),
+        }.get(name, content)
         (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     (folder / "binary.json").write_bytes(b"\xff\xfe\0")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\0")
@@ -183,7 +268,9 @@ def arguments(script, words):
 
 
 def run(*words, **more):
-    return subprocess.run([sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, **more)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, **more
+    )
 
 
 def accepted(capsys, script, *words):

@@ -5,6 +5,7 @@
 
 Each figure is of a process of its own. The photos are one tiny file under many names.
 """
+
 import argparse
 import json
 import os
@@ -37,11 +38,19 @@ def generate(folder, count):
     found = (truth + rng.integers(-4, 5, truth.shape)).tolist()
     for image, (own, seen) in enumerate(zip(truth.tolist(), found)):
         lines += [photo(image), str(FACES), *(" ".join(map(str, box)) + " 0 0 0 0 0 0" for box in own)]
-        annotations += [{"id": image * FACES + n, "image_id": image, "category_id": 1, "bbox": box} for n, box in enumerate(own)]
+        annotations += [
+            {"id": image * FACES + n, "image_id": image, "category_id": 1, "bbox": box}
+            for n, box in enumerate(own)
+        ]
         detections += [{"image_id": image, "category_id": 1, "bbox": box, "score": round(float(score), 5)}
                        for box, score in zip(seen, rng.random(FACES))]
-    images = [{"id": image, "file_name": f"images/{photo(image)}", "width": SIDES[0], "height": SIDES[1]} for image in range(count)]
-    (folder / "val.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}))
+    images = [
+        {"id": image, "file_name": f"images/{photo(image)}", "width": SIDES[0], "height": SIDES[1]}
+        for image in range(count)
+    ]
+    (folder / "val.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]})
+    )
     (folder / "results.json").write_text(json.dumps(detections))
     (folder / "wider.txt").write_text("\n".join(lines) + "\n")
     from PIL import Image
@@ -65,7 +74,7 @@ def private_memory(pid):
 def start_training(data, workers):
     """To the first batch of 65 photos of an epoch: one line."""
     from data import FaceDataset, TrainBatches, make_loader
-    from formats import read_annotations
+    from coco import read_annotations
     start = time.perf_counter()
     annotations = read_annotations(data)
     read = time.perf_counter() - start
@@ -77,18 +86,30 @@ def start_training(data, workers):
     first = time.perf_counter() - start
     for _ in range(20):
         next(iterator)
-    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-    own = [private_memory(pid) for pid in children if Path(f"/proc/{pid}/smaps_rollup").exists() and "python" in
-           Path(f"/proc/{pid}/cmdline").read_text()]
-    print(f"annotations read in {read:.1f} s, first batch after {first:.1f} s; main process {private_memory(os.getpid()):.0f} MB, "
-          f"each worker {max(own, default=0):.0f} MB of its own")
+    children = subprocess.run(
+        ["pgrep", "-P", str(os.getpid())], capture_output=True, text=True
+    ).stdout.split()
+    own = [
+        private_memory(pid)
+        for pid in children
+        if Path(f"/proc/{pid}/smaps_rollup").exists() and "python" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    print(
+        f"annotations read in {read:.1f} s, first batch after {first:.1f} s; main process {private_memory(os.getpid()):.0f} MB, "
+        f"each worker {max(own, default=0):.0f} MB of its own"
+    )
 
 
 def measured(*words):
     """Seconds and peak MB of a Python process, and the last line it printed."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -97,7 +118,9 @@ def measured(*words):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="*", default=["conversion", "evaluation", "training"])
     parser.add_argument("--counts", type=int, nargs="+", default=[25_000, 50_000, 100_000])
     parser.add_argument("--start", type=int, metavar="WORKERS", help=argparse.SUPPRESS)
@@ -109,10 +132,21 @@ def main():
             folder = Path(folder)
             generate(folder, count)
             if "conversion" in args.what:
-                seconds, memory, _ = measured(REPOSITORY / "wider_to_coco.py", folder / "wider.txt", folder / "images", folder / "out.json")
+                seconds, memory, _ = measured(
+                    REPOSITORY / "wider_to_coco.py",
+                    folder / "wider.txt",
+                    folder / "images",
+                    folder / "out.json",
+                )
                 print(f"{count:>8,} photos: conversion  {seconds:6.1f} s {memory:6.0f} MB", flush=True)
             if "evaluation" in args.what:
-                seconds, memory, _ = measured(REPOSITORY / "evaluate.py", "--data", folder / "val.json", "--predictions", folder / "results.json")
+                seconds, memory, _ = measured(
+                    REPOSITORY / "evaluate.py",
+                    "--data",
+                    folder / "val.json",
+                    "--predictions",
+                    folder / "results.json",
+                )
                 print(f"{count:>8,} photos: evaluation  {seconds:6.1f} s {memory:6.0f} MB", flush=True)
             for workers in (0, 2, 4) if "training" in args.what else ():
                 _, _, line = measured(__file__, folder / "val.json", "--start", workers)

@@ -8,7 +8,7 @@ from torchvision.ops import box_iou
 
 import anchors as module
 from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, shape_iou
-from formats import read_annotations
+from coco import read_annotations
 from model import HAND_DESIGNED, Config
 
 
@@ -78,7 +78,7 @@ def slow_match(own, faces, ignored):
 
 def test_matching_a_batch_follows_the_rule_one_by_one():
     generator = torch.Generator().manual_seed(1)
-    own = make_anchors(Config.new(96, 96))
+    own = make_anchors(Config.scaled_from_300(96, 96))
     counts = [3, 0, 7, 1, 12]
     faces = [random_boxes(generator, n, 3, 90) / 2.5 for n in counts]
     ignored = [torch.rand(n, generator=generator) < 0.3 for n in counts]
@@ -96,8 +96,10 @@ def test_matching_a_batch_follows_the_rule_one_by_one():
 
 
 def test_matching_without_faces():
-    own = make_anchors(Config.new(64, 64))
-    labels, offsets = match(own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long), 2)
+    own = make_anchors(Config.scaled_from_300(64, 64))
+    labels, offsets = match(
+        own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long), 2
+    )
     assert labels.shape == (2, len(own)) and not labels.any() and not offsets.any()
 
 
@@ -111,7 +113,7 @@ def test_every_face_takes_its_best_anchor_even_below_the_threshold():
 
 def test_order_of_faces_does_not_matter():
     generator = torch.Generator().manual_seed(2)
-    own, faces = make_anchors(Config.new(96, 96)), random_boxes(generator, 9, 3, 60) / 2
+    own, faces = make_anchors(Config.scaled_from_300(96, 96)), random_boxes(generator, 9, 3, 60) / 2
     ignored, order = torch.arange(9) % 3 == 0, torch.randperm(9, generator=generator)
     one = match(own, faces, ignored, torch.zeros(9, dtype=torch.long), 1)
     two = match(own, faces[order], ignored[order], torch.zeros(9, dtype=torch.long), 1)
@@ -129,10 +131,25 @@ def test_fit_finds_clusters():
 def test_command(sample, tmp_path, capsys, refused):
     module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
     out = capsys.readouterr().out
-    assert "hand-designed: mean best IoU" in out and "--anchors" in out and (tmp_path / "a.png").stat().st_size > 5000
+    assert (
+        "hand-designed: mean best IoU" in out
+        and "--anchors" in out
+        and (tmp_path / "a.png").stat().st_size > 5000
+    )
     counts = []
     for least in ("0", "17", "30"):
-        module.main(["--data", str(sample / "train.json"), "-k", "2", "--out", str(tmp_path / "a.png"), "--min-face", least])
+        module.main(
+            [
+                "--data",
+                str(sample / "train.json"),
+                "-k",
+                "2",
+                "--out",
+                str(tmp_path / "a.png"),
+                "--min-face",
+                least,
+            ]
+        )
         counts.append(int(capsys.readouterr().out.split(" faces; ")[0].split()[-1]))
     sides = read_annotations(sample / "train.json").xywh[:, 2:].min(1)
     assert counts == [(sides >= least).sum() for least in (0, 17, 30)] and counts[0] > counts[2]

@@ -1,4 +1,5 @@
 """Photos and faces on their way to a batch: every kind of picture, the augmentation, the order of an epoch."""
+
 import json
 import shutil
 
@@ -11,8 +12,17 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 import data as module
-from data import FaceDataset, TrainBatches, collate, distort_colours, eval_batches, make_loader, random_view, resize_view
-from formats import read_annotations
+from data import (
+    FaceDataset,
+    TrainBatches,
+    collate,
+    distort_colours,
+    eval_batches,
+    make_loader,
+    random_view,
+    resize_view,
+)
+from coco import read_annotations
 from pictures import load_picture
 from sample import draw_sample
 
@@ -26,8 +36,10 @@ def dataset_of(folder, boxes, sizes, width=96, height=64, draw=None, **more):
             picture.paste((250, 40, 40), (x, y, x + w, y + h))
         picture.save(folder / f"{n}.png")
         images.append({"id": n + 1, "file_name": f"{n}.png", "width": size[0], "height": size[1]})
-        annotations += [{"id": len(annotations) + k + 1, "image_id": n + 1, "category_id": 1, "bbox": list(box)}
-                        for k, box in enumerate(own)]
+        annotations += [
+            {"id": len(annotations) + k + 1, "image_id": n + 1, "category_id": 1, "bbox": list(box)}
+            for k, box in enumerate(own)
+        ]
     (folder / "x.json").write_text(json.dumps({"images": images, "annotations": annotations,
                                                "categories": [{"id": 1, "name": "face"}]}))
     return FaceDataset(read_annotations(folder / "x.json"), width, height, **more)
@@ -51,7 +63,9 @@ def test_a_photo_as_it_is(tmp_path):
 
 def test_boxes_stay_on_their_faces_through_the_augmentation(tmp_path):
     """The drawn faces are red rectangles: after any crop, expansion, flip and colours, box and red area must agree."""
-    dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)], [(150, 20, 30, 60)]], [(240, 200), (220, 240)], 128, 128)
+    dataset = dataset_of(
+        tmp_path, [[(60, 40, 80, 70)], [(150, 20, 30, 60)]], [(240, 200), (220, 240)], 128, 128
+    )
     agreements = []
     for seed in range(200):
         item = dataset[seed % 2, (seed,)]
@@ -70,7 +84,11 @@ def test_the_seed_decides_the_augmentation(tmp_path):
 
 
 def test_views_follow_the_recipe():
-    rng, faces, size = np.random.default_rng(0), np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]), (400, 300)
+    rng, faces, size = (
+        np.random.default_rng(0),
+        np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]),
+        (400, 300),
+    )
     centres = (faces[:, :2] + faces[:, 2:]) / 2
     for _ in range(600):
         x1, y1, x2, y2 = random_view(rng, size, faces)
@@ -84,8 +102,10 @@ def test_views_follow_the_recipe():
 def textbook_colours(image, rng):
     """SSD's photometric distortion, step by step, each rounded and clipped: colours in HSV, contrast before or after them."""
     coins, levels = rng.random(5) < 0.5, np.arange(256.0)
-    table = lambda values: values.round().clip(0, 255).astype(np.uint8).tolist()
-    contrast = lambda image, wanted: image.point(table(levels * factor) * 3) if coins[1] and coins[4] == wanted else image
+    def table(values):
+        return values.round().clip(0, 255).astype(np.uint8).tolist()
+    def contrast(image, wanted):
+        return image.point(table(levels * factor) * 3) if coins[1] and coins[4] == wanted else image
     factor = rng.uniform(0.5, 1.5)
     image = image.point(table(levels + rng.uniform(-32, 32) * coins[0]) * 3)
     hue = ((levels + rng.uniform(-18, 18) * coins[3] * 256 / 360).round() % 256).astype(np.uint8).tolist()
@@ -106,7 +126,9 @@ def straightforward(dataset, index, rng):
              v2.Resize((dataset.height, dataset.width)), v2.RandomHorizontalFlip()]
     picture, boxes = v2.Compose(steps)(tv_tensors.Image(image), boxes)
     # Clamped, as rounding in Resize may leave a box a millionth outside, and the sanitizer drops those.
-    return picture, v2.SanitizeBoundingBoxes(labels_getter=None)(v2.ClampBoundingBoxes()(boxes)) if len(boxes) else boxes
+    return picture, v2.SanitizeBoundingBoxes(labels_getter=None)(v2.ClampBoundingBoxes()(boxes)) if len(
+        boxes
+    ) else boxes
 
 
 def test_statistics_are_those_of_the_straightforward_order(tmp_path):
@@ -127,13 +149,24 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
         pictures = torch.stack([picture for picture, _ in shown]).double()
         lit = pictures.sum(1) > 30  # outside the black canvas
         statistics[name] = {
-            "faces kept": len(boxes) / len(shown), "photos with faces": np.mean([len(faces) > 0 for _, faces in shown]),
-            "small": sides.quantile(0.25), "median": sides.median(), "large": sides.quantile(0.75),
-            "share of the view": (sides ** 2).mean() / 96 ** 2,  # the IoU of a face within the crop with the crop
-            "x": boxes[:, [0, 2]].mean(), "y": boxes[:, [1, 3]].mean(), "canvas": 1 - lit.double().mean(),
-            "mean": pictures.mean(), "deviation": pictures.std(), "colourful": (pictures.amax(1) - pictures.amin(1)).mean(),
-            "red": pictures[:, 0].mean(), "green": pictures[:, 1].mean(), "blue": pictures[:, 2].mean(),
-            "contrast within": pictures.flatten(1).std(1).mean(), "brightness between": pictures.flatten(1).mean(1).std()}
+            "faces kept": len(boxes) / len(shown),
+            "photos with faces": np.mean([len(faces) > 0 for _, faces in shown]),
+            "small": sides.quantile(0.25),
+            "median": sides.median(),
+            "large": sides.quantile(0.75),
+            "share of the view": (sides**2).mean() / 96**2,  # the IoU of a face within the crop with the crop
+            "x": boxes[:, [0, 2]].mean(),
+            "y": boxes[:, [1, 3]].mean(),
+            "canvas": 1 - lit.double().mean(),
+            "mean": pictures.mean(),
+            "deviation": pictures.std(),
+            "colourful": (pictures.amax(1) - pictures.amin(1)).mean(),
+            "red": pictures[:, 0].mean(),
+            "green": pictures[:, 1].mean(),
+            "blue": pictures[:, 2].mean(),
+            "contrast within": pictures.flatten(1).std(1).mean(),
+            "brightness between": pictures.flatten(1).mean(1).std(),
+        }
     for key, value in statistics["theirs"].items():
         assert float(statistics["ours"][key]) == pytest.approx(float(value), rel=0.1), (key, statistics)
 
@@ -143,16 +176,26 @@ def test_colours_follow_the_recipe():
     grey = Image.new("RGB", (4, 4), (128, 128, 128))
     means = np.array([np.asarray(distort_colours(grey, rng)).mean() for _ in range(2000)])
     assert np.mean(means == 128) == pytest.approx(0.25, abs=0.03)  # neither brightness nor contrast
-    assert means.min() > (128 - 33) * 0.49 and means.max() <= 255 and means.mean() == pytest.approx(128, abs=3)
+    assert (
+        means.min() > (128 - 33) * 0.49 and means.max() <= 255 and means.mean() == pytest.approx(128, abs=3)
+    )
     colour = Image.new("RGB", (4, 4), (50, 150, 100))
     for distort in (distort_colours, textbook_colours):
-        hsv = np.array([np.asarray(distort(colour, rng).convert("HSV"))[0, 0] for _ in range(3000)]) * (360 / 256, 1, 1)
-        assert np.quantile(hsv[:, 0], (0.05, 0.5, 0.95)) == pytest.approx((150 - 16, 150, 150 + 16), abs=6)  # half stay, half turn by up to 18
+        hsv = np.array([np.asarray(distort(colour, rng).convert("HSV"))[0, 0] for _ in range(3000)]) * (
+            360 / 256,
+            1,
+            1,
+        )
+        assert np.quantile(hsv[:, 0], (0.05, 0.5, 0.95)) == pytest.approx(
+            (150 - 16, 150, 150 + 16), abs=6
+        )  # half stay, half turn by up to 18
         assert np.quantile(hsv[:, 1], (0.05, 0.5, 0.95)) == pytest.approx((98, 170, 240), abs=20)
         assert hsv[:, 2].mean() == pytest.approx(150, abs=6)
 
 
-@pytest.mark.parametrize("view", [(0, 0, 100, 80), (-50, -40, 150, 120), (10.5, 20.25, 40.75, 70.5), (-30, 10, 20, 200)])
+@pytest.mark.parametrize(
+    "view", [(0, 0, 100, 80), (-50, -40, 150, 120), (10.5, 20.25, 40.75, 70.5), (-30, 10, 20, 200)]
+)
 def test_a_resized_view_shows_the_right_place(view):
     """A picture whose colours tell the place: the middle of each output pixel must show its own place."""
     x, y = np.meshgrid(np.arange(100) * 2.5, np.arange(80) * 3.0)
@@ -175,7 +218,11 @@ def test_small_and_crowd_faces_are_ignored(tmp_path):
 def test_collate_keeps_faces_with_their_images(tmp_path):
     dataset = dataset_of(tmp_path, [[(1, 2, 30, 40)], [], [(5, 6, 7, 8), (50, 60, 20, 20)]], [(100, 100)] * 3)
     batch = collate([dataset[n, None] for n in (2, 1, 0)])
-    assert batch.images.shape == (3, 3, 64, 96) and batch.image.tolist() == [0, 0, 2] and batch.index == [2, 1, 0]
+    assert (
+        batch.images.shape == (3, 3, 64, 96)
+        and batch.image.tolist() == [0, 0, 2]
+        and batch.index == [2, 1, 0]
+    )
     nothing = collate([dataset[1, None]])
     assert nothing.faces.shape == (0, 4) and nothing.image.shape == (0,)
 
@@ -187,7 +234,11 @@ def test_an_unreadable_photo_is_black_and_named(tmp_path):
     Image.new("RGB", (50, 100)).save(tmp_path / "2.png")
     batch = collate([dataset[n, None] for n in range(3)])
     assert not batch.images.any() and len(batch.faces) == 0
-    assert "cannot be read" in batch.errors[0] and "no such picture" in batch.errors[1] and "50x100" in batch.errors[2]
+    assert (
+        "cannot be read" in batch.errors[0]
+        and "no such picture" in batch.errors[1]
+        and "50x100" in batch.errors[2]
+    )
 
 
 @pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1)])
@@ -198,7 +249,9 @@ def test_processes_share_the_batches_of_one(world, batch):
         sampler.epoch = 3
     together = [sum((list(part) for part in group), []) for group in zip(*parts)]
     assert [sorted(group) for group in together] == [sorted(group) for group in whole]
-    assert len(list(whole)) == len(whole) == 5 and sorted(i for group in whole for i, _ in group) == sorted(list(range(10)) * 2)
+    assert len(list(whole)) == len(whole) == 5 and sorted(i for group in whole for i, _ in group) == sorted(
+        list(range(10)) * 2
+    )
 
 
 def test_batches_can_be_resumed_and_differ_between_epochs():
@@ -229,28 +282,41 @@ def test_workers_change_nothing(sample):
         batches = TrainBatches(len(annotations.ids), 5)
         loads.append(list(make_loader(FaceDataset(annotations, 64, 64), batches, workers)))
     for one, two in zip(*loads, strict=True):
-        assert torch.equal(one.images, two.images) and torch.equal(one.faces, two.faces) and one.index == two.index
+        assert (
+            torch.equal(one.images, two.images)
+            and torch.equal(one.faces, two.faces)
+            and one.index == two.index
+        )
 
 
 def test_command(sample, tmp_path, capsys, refused):
     for flags in ([], ["--augment"]):
-        module.main(["--data", str(sample / "train.json"), "--out", str(tmp_path / "g.png"), "--count", "4", *flags])
+        module.main(
+            ["--data", str(sample / "train.json"), "--out", str(tmp_path / "g.png"), "--count", "4", *flags]
+        )
         assert Image.open(tmp_path / "g.png").width > 1000 and "4 photos" in capsys.readouterr().out
         (tmp_path / "g.png").unlink()
     shutil.copy(sample / "val.json", tmp_path / "val.json")  # without its photos
-    assert "no such picture" in refused(module.main, "--data", tmp_path / "val.json", "--out", tmp_path / "g.png")
+    assert "no such picture" in refused(
+        module.main, "--data", tmp_path / "val.json", "--out", tmp_path / "g.png"
+    )
     assert not (tmp_path / "g.png").exists()
 
 
 def test_split_deals_out_photos_with_their_faces(sample, tmp_path, refused):
     flags = ["--data", sample / "train.json", "--out", tmp_path / "g.png", "--split"]
     module.main([str(word) for word in (*flags, 5, tmp_path / "a/train.json", tmp_path / "val.json")])
-    whole, train, val = (read_annotations(path) for path in (sample / "train.json", tmp_path / "a/train.json", tmp_path / "val.json"))
+    whole, train, val = (
+        read_annotations(path)
+        for path in (sample / "train.json", tmp_path / "a/train.json", tmp_path / "val.json")
+    )
     kept_out = np.arange(len(whole.ids)) % 5 == 4
     for part, own in ((train, ~kept_out), (val, kept_out)):
         assert part.ids.tolist() == whole.ids[own].tolist() and (part.sizes == whole.sizes[own]).all()
         assert (part.xywh == whole.xywh[own[whole.image]]).all()
-        assert [part.file(n).resolve() for n in range(len(part.ids))] == [whole.file(n).resolve() for n in np.flatnonzero(own)]
+        assert [part.file(n).resolve() for n in range(len(part.ids))] == [
+            whole.file(n).resolve() for n in np.flatnonzero(own)
+        ]
     for bad in ((1, "t.json", "v.json"), (99, "t.json", "v.json"), ("x", "t.json", "v.json")):
         assert "from 2 to" in refused(module.main, *flags, *bad)
     assert "two new files" in refused(module.main, *flags, 2, tmp_path / "t.json", sample / "train.json")

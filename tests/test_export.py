@@ -1,4 +1,5 @@
 """What export.py writes: the same faces as PyTorch in every form, metadata, silence, and nothing where it differs."""
+
 import copy
 import json
 import os
@@ -14,13 +15,13 @@ import torch
 from onnx import numpy_helper
 
 import export
-import runtimes
 from anchors import decode, make_anchors
-from detect import TorchDetector, detect
+from detector import TorchDetector, detect, load_detector
 from evaluate import file_hash
 from model import checkpoint, load_model
 from pictures import load_picture
-from runtimes import DetectionOutput, differences, load_exported, open_network, openvino_core
+from export import DetectionOutput, differences
+from runtimes import open_network, openvino_core
 from sample import photo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +50,11 @@ def model_file(tmp_path_factory, lively):
 def done(tmp_path_factory, model_file):
     """A generic export with IR, made by the command in a process of its own."""
     folder = tmp_path_factory.mktemp("generic")
-    return subprocess.run([sys.executable, ROOT / "export.py", "--model", model_file, "--out", folder, "--ir"],
-                          capture_output=True, text=True), folder
+    return subprocess.run(
+        [sys.executable, ROOT / "export.py", "--model", model_file, "--out", folder, "--ir"],
+        capture_output=True,
+        text=True,
+    ), folder
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +97,15 @@ def test_the_command_is_silent_and_complete(done):
 def test_generic_agrees_in_both_runtimes(done, lively):
     folder = done[1]
     for name in ("model.onnx", "model.xml"):
-        pixels, score = gap(load_exported(folder / name), TorchDetector(lively))
+        pixels, score = gap(load_detector(folder / name), TorchDetector(lively))
         assert pixels < 1e-3 and score < 1e-5
     graph = onnx.load(folder / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
     assert graph.opset_import[0].version == export.OPSET
     assert "/" not in str([entry.value for entry in graph.graph.node[0].metadata_props])
-    boxes, labels = open_network(folder / "model.onnx")(np.random.default_rng(0).random((1, 3, 48, 64), np.float32))
+    boxes, labels = open_network(folder / "model.onnx")(
+        np.random.default_rng(0).random((1, 3, 48, 64), np.float32)
+    )
     assert boxes.shape == (len(labels), 5) and (labels == 0).all() and labels.dtype == np.int64
     assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= (64, 48, 64, 48)).all()
     assert (np.diff(boxes[:, 4]) <= 0).all() and len(boxes) <= 200
@@ -118,7 +124,7 @@ def test_generic_without_faces(graphs, lively, tmp_path):
 def test_detection_output_agrees_with_unrounded_anchors(run, lively):
     folder, reference = run("--ir", "--head", "detection_output"), DetectionOutput(lively, rounded=False)
     for name in ("model.onnx", "model.xml"):
-        detector = load_exported(folder / name)
+        detector = load_detector(folder / name)
         assert detector.network.runtime.startswith("OpenVINO")
         pixels, score = gap(detector, reference)
         assert pixels < 1e-3 and score < 1e-5
@@ -136,7 +142,7 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
         singles = [network(np.ascontiguousarray(image[None, colours])) for image in images]
         for n in (0, 1):
             np.testing.assert_allclose(batch[n], np.concatenate([single[n] for single in singles]), atol=1e-5)
-        assert gap(load_exported(folder / name), TorchDetector(lively))[0] < 1e-3
+        assert gap(load_detector(folder / name), TorchDetector(lively))[0] < 1e-3
 
     metadata = network.metadata
     names = {"np": np, "H": 48, "W": 64, "logits": batch[0], "offsets": batch[1],
@@ -155,16 +161,20 @@ def test_metadata_round_trip(done, lively, model_file):
     assert (given["head"], given["colour"], given["value_range"], given["layout"], given["size"]) == (
         "generic", "RGB", "0-1", "NCHW", "64x48")
     assert np.array_equal(json.loads(given["anchors"]), lively.config.anchors)
-    assert (given["source"], given["source_sha256"], given["source_epoch"]) == ("small.pth", file_hash(model_file), "7")
+    assert (given["source"], given["source_sha256"], given["source_epoch"]) == (
+        "small.pth",
+        file_hash(model_file),
+        "7",
+    )
     assert (given["score_threshold"], given["nms_threshold"], given["top_k"]) == ("0.02", "0.45", "200")
 
 
 @pytest.mark.parametrize("head", ["generic", "detection_output"])
 def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
     folder = run("--embed", "--head", head)
-    detector = load_exported(folder / "model.xml")
+    detector = load_detector(folder / "model.xml")
     assert detector.size is None and detector.network.metadata["layout"] == "NHWC"
-    plain = load_exported(folder / "model.onnx")
+    plain = load_detector(folder / "model.onnx")
     for picture in PICTURES:  # compared in pixels of the picture; resizing may differ by one level of 255
         ours, theirs = detect(detector, picture), detect(plain, picture)
         nearest = np.abs(ours[:20, None] - theirs).max(2).min(1)
@@ -177,7 +187,7 @@ def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
 def test_fp16_is_half_the_size(done, run, lively):
     folder = run("--fp16")
     assert (folder / "model.bin").stat().st_size < 0.6 * (done[1] / "model.bin").stat().st_size
-    gaps = differences(load_exported(folder / "model.xml"), TorchDetector(lively), PICTURES, 0.3)
+    gaps = differences(load_detector(folder / "model.xml"), TorchDetector(lively), PICTURES, 0.3)
     assert (np.quantile(gaps, 0.9, 0) < (1, 0.03)).all()
 
 
@@ -187,8 +197,12 @@ def test_a_model_that_differs_is_not_written(monkeypatch, run, graphs, model_fil
 
     def tampered(*arguments):
         graph = graphs(*arguments)
-        weight = next(tensor for tensor in graph.graph.initializer if tensor.name.endswith("cls_convs.0.3.weight"))
-        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name))
+        weight = next(
+            tensor for tensor in graph.graph.initializer if tensor.name.endswith("cls_convs.0.3.weight")
+        )
+        weight.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name)
+        )
         return graph
     monkeypatch.setattr(export, "build", tampered)
     line = refused(export.main, "--model", model_file, "--out", tmp_path, "--ir")
@@ -206,21 +220,27 @@ def test_refusals(refused, model_file, tmp_path, monkeypatch):
 def test_int8_without_nncf_says_what_to_install(refused, monkeypatch, graphs, model_file, sample, tmp_path):
     monkeypatch.setattr(export, "build", graphs)
     monkeypatch.setitem(sys.modules, "nncf", None)
-    line = refused(export.main, "--model", model_file, "--out", tmp_path, "--int8", "--data", sample / "val.json")
+    line = refused(
+        export.main, "--model", model_file, "--out", tmp_path, "--int8", "--data", sample / "val.json"
+    )
     assert "requirements-int8.txt" in line and os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is an extra: pip install -r requirements-int8.txt")
+@pytest.mark.skipif(
+    find_spec("nncf") is None, reason="NNCF is an extra: pip install -r requirements-int8.txt"
+)
 def test_int8_quantises_every_convolution(monkeypatch, run, sample, capfd):
     import openvino as ov
-    monkeypatch.setitem(runtimes.TOLERANCES, "INT8", (64, 1, 0.3, 0.9))  # an untrained network has no margins
+    monkeypatch.setitem(export.TOLERANCES, "INT8", (64, 1, 0.3, 0.9))  # an untrained network has no margins
     folder = run("--int8", "--data", sample / "val.json")
     captured = capfd.readouterr()
     assert captured.err == "" and len(captured.out.splitlines()) == 2
     model = openvino_core().read_model(folder / "model.xml")
     whole_numbers = [node for node in model.get_ops() if node.get_type_name() == "Constant"
                      and node.get_element_type() == ov.Type.i8]
-    convolutions = [node for node in model.get_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")]
+    convolutions = [
+        node for node in model.get_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")
+    ]
     assert len(whole_numbers) == len(convolutions) == 55
     assert open_network(folder / "model.xml").metadata["precision"] == "INT8"
 
@@ -228,11 +248,22 @@ def test_int8_quantises_every_convolution(monkeypatch, run, sample, capfd):
 def test_the_released_network_exports_to_its_release(shared, tmp_path):
     """Our detection_output IR of the released weights and the released IR give the same faces."""
     weights = shared / "weights/wider_face_tiny_ssd_075x.pth"
-    export.main(["--model", str(weights), "--out", str(tmp_path), "--head", "detection_output", "--ir", "--data",
-                 str(shared / "data/webcam_val.json")])
+    export.main(
+        [
+            "--model",
+            str(weights),
+            "--out",
+            str(tmp_path),
+            "--head",
+            "detection_output",
+            "--ir",
+            "--data",
+            str(shared / "data/webcam_val.json"),
+        ]
+    )
     reference = DetectionOutput(load_model(weights), rounded=False)
     pictures = [load_picture(path) for path in sorted((shared / "data/masks").iterdir())[:4]]
-    released = load_exported(shared / "peers/face-detection-retail-0005.xml", colour="bgr", value_range=255)
-    for detector in (load_exported(tmp_path / "model.xml"), released):
+    released = load_detector(shared / "peers/face-detection-retail-0005.xml", colour="bgr", white=255)
+    for detector in (load_detector(tmp_path / "model.xml"), released):
         gaps = differences(detector, reference, pictures, 0.05)
         assert len(gaps) and gaps[:, 0].max() < 0.05 and gaps[:, 1].max() < 1e-3

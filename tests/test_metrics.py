@@ -31,7 +31,9 @@ def random_set(seed, pictures=6, most=14, apart=0):
     gt_image = np.repeat(ids, rng.integers(0, most, pictures))
     gt_xywh = random_boxes(rng, len(gt_image), step)
     gt_xywh[:, 0] += apart * np.arange(len(gt_image))
-    gt_area = gt_xywh[:, 2] * gt_xywh[:, 3] * rng.choice([1, 0.6], len(gt_image))  # of a mask, less than the box
+    gt_area = (
+        gt_xywh[:, 2] * gt_xywh[:, 3] * rng.choice([1, 0.6], len(gt_image))
+    )  # of a mask, less than the box
     copies = np.repeat(np.arange(len(gt_image)), rng.integers(0, 4, len(gt_image)))
     shift = rng.normal(0, rng.choice([0, 0.02, 0.1]), (len(copies), 4)) * gt_xywh[copies][:, [2, 3, 2, 3]]
     near = gt_xywh[copies] + (np.round(shift / step) * step if step else shift)
@@ -54,9 +56,13 @@ def pycocotools_numbers(gt_image, gt_xywh, crowd, gt_area, dt_image, dt_xywh, dt
     with contextlib.redirect_stdout(io.StringIO()):
         faces = coco.COCO()
         faces.dataset = {
-            "images": [{"id": int(i)} for i in np.union1d(gt_image, dt_image)], "categories": [{"id": 1}],
-            "annotations": [{"id": n, "image_id": int(i), "category_id": 1, "bbox": b, "area": a, "iscrowd": int(c)}
-                            for n, (i, b, a, c) in enumerate(zip(gt_image, gt_xywh.tolist(), gt_area, crowd), 1)]}
+            "images": [{"id": int(i)} for i in np.union1d(gt_image, dt_image)],
+            "categories": [{"id": 1}],
+            "annotations": [
+                {"id": n, "image_id": int(i), "category_id": 1, "bbox": b, "area": a, "iscrowd": int(c)}
+                for n, (i, b, a, c) in enumerate(zip(gt_image, gt_xywh.tolist(), gt_area, crowd), 1)
+            ],
+        }
         faces.createIndex()
         detections = [{"image_id": int(i), "category_id": 1, "bbox": b, "score": s}
                       for i, b, s in zip(dt_image, dt_xywh.tolist(), dt_score)]
@@ -147,7 +153,9 @@ def test_perfect_detections_of_separate_faces_give_one(seed):
     rng = np.random.default_rng(seed)
     count = rng.integers(1, 60)
     image = rng.integers(0, 9, count)
-    xywh = np.column_stack((np.arange(count) * 300, rng.uniform(0, 50, count), rng.uniform(8, 200, (count, 2))))
+    xywh = np.column_stack(
+        (np.arange(count) * 300, rng.uniform(0, 50, count), rng.uniform(8, 200, (count, 2)))
+    )
     score = np.round(rng.uniform(size=count), 1)
     numbers, _ = coco_ap(image, xywh, np.zeros(count), xywh[:, 2] * xywh[:, 3], image, xywh, score)
     averages = [number for name, number in numbers.items() if name not in ("AR1", "AR10") and number != -1]
@@ -176,7 +184,12 @@ def test_detecting_everything_twice_never_raises_ap(seed):
 
 def test_size_ap_by_hand():
     gt_image = [1, 1, 2, 2]
-    gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]  # sizes 50, 20, 100, a crowd
+    gt_xywh = [
+        [0, 0, 50, 50],
+        [200, 0, 20, 80],
+        [0, 0, 100, 120],
+        [300, 300, 200, 200],
+    ]  # sizes 50, 20, 100, a crowd
     ignored = [False, False, False, True]
     detections = [  # image, box, score
         (1, [0, 0, 50, 50], 0.9),        # finds the face of 50
@@ -223,18 +236,27 @@ def test_size_ap_looks_only_at_the_best_face_of_a_detection():
     gt_xywh = [[0, 0, 100, 100], [25, 0, 100, 100]]
     dt_xywh = [[0, 0, 100, 100], [0, 0, 98, 100]]
     assert size_ap([1, 1], gt_xywh, [0, 0], [1, 1], dt_xywh, [0.9, 0.8], (0,)) == {0: pytest.approx(0.5)}
-    assert coco_ap([1, 1], gt_xywh, [0, 0], [1e4, 1e4], [1, 1], dt_xywh, [0.9, 0.8])[0]["AP50"] == pytest.approx(1)
+    assert coco_ap([1, 1], gt_xywh, [0, 0], [1e4, 1e4], [1, 1], dt_xywh, [0.9, 0.8])[0][
+        "AP50"
+    ] == pytest.approx(1)
 
 
 def test_size_ap_prefers_a_face_to_the_crowd_region_around_it():
-    assert size_ap([1, 1], [[0, 0, 500, 500], [0, 0, 50, 50]], [1, 0], [1], [[0, 0, 50, 40]], [1], (0,)) == {0: 1}
+    assert size_ap([1, 1], [[0, 0, 500, 500], [0, 0, 50, 50]], [1, 0], [1], [[0, 0, 50, 40]], [1], (0,)) == {
+        0: 1
+    }
 
 
 def test_best_f1_shows_equal_scores_together():
-    xywh = [[100 * n, 0, 10, 10] for n in range(6)]  # three faces, the first two detected, and three false detections
+    xywh = [
+        [100 * n, 0, 10, 10] for n in range(6)
+    ]  # three faces, the first two detected, and three false detections
     arguments = [1] * 3, [xywh[0], xywh[1], xywh[5]], [0] * 3, [1] * 5, xywh[:5]
     best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.5, 0.5], pictures=1)[-1]
-    assert (best.score, best.f1) == (0.9, 0.5)  # F1 with the second alone would be 0.8, but it is never shown alone
+    assert (best.score, best.f1) == (
+        0.9,
+        0.5,
+    )  # F1 with the second alone would be 0.8, but it is never shown alone
     best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.4, 0.4], pictures=1)[-1]
     assert (best.score, best.precision, best.recall, best.false_per_picture) == (0.5, 2 / 3, 2 / 3, 1)
 
@@ -242,7 +264,9 @@ def test_best_f1_shows_equal_scores_together():
 def test_nothing_at_all():
     nothing = [], [], [], [], []
     assert size_ap([], *nothing) == {0: -1, 30: -1, 60: -1, 100: -1}
-    assert [(p.precision, p.recall, p.f1) for p in operating_points([], *nothing, pictures=3)] == [(0, 0, 0)] * 4
+    assert [(p.precision, p.recall, p.f1) for p in operating_points([], *nothing, pictures=3)] == [
+        (0, 0, 0)
+    ] * 4
     assert wider_ap([], [], {"easy": []}, [], [], [])["easy"].ap == -1
     assert wider_ap([1], [[0, 0, 9, 9]], {"easy": [True]}, [], [], [])["easy"].ap == 0
     assert size_ap([1], [[0, 0, 9, 9]], [0], [], [], [])[0] == 0
@@ -311,8 +335,13 @@ def test_wider_equals_the_official_code(seed):
 def test_wider_by_hand():
     gt_xywh = [[0, 0, 9, 9], [50, 0, 9, 9], [0, 50, 9, 9]]
     kept = {"easy": [True, False, True]}
-    dt_xywh = [[0, 0, 9, 9], [0, 0, 9, 9], [50, 0, 9, 9],  # finds a face, finds it again, on one of no interest
-               [90, 90, 9, 9], [0, 50, 9, 9]]              # false, finds a face
+    dt_xywh = [
+        [0, 0, 9, 9],
+        [0, 0, 9, 9],
+        [50, 0, 9, 9],  # finds a face, finds it again, on one of no interest
+        [90, 90, 9, 9],
+        [0, 50, 9, 9],
+    ]              # false, finds a face
     curve = wider_ap([1, 1, 2], gt_xywh, kept, [1, 1, 1, 2, 2], dt_xywh, [1, 0.9, 0.8, 0.7, 0])["easy"]
     assert curve.ap == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
     assert (curve.recall[[0, 500, 999]] == [0.5, 0.5, 1]).all()
@@ -321,9 +350,11 @@ def test_wider_by_hand():
 
 def test_wider_counts_both_end_pixels():
     gt, kept = [[0, 0, 9, 9]], {"easy": [True]}
-    assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 4]], [1])["easy"].ap == 1     # 10 x 5 pixels of 10 x 10, IoU 0.5
+    assert (
+        wider_ap([1], gt, kept, [1], [[0, 0, 9, 4]], [1])["easy"].ap == 1
+    )  # 10 x 5 pixels of 10 x 10, IoU 0.5
     assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 3.9]], [1])["easy"].ap == 0
-    assert size_ap([1], gt, [False], [1], [[0, 0, 9, 4]], [1])[0] == 0           # 4/9 in continuous coordinates
+    assert size_ap([1], gt, [False], [1], [[0, 0, 9, 4]], [1])[0] == 0  # 4/9 in continuous coordinates
 
 
 def test_wider_edges():

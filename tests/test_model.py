@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
-from model import (HAND_DESIGNED, SSD, Config, checkpoint, load_imagenet, load_model, load_weights)
+from model import (HAND_DESIGNED, SSD, Config, checkpoint, grid_size, load_imagenet, load_model,
+                   load_weights)
 
 
 @pytest.mark.parametrize("width, parameters", [(0.75, 1_033_668), (1.0, 1_794_172)])
@@ -20,12 +21,12 @@ def test_parameters_are_the_published_ones(width, parameters):
 def test_one_row_per_anchor_for_any_input(width, height):
     config = Config(width, height, width=0.25)
     logits, offsets = SSD(config).eval()(torch.rand(2, 3, height, width))
-    columns, rows = config.grid
+    columns, rows = grid_size(*config.input_size)
     assert logits.shape == (2, columns * rows * 9, 2) and offsets.shape == (2, columns * rows * 9, 4)
 
 
 def test_rows_are_cells_row_major_with_the_anchor_fastest():
-    model = SSD(Config.new(64, 48, width=0.25)).eval()
+    model = SSD(Config.scaled_from_300(64, 48, width=0.25)).eval()
     features = torch.zeros(1, model.backbone.channels, 3, 4)
     features[0, :, 2, 0] = 1  # one bright cell: row 2, column 0
     quiet, bright = (model.bbox_head(f)[1].view(3, 4, 36) for f in (torch.zeros_like(features), features))
@@ -43,14 +44,20 @@ def test_a_batch_gives_what_single_images_give(small):
     together = small(images)
     alone = [small(image[None]) for image in images]
     for n in (0, 1):
-        torch.testing.assert_close(together[n], torch.cat([outputs[n] for outputs in alone]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            together[n], torch.cat([outputs[n] for outputs in alone]), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_initial_values(small):
     model = SSD(small.config)
     assert not model.loss_weights.any()
-    assert not any(module.bias.any() for module in model.bbox_head.modules() if isinstance(module, torch.nn.Conv2d))
-    weight = SSD().backbone.features[16].conv[6].weight.detach()  # Kaiming, fan out: deviation sqrt(2 / outputs)
+    assert not any(
+        module.bias.any() for module in model.bbox_head.modules() if isinstance(module, torch.nn.Conv2d)
+    )
+    weight = (
+        SSD().backbone.features[16].conv[6].weight.detach()
+    )  # Kaiming, fan out: deviation sqrt(2 / outputs)
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
 
 
@@ -71,8 +78,8 @@ def test_averaged_weights_are_preferred(tmp_path, small):
 
 
 def test_new_models_scale_their_anchors():
-    assert Config.new(600, 150).anchors[0] == pytest.approx((9.4 * 2, 15.0 / 2))
-    assert Config.new(300, 300).anchors == HAND_DESIGNED
+    assert Config.scaled_from_300(600, 150).anchors[0] == pytest.approx((9.4 * 2, 15.0 / 2))
+    assert Config.scaled_from_300(300, 300).anchors == HAND_DESIGNED
 
 
 def test_official_layout(tmp_path):
@@ -106,7 +113,11 @@ def test_files_that_are_no_checkpoint(tmp_path, small):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             load_model(tmp_path / name)
-    for name, content in (("list", [1]), ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}), ("none", {})):
+    for name, content in (
+        ("list", [1]),
+        ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}),
+        ("none", {}),
+    ):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=name):
             load_model(tmp_path / name)
@@ -116,7 +127,9 @@ def test_load_weights_tells_what_did_not_fit(tmp_path, small):
     torch.save(checkpoint(small), tmp_path / "x.pth")
     fewer = SSD(Config(64, 48, 0.25, HAND_DESIGNED[:4]))
     unfit = load_weights(fewer, tmp_path / "x.pth")
-    assert unfit == [f"bbox_head.{branch}_convs.0.3.{kind}" for branch in ("reg", "cls") for kind in ("weight", "bias")]
+    assert unfit == [
+        f"bbox_head.{branch}_convs.0.3.{kind}" for branch in ("reg", "cls") for kind in ("weight", "bias")
+    ]
     assert torch.equal(fewer.backbone.features[5].conv[0].weight, small.backbone.features[5].conv[0].weight)
 
 

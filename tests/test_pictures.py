@@ -3,8 +3,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from formats import InputError
-from pictures import FACE, ORIENTATION, draw_faces, grid, load_picture, open_picture, upright_size
+from script import InputError
+from pictures import (
+    FACE,
+    ORIENTATION,
+    contact_sheet,
+    decode_picture,
+    draw_faces,
+    load_picture,
+    open_picture,
+    upright_size,
+)
 
 RAMP = np.add.outer(np.arange(40) * 2, np.arange(60) * 2).astype(np.uint8)  # 60 x 40, dark top left
 
@@ -40,14 +49,22 @@ def test_all_kinds_load_as_rgb(tmp_path, name, image):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     upright = Image.fromarray(RAMP).convert("RGB")
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    undo = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     loaded = save(tmp_path / "x.jpg", stored, exif=exif, quality=95)
     assert loaded.size == (60, 40)
     assert np.abs(np.asarray(loaded).astype(int) - RAMP[..., None]).max() <= 10
-    assert load_picture(tmp_path / "x.jpg", 0.5).size == (30, 20)
+    assert decode_picture(open_picture(tmp_path / "x.jpg"), 0.5).size == (30, 20)
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
@@ -56,7 +73,9 @@ def test_the_first_frame_of_an_animation(tmp_path):
     assert loaded.getpixel((5, 5)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0" + b"x" * 50, b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\xff\xd8\xff\xe0" + b"x" * 50, b"\x89PNG\r\n\x1a\n" + b"\0" * 40]
+)
 def test_broken_files_are_one_clear_line(tmp_path, content):
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(InputError, match="x.jpg: cannot be read as a picture") as error:
@@ -65,7 +84,9 @@ def test_broken_files_are_one_clear_line(tmp_path, content):
 
 
 def test_a_truncated_jpeg_is_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(tmp_path / "x.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(
+        tmp_path / "x.jpg"
+    )
     whole = (tmp_path / "x.jpg").read_bytes()
     (tmp_path / "x.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="truncated"):
@@ -79,8 +100,12 @@ def test_drawn_boxes_are_where_the_faces_are():
     assert draw_faces(drawn, np.zeros((0, 4))).tobytes() == drawn.tobytes()
 
 
-def test_grid_holds_every_picture():
-    sheet = grid([Image.new("RGB", size, "white") for size in [(10, 20), (300, 200), (1, 1), (5, 1), (40, 40)]], columns=2, side=50)
+def test_a_contact_sheet_holds_every_picture():
+    sheet = contact_sheet(
+        [Image.new("RGB", size, "white") for size in [(10, 20), (300, 200), (1, 1), (5, 1), (40, 40)]],
+        columns=2,
+        side=50,
+    )
     assert sheet.size == (108, 162)
     for x, y in ((27, 27), (81, 27), (27, 81), (81, 81), (27, 135)):
         assert sheet.getpixel((x, y)) == (255, 255, 255)

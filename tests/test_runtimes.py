@@ -1,4 +1,5 @@
 """Exported models as detectors: conventions of others' models, what is refused, evaluate.py and detect.py on them."""
+
 import copy
 import json
 
@@ -14,7 +15,8 @@ import detect
 import evaluate
 import export
 from model import checkpoint
-from runtimes import load_exported, open_network, openvino_core
+from detector import load_detector
+from runtimes import open_network, openvino_core
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def folder(tmp_path_factory, small):
     with pytest.MonkeyPatch.context() as patch:
         for name, flags in (("plain", ["--ir"]), ("embedded", ["--embed"])):
             export.main(["--model", str(folder / "small.pth"), "--out", str(folder / name), *flags])
-            patch.setattr(export, "build", lambda *_: onnx.load(folder / "plain/model.onnx"))  # building takes seconds
+            patch.setattr(
+                export, "build", lambda *_: onnx.load(folder / "plain/model.onnx")
+            )  # building takes seconds
     return folder
 
 
@@ -40,8 +44,13 @@ def foreign(tmp_path_factory):
     nodes = [node("ReduceMean", ["data", "axes"], ["means"], keepdims=0),          # [1, 3]
              node("Concat", ["start", "means", "end"], ["row"], axis=1),           # image, label, score, box
              node("Concat", ["row", "stop"], ["rows"], axis=0), node("Reshape", ["rows", "shape"], ["out"])]
-    rows = {"axes": np.array([2, 3]), "start": np.float32([[0, 1, 0.5, 0.25]]), "end": np.zeros((1, 0), np.float32),
-            "stop": np.float32([[-1, 0, 0, 0, 0, 0, 0]]), "shape": np.array([1, 1, 2, 7])}
+    rows = {
+        "axes": np.array([2, 3]),
+        "start": np.float32([[0, 1, 0.5, 0.25]]),
+        "end": np.zeros((1, 0), np.float32),
+        "stop": np.float32([[-1, 0, 0, 0, 0, 0, 0]]),
+        "shape": np.array([1, 1, 2, 7]),
+    }
     info = helper.make_tensor_value_info
     graph = helper.make_graph(nodes, "foreign", [info("data", TensorProto.FLOAT, [1, 3, 40, 20])],
                               [info("out", TensorProto.FLOAT, [1, 1, 2, 7])],
@@ -49,7 +58,9 @@ def foreign(tmp_path_factory):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     folder = tmp_path_factory.mktemp("foreign")
     onnx.save(model, folder / "foreign.onnx")
-    ov.save_model(openvino_core().read_model(folder / "foreign.onnx"), folder / "foreign.xml", compress_to_fp16=False)
+    ov.save_model(
+        openvino_core().read_model(folder / "foreign.onnx"), folder / "foreign.xml", compress_to_fp16=False
+    )
     return folder
 
 
@@ -58,10 +69,14 @@ def test_conventions_of_others(foreign, name):
     picture = torch.tensor([51, 102, 204], dtype=torch.uint8)[:, None, None].expand(3, 40, 20)[None]
     for colour, white, means in (("rgb", 1, (0.2, 0.4, 0.8)), ("bgr", 1, (0.8, 0.4, 0.2)),
                                  ("bgr", 255, (204, 102, 51))):
-        detector = load_exported(foreign / name, colour=colour, value_range=white)
+        detector = load_detector(foreign / name, colour=colour, white=white)
         assert detector.size == (20, 40)
-        (faces,) = detector(picture)  # one row, its box 0-1 of width 20 and height 40, the rest stops at image -1
-        np.testing.assert_allclose(faces, [[0.25 * 20, means[0] * 40, means[1] * 20, means[2] * 40, 0.5]], rtol=1e-6)
+        (faces,) = detector(
+            picture
+        )  # one row, its box 0-1 of width 20 and height 40, the rest stops at image -1
+        np.testing.assert_allclose(
+            faces, [[0.25 * 20, means[0] * 40, means[1] * 20, means[2] * 40, 0.5]], rtol=1e-6
+        )
 
 
 def test_what_a_model_takes_must_be_known_once(foreign, folder, refused):
@@ -71,17 +86,17 @@ def test_what_a_model_takes_must_be_known_once(foreign, folder, refused):
     assert "x.json" in refused(evaluate.main, *arguments, folder / "plain/model.xml")
     for kwargs, reason in (({}, "--colour"), ({"colour": "rgb"}, "--range")):
         with pytest.raises(evaluate.InputError, match=reason):
-            load_exported(foreign / "foreign.onnx", **kwargs)
+            load_detector(foreign / "foreign.onnx", **kwargs)
     with pytest.raises(evaluate.InputError, match="leave --colour and --range out"):
-        load_exported(folder / "plain/model.xml", colour="rgb", value_range=1)
+        load_detector(folder / "plain/model.xml", colour="rgb", white=1)
     with pytest.raises(evaluate.InputError, match="a checkpoint's input is known"):
-        detect.load_detector(folder / "small.pth", colour="rgb", value_range=1)
+        load_detector(folder / "small.pth", colour="rgb", white=1)
 
 
 def test_refusals(folder, tmp_path):
     def refused(path, match, **kwargs):
         with pytest.raises(evaluate.InputError, match=match) as error:
-            load_exported(path, **kwargs)
+            load_detector(path, **kwargs)
         assert "\n" not in str(error.value)
     plain = folder / "plain"
     refused(tmp_path / "none.onnx", "no such model")
@@ -108,7 +123,9 @@ def test_evaluate_prints_the_same_table(folder, sample, capsys, tmp_path):
 
 def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
     picture = next(sample.rglob("*.jpg"))
-    detect.main([str(picture), "--model", str(folder / "embedded/model.xml"), "--out", str(tmp_path), "--score", "0"])
+    detect.main(
+        [str(picture), "--model", str(folder / "embedded/model.xml"), "--out", str(tmp_path), "--score", "0"]
+    )
     (entry,) = json.loads((tmp_path / "detections.json").read_text())
     width, height = Image.open(picture).size
     boxes = np.array([face["box"] for face in entry["faces"]])
@@ -117,8 +134,10 @@ def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
 
 def test_batches_of_a_generic_model_go_one_by_one(folder):
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8))
-    detector = load_exported(folder / "plain/model.xml", threads=1)
-    for together, alone in zip(detector(pictures), (detector(picture[None])[0] for picture in pictures), strict=True):
+    detector = load_detector(folder / "plain/model.xml", threads=1)
+    for together, alone in zip(
+        detector(pictures), (detector(picture[None])[0] for picture in pictures), strict=True
+    ):
         np.testing.assert_array_equal(together, alone)
         assert together.dtype == np.float32 and (np.diff(together[:, 4]) <= 0).all()
 
@@ -130,10 +149,16 @@ def test_openvino_computes_in_float32(folder):
 
 
 def test_benchmark_lists_every_model(folder, capsys):
-    models = [str(folder / name) for name in ("small.pth", "plain/model.onnx", "plain/model.xml", "embedded/model.xml")]
+    models = [
+        str(folder / name)
+        for name in ("small.pth", "plain/model.onnx", "plain/model.xml", "embedded/model.xml")
+    ]
     benchmark.main(["latency", *models, "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert "1 thread, f32, 1 interleaved rounds" in lines[0] and [line.split()[0] for line in lines[2:]] == models
+    assert (
+        "1 thread, f32, 1 interleaved rounds" in lines[0]
+        and [line.split()[0] for line in lines[2:]] == models
+    )
     assert " 1.000 " in lines[2]
     benchmark.main(["pictures", *models[2:], "--rounds", "1"])
     assert "resized inside" in capsys.readouterr().out.splitlines()[-1]

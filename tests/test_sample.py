@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import wider_to_coco
-from formats import read_annotations
+from coco import read_annotations
 from sample import draw_sample, main
 
 
@@ -20,7 +20,9 @@ def sample(tmp_path_factory):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
 
 
 def test_same_seed_same_bytes(tmp_path):

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from formats import InputError
+from script import InputError
 from metrics import wider_ap
 from test_metrics import assert_as_pycocotools
-from wider import GROUND_TRUTH, GroundTruth, read_ground_truth, read_predictions, wider_names, write_predictions
+from coco import Detections
+from wider import (
+    GROUND_TRUTH,
+    GroundTruth,
+    read_ground_truth,
+    read_predictions,
+    wider_names,
+    write_predictions,
+)
 
 OFFICIAL = Path(__file__).parent.parent / "../shared/data/wider_eval"
 NAMES = ["0--Parade/0_Parade_1", "0--Parade/0_Parade_2", "1--Handshaking/1_Handshaking_7"]
@@ -17,7 +25,9 @@ NAMES = ["0--Parade/0_Parade_1", "0--Parade/0_Parade_2", "1--Handshaking/1_Hands
 
 @pytest.fixture
 def truth():
-    return GroundTruth(NAMES, np.array([0, 2]), np.array([[0, 0, 9, 9], [5, 5, 9, 9.0]]), {"easy": np.ones(2, bool)})
+    return GroundTruth(
+        NAMES, np.array([0, 2]), np.array([[0, 0, 9, 9], [5, 5, 9, 9.0]]), {"easy": np.ones(2, bool)}
+    )
 
 
 def put(folder, name, content):
@@ -51,13 +61,19 @@ def test_ground_truth_structure(tmp_path):
     write_ground_truth(tmp_path)
     truth = read_ground_truth(tmp_path)
     assert truth.names == ["a/a_1", "b/b_1"]
-    assert truth.image.tolist() == [0, 0, 1] and truth.xywh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    assert truth.image.tolist() == [0, 0, 1] and truth.xywh.tolist() == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [0, 1, 2, 3],
+    ]
     assert {level: kept.tolist() for level, kept in truth.kept.items()} == dict.fromkeys(
         ("easy", "medium", "hard"), [True, True, False])
 
 
 def test_missing_ground_truth_says_where_to_get_it(tmp_path):
-    with pytest.raises(InputError, match=rf"no such file; download .* eval_tools .*WIDERFACE .*{GROUND_TRUTH}"):
+    with pytest.raises(
+        InputError, match=rf"no such file; download .* eval_tools .*WIDERFACE .*{GROUND_TRUTH}"
+    ):
         read_ground_truth(tmp_path)
     write_ground_truth(tmp_path)
     (tmp_path / "wider_hard_val.mat").unlink()
@@ -66,8 +82,18 @@ def test_missing_ground_truth_says_where_to_get_it(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [{"kept": ((3,), ())}, {"kept": ((0,), ())}, {"kept": ((1,),)}, {"boxes": (2,)},
-                                   {"events": ("..", "b")}, {"events": ("/etc", "b")}, {"events": ("a", "a")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kept": ((3,), ())},
+        {"kept": ((0,), ())},
+        {"kept": ((1,),)},
+        {"boxes": (2,)},
+        {"events": ("..", "b")},
+        {"events": ("/etc", "b")},
+        {"events": ("a", "a")},
+    ],
+)
 def test_wrong_ground_truth_is_refused(tmp_path, wrong):
     write_ground_truth(tmp_path, **wrong)
     with pytest.raises(InputError):
@@ -85,27 +111,32 @@ def test_damaged_ground_truth_is_refused(tmp_path, damage):
 
 # Predictions
 
-@pytest.mark.parametrize("content", [
-    "0_Parade_1\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",
-    "0--Parade/0_Parade_1.jpg\n2\n1 2 3 4 0.5 \n5 6 7 8 0.25 \n\n",          # trailing blanks, as RetinaFace writes
-    "0_Parade_1.jpg\r\n2\r\n1.0 2.0 3.0 4.0 5e-1\r\n5 6 7 8 .25",           # CRLF, no end of the last line
-    "\ufeff0_Parade_1\n2.0\n  1 2\t3 4  0.5\n5 6 7 8 0.25\n",               # a byte order mark, tabs
-    "0_Parade_1\n2\n5 6 7 8 0.25\n1 2 3 4 0.5\n",                           # not sorted
-    b"\xff\xfe photo\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",                      # a name in another encoding
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0_Parade_1\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",
+        "0--Parade/0_Parade_1.jpg\n2\n1 2 3 4 0.5 \n5 6 7 8 0.25 \n\n",  # trailing blanks, as RetinaFace writes
+        "0_Parade_1.jpg\r\n2\r\n1.0 2.0 3.0 4.0 5e-1\r\n5 6 7 8 .25",  # CRLF, no end of the last line
+        "\ufeff0_Parade_1\n2.0\n  1 2\t3 4  0.5\n5 6 7 8 0.25\n",  # a byte order mark, tabs
+        "0_Parade_1\n2\n5 6 7 8 0.25\n1 2 3 4 0.5\n",  # not sorted
+        b"\xff\xfe photo\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",  # a name in another encoding
+    ],
+)
 def test_predictions_as_they_are_met(tmp_path, truth, content):
     put(tmp_path, NAMES[0], content)
     put(tmp_path, NAMES[1], "0_Parade_2\n0\n")
     put(tmp_path, NAMES[2], "")
-    image, xywh, score, missing = read_predictions(tmp_path, truth)
-    assert image.tolist() == [0, 0] and score.tolist() == [0.5, 0.25] and missing == []
-    assert xywh.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    found, missing = read_predictions(tmp_path, truth)
+    assert found.image.tolist() == [0, 0] and found.score.tolist() == [0.5, 0.25] and missing == []
+    assert found.xywh.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_missing_files_are_named_and_equal_scores_stay_in_order(tmp_path, truth):
     put(tmp_path, NAMES[2], "x\n3\n1 0 9 9 0.5\n2 0 9 9 0.75\n3 0 9 9 0.5\n")
-    image, xywh, _, missing = read_predictions(tmp_path, truth)
-    assert missing == NAMES[:2] and image.tolist() == [2, 2, 2] and xywh[:, 0].tolist() == [2, 1, 3]
+    found, missing = read_predictions(tmp_path, truth)
+    assert (
+        missing == NAMES[:2] and found.image.tolist() == [2, 2, 2] and found.xywh[:, 0].tolist() == [2, 1, 3]
+    )
 
 
 @pytest.mark.parametrize("content, message", [
@@ -142,32 +173,58 @@ def test_predictions_written_and_read_back_are_the_same(tmp_path, truth):
     rng = np.random.default_rng(0)
     image, xywh = rng.choice([0, 2], 50), rng.normal(0, 300, (50, 4))
     score = np.round(rng.uniform(size=50), 1) / 3
-    write_predictions(tmp_path / "out", NAMES, image, xywh, score)
+    write_predictions(tmp_path / "out", NAMES, Detections(image, xywh, score))
     assert (tmp_path / f"out/{NAMES[1]}.txt").read_text() == "0_Parade_2\n0\n"
     first = (tmp_path / f"out/{NAMES[0]}.txt").read_text().splitlines()
     assert first[:2] == ["0_Parade_1", str((image == 0).sum())] and len(first[2].split()) == 5
     order = np.lexsort((-score, image))
-    again = read_predictions(tmp_path / "out", truth)
-    for read, written in zip(again, (image, xywh, score)):
+    again, missing = read_predictions(tmp_path / "out", truth)
+    for read, written in zip((again.image, again.xywh, again.score), (image, xywh, score)):
         np.testing.assert_array_equal(read, written[order])
-    assert again[3] == []
+    assert missing == []
 
 
-@pytest.mark.parametrize("name", ["../x", "../../a/x", "/etc/x", "/x", "a/..", "a/.", "./x", "a/b/x", "x", "", "a/",
-                                  "a/ ", "a\\b/x", "C:/x", "a/x\0", "a/x\n1", "a/\ud800", "a/" + "x" * 300])
+def one(box, score):
+    """One detection on the first image."""
+    return Detections(np.zeros(1, np.int64), np.array([box], float), np.array([score], float))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "../../a/x",
+        "/etc/x",
+        "/x",
+        "a/..",
+        "a/.",
+        "./x",
+        "a/b/x",
+        "x",
+        "",
+        "a/",
+        "a/ ",
+        "a\\b/x",
+        "C:/x",
+        "a/x\0",
+        "a/x\n1",
+        "a/\ud800",
+        "a/" + "x" * 300,
+    ],
+)
 def test_hostile_names_are_refused_before_anything_is_written(tmp_path, name):
     folder = tmp_path / "out"
     with pytest.raises(InputError, match="is not the name of a WIDER FACE image") as error:
-        write_predictions(folder, ["a/b", name], [0], [[0, 0, 9, 9]], [0.5])
+        write_predictions(folder, ["a/b", name], one([0, 0, 9, 9], 0.5))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     for box, score in (([0, 0, 9, np.nan], 0.5), ([0, 0, 9, 9], np.inf)):
         with pytest.raises(InputError, match="not finite"):
-            write_predictions(tmp_path / "out", ["a/b"], [0], [box], [score])
+            write_predictions(tmp_path / "out", ["a/b"], one(box, score))
     with pytest.raises(InputError, match="'a/b' is there twice"):
-        write_predictions(tmp_path / "out", ["a/b", "a/b"], [], [], [])
+        write_predictions(tmp_path / "out", ["a/b", "a/b"], one([0, 0, 9, 9], 0.5))
     assert not list(tmp_path.iterdir())
 
 
@@ -204,20 +261,25 @@ def test_official_ground_truth(official):
 
 
 def test_official_ap_of_published_predictions_also_when_written_by_us(official, predictions, tmp_path):
-    image, xywh, score, missing = predictions
-    assert len(score) == 297333 and missing == []
+    found, missing = predictions
+    assert len(found.score) == 297333 and missing == []
 
-    def numbers(image, xywh, score):
-        curves = wider_ap(official.image, official.xywh, official.kept, image, xywh, score)
+    def numbers(found):
+        curves = wider_ap(official.image, official.xywh, official.kept, found.image, found.xywh, found.score)
         return [curve.ap for curve in curves.values()]
-    expected = numbers(image, xywh, score)
+    expected = numbers(found)
     assert expected == pytest.approx([0.9069584243856689, 0.8815790551288838, 0.7382863255381045], abs=1e-9)
-    write_predictions(tmp_path, official.names, image, xywh, score)
-    assert numbers(*read_predictions(tmp_path, official)[:3]) == expected
+    write_predictions(tmp_path, official.names, found)
+    assert numbers(read_predictions(tmp_path, official)[0]) == expected
 
 
 def test_coco_numbers_of_published_predictions_equal_pycocotools(official, predictions):
-    image, xywh, score, _ = predictions
-    gt, dt = official.image % 20 == 0, image % 20 == 0  # all images agree as well, but pycocotools takes half a minute
+    image, xywh, score = predictions[0].image, predictions[0].xywh, predictions[0].score
+    gt, dt = (
+        official.image % 20 == 0,
+        image % 20 == 0,
+    )  # all images agree as well, but pycocotools takes half a minute
     area = official.xywh[gt, 2] * official.xywh[gt, 3]
-    assert_as_pycocotools((official.image[gt], official.xywh[gt], area == 0, area, image[dt], xywh[dt], score[dt]))
+    assert_as_pycocotools(
+        (official.image[gt], official.xywh[gt], area == 0, area, image[dt], xywh[dt], score[dt])
+    )

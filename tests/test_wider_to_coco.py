@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from formats import read_annotations
+from coco import read_annotations
 from wider_to_coco import clip, main, picture_size, read_wider
 
 ZEROS = "0 0 0 0 0 0 0 0 0 0"
@@ -46,8 +46,17 @@ def test_a_face_keeps_its_box_and_its_six_attributes(folder, capsys):
         "id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 12, 20, 24], "area": 480, "iscrowd": 0,
         "blur": 1, "expression": 0, "illumination": 1, "invalid": 0, "occlusion": 2, "pose": 1}]
     report = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
-    assert report == {"pictures": "2", "without annotation": "1", "annotations": "1", "invalid": "0", "empty": "0",
-                      "rows of zeros": "0", "clipped": "0", "outside": "0", "marked iscrowd": "0"}
+    assert report == {
+        "pictures": "2",
+        "without annotation": "1",
+        "annotations": "1",
+        "invalid": "0",
+        "empty": "0",
+        "rows of zeros": "0",
+        "clipped": "0",
+        "outside": "0",
+        "marked iscrowd": "0",
+    }
 
 
 @pytest.mark.parametrize("row, bbox, area, iscrowd", [
@@ -90,34 +99,68 @@ REFUSED = {  # case: (text, part of the message)
     "only blank lines": ("\n \r\n", "wider.txt: lists no pictures"),
     "not text": (b"\xff\xd8\xff\xe0", "wider.txt: not UTF-8 text (byte 0)"),
     "utf-16": ("e/a.jpg".encode("utf-16"), "not UTF-8 text"),
-    "truncated after a name": (lines("e/a.jpg", "1", FACE, "e/b.jpg"), "wider.txt:4: the file ends after the name"),
+    "truncated after a name": (
+        lines("e/a.jpg", "1", FACE, "e/b.jpg"),
+        "wider.txt:4: the file ends after the name",
+    ),
     "truncated in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
-    "truncated in a row": (lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
-    "more rows than counted": (lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'"),
+    "truncated in a row": (
+        lines("e/a.jpg", "1", "10 12 20 2"),
+        "wider.txt:3: a face's 10 numbers are expected",
+    ),
+    "more rows than counted": (
+        lines("e/a.jpg", "1", FACE, FACE),
+        "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'",
+    ),
     "two rows too many": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
     "a face counted as 0": (lines("e/a.jpg", "0", FACE), "wider.txt:3: a row beyond the 0 faces"),
-    "fewer rows than counted": (lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE),
-                                "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'"),
+    "fewer rows than counted": (
+        lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE),
+        "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'",
+    ),
     "no count": (lines("e/a.jpg", FACE), "wider.txt:2: the number of faces of 'e/a.jpg' is expected"),
     "negative count": (lines("e/a.jpg", "-1", FACE), "wider.txt:2: the number of faces"),
     "fractional count": (lines("e/a.jpg", "1.0", FACE), "wider.txt:2: the number of faces"),
     "absurd count": (lines("e/a.jpg", "9" * 5000, FACE), "wider.txt:2: the number of faces"),
-    "large count": (lines("e/a.jpg", "999999999", FACE), "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file"),
+    "large count": (
+        lines("e/a.jpg", "999999999", FACE),
+        "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file",
+    ),
     "no name": (lines("1", FACE), "wider.txt:1: a picture's name is expected"),
-    "word in a row": (lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
-    "nan": (lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
+    "word in a row": (
+        lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"),
+        "wider.txt:3: a face's 10 numbers are expected",
+    ),
+    "nan": (
+        lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"),
+        "wider.txt:3: a face's 10 numbers are expected",
+    ),
     "infinity": (lines("e/a.jpg", "1", "1e999 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a number is too large"),
     "5,000 digits": (lines("e/a.jpg", "1", "9" * 5000 + FACE[2:]), "wider.txt:3: a number is too large"),
-    "underscore": (lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
-    "other digits": (lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
+    "underscore": (
+        lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"),
+        "wider.txt:3: a face's 10 numbers are expected",
+    ),
+    "other digits": (
+        lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"),
+        "wider.txt:3: a face's 10 numbers",
+    ),
     "bare signs": (lines("e/a.jpg", "1", "- . e + 0 0 0 0 0 0"), "wider.txt:3: not a number"),
     "fractional attribute": (lines("e/a.jpg", "1", "1 2 3 4 0 0.5 0 0 0 0"), "wider.txt:3: blur, expression"),
     "eleven numbers": (lines("e/a.jpg", "1", FACE + " 0"), "wider.txt:3: a face's 10 numbers are expected"),
-    "duplicate picture": (lines("e/a.jpg", "0", ZEROS, "e/a.jpg", "1", FACE),
-                          "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1"),
-    "duplicate, written otherwise": (lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"), "wider.txt:4: picture 'e/a.jpg'"),
+    "duplicate picture": (
+        lines("e/a.jpg", "0", ZEROS, "e/a.jpg", "1", FACE),
+        "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1",
+    ),
+    "duplicate, written otherwise": (
+        lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"),
+        "wider.txt:4: picture 'e/a.jpg'",
+    ),
     "traversal": (lines("../../e/a.jpg", "1", FACE), "wider.txt:1: '../../e/a.jpg' is not plainly inside"),
-    "traversal inside": (lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
+    "traversal inside": (
+        lines("e/../e/a.jpg", "1", FACE),
+        "wider.txt:1: 'e/../e/a.jpg' is not plainly inside",
+    ),
     "absolute": (lines("/etc/a.jpg", "1", FACE), "wider.txt:1: '/etc/a.jpg' is not plainly inside"),
     "drive": (lines("C:/e/a.jpg", "1", FACE), "wider.txt:1: 'C:/e/a.jpg' is not plainly inside"),
     "backslash": (lines("e\\a.jpg", "1", FACE), "wider.txt:1: 'e\\\\a.jpg' is not plainly inside"),
@@ -135,7 +178,10 @@ def test_refused(folder, capsys, text, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("wider_to_coco.py: ")
-    assert sorted(p.name for p in folder.iterdir()) == ["images", "wider.txt"]  # nothing written, whole or half
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "images",
+        "wider.txt",
+    ]  # nothing written, whole or half
 
 
 @pytest.mark.parametrize("case, message", [
@@ -167,7 +213,9 @@ def test_all_missing_and_unreadable_pictures_are_listed(folder, capsys):
     with pytest.raises(SystemExit):
         run(folder, lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS))))
     error = capsys.readouterr().err
-    assert "of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error and ", ...)" in error
+    assert (
+        "of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error and ", ...)" in error
+    )
     assert "2 unreadable ('e/empty.jpg', 'e/text.jpg')" in error and error.count("\n") == 1
 
 

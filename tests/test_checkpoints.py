@@ -1,8 +1,8 @@
-"""average.py: the mean of checkpoints, and what has none."""
+"""checkpoints.py as a command: the mean of checkpoints, and what has none."""
 import pytest
 import torch
 
-import average
+import checkpoints
 from model import SSD, Config, checkpoint, load_model
 
 
@@ -14,19 +14,26 @@ def two(tmp_path):
     return list(map(str, paths))
 
 
-@pytest.mark.parametrize("shares, first", [([], 0.5), (["--shares", "1", "3"], 0.25), (["--shares", "0", "1"], 0)])
+@pytest.mark.parametrize(
+    "shares, first", [([], 0.5), (["--shares", "1", "3"], 0.25), (["--shares", "0", "1"], 0)]
+)
 def test_the_mean_is_that_of_every_tensor(two, tmp_path, shares, first):
-    average.main([*two, *shares, "--out", str(tmp_path / "mean.pth")])
+    checkpoints.main([*two, *shares, "--out", str(tmp_path / "mean.pth")])
     a, b, mean = (load_model(path).state_dict() for path in (*two, tmp_path / "mean.pth"))
     for key in a:
-        torch.testing.assert_close(mean[key], first * a[key] + (1 - first) * b[key] if a[key].is_floating_point() else a[key])
-    assert torch.load(tmp_path / "mean.pth", weights_only=True).keys() == torch.load(two[0], weights_only=True).keys()
+        torch.testing.assert_close(
+            mean[key], first * a[key] + (1 - first) * b[key] if a[key].is_floating_point() else a[key]
+        )
+    assert (
+        torch.load(tmp_path / "mean.pth", weights_only=True).keys()
+        == torch.load(two[0], weights_only=True).keys()
+    )
 
 
 def test_the_averaged_weights_of_a_run_count(two, tmp_path):
     a, b = (load_model(path) for path in two)
     torch.save(checkpoint(a, ema=b.state_dict()), tmp_path / "run.pth")
-    average.main([str(tmp_path / "run.pth"), "--out", str(tmp_path / "slim.pth")])
+    checkpoints.main([str(tmp_path / "run.pth"), "--out", str(tmp_path / "slim.pth")])
     slim = load_model(tmp_path / "slim.pth").state_dict()
     assert all(torch.equal(slim[key], value) for key, value in b.state_dict().items())
 
@@ -34,8 +41,10 @@ def test_the_averaged_weights_of_a_run_count(two, tmp_path):
 def test_refused(two, tmp_path, refused):
     out = ["--out", str(tmp_path / "mean.pth")]
     torch.save(checkpoint(SSD(Config(64, 96, 0.25))), tmp_path / "c.pth")
-    assert "c.pth: is of another architecture" in refused(average.main, *two, str(tmp_path / "c.pth"), *out)
-    assert "no-such.pth" in refused(average.main, two[0], str(tmp_path / "no-such.pth"), *out)
+    assert "c.pth: is of another architecture" in refused(
+        checkpoints.main, *two, str(tmp_path / "c.pth"), *out
+    )
+    assert "no-such.pth" in refused(checkpoints.main, two[0], str(tmp_path / "no-such.pth"), *out)
     for shares in (["1"], ["0", "0"], ["-1", "2"], ["nan", "1"], ["inf", "1"]):
-        assert "--shares takes" in refused(average.main, *two, "--shares", *shares, *out)
+        assert "--shares takes" in refused(checkpoints.main, *two, "--shares", *shares, *out)
     assert not (tmp_path / "mean.pth").exists()

@@ -1,0 +1,239 @@
+"""COCO files: annotations and detection results, read with checks. Boxes stay `xywh` in float64, as in the files.
+
+`xywh` is x, y, width, height in pixels. The two evaluation protocols are defined on it to the last digit.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from script import InputError, read_json
+
+
+def to_xyxy(xywh: np.ndarray) -> np.ndarray:
+    """Corners `[N, 4]` (left, top, right, bottom) of boxes `[N, 4]` given as x, y, width, height."""
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+
+
+def to_xywh(xyxy: np.ndarray) -> np.ndarray:
+    """Boxes `[N, 4]` as x, y, width, height: the inverse of `to_xyxy`."""
+    return np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1)
+
+
+@dataclass
+class Detections:
+    """What a detector found on I photos: D faces, in any order."""
+    image: np.ndarray   # [D] int64, the index of each face's photo
+    xywh: np.ndarray    # [D, 4] float64, pixels of the photo
+    score: np.ndarray   # [D] float64
+
+
+@dataclass
+class Annotations:
+    """The M faces on the I photos of a COCO file. Faces are sorted by photo, in file order within one."""
+    path: Path                # the file; names are relative to its folder
+    category: int             # id of the face category
+    ids: np.ndarray           # [I] int64, image ids
+    names: list               # [I] str, file_name as written
+    sizes: np.ndarray         # [I, 2] int64, width and height as written, 0 if the file does not say
+    image: np.ndarray         # [M] int64, the index (not the id) of each face's photo
+    xywh: np.ndarray          # [M, 4] float64
+    area: np.ndarray  # [M] float64, width x height where the file gives none
+    ignored: np.ndarray  # [M] bool: iscrowd, or a box that cannot be learned (empty, or outside its photo)
+    counts: dict = field(default_factory=dict)  # what the file holds, for the reports
+
+    def file(self, index: int) -> Path:
+        """The path of photo `index`."""
+        return self.path.parent / self.names[index]
+
+    def without(self, dropped, detections: Detections):
+        """Leave out the photos at the indices `dropped`: (Annotations, Detections) with indices renumbered."""
+        kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))
+        faces = np.isin(self.image, kept)
+        found = np.isin(detections.image, kept)
+        return (replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
+                        image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces],
+                        area=self.area[faces], ignored=self.ignored[faces]),
+                Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
+                           detections.score[found]))
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """Read a COCO file into `Annotations`.
+
+    Faces are the category `face`, or the only category there is. Photos without faces are kept. Boxes
+    that are empty, reversed or outside their photo are kept and marked ignored. Raises InputError for
+    what cannot be read safely.
+    """
+    path = Path(path)
+    content = read_json(path)
+    for key in ("images", "annotations"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path}: not COCO annotations, no list \"{key}\"")
+    images, annotations = content["images"], content["annotations"]
+    for kind, entries in (("images", images), ("annotations", annotations)):
+        _check_ids(path, kind, entries)
+    for index, entry in enumerate(images):
+        name = entry.get("file_name")
+        if not isinstance(name, str) or not name or not _names_a_file(name):
+            raise InputError(
+                f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's"
+            )
+
+    category = _face_category(path, content.get("categories"), annotations)
+    faces = [a for a in annotations if a.get("category_id") == category]
+    index_of = {entry["id"]: index for index, entry in enumerate(images)}
+    try:
+        image = np.array([index_of[a["image_id"]] for a in faces], np.int64)
+    except (KeyError, TypeError):
+        bad = next(
+            a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of
+        )
+        raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
+                         "which is not in \"images\"") from None
+    numbers = [a["id"] for a in faces]
+    xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
+    own_area = (xywh[:, 2] * xywh[:, 3]).tolist()
+    area = _numbers(path, "area", [a.get("area", own) for a, own in zip(faces, own_area)], numbers, ())
+    sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
+    sizes = np.array(sizes, np.int64).reshape(-1, 2)
+
+    crowd = np.array([bool(a.get("iscrowd", 0)) for a in faces], bool)
+    empty = (xywh[:, 2:] <= 0).any(1)
+    known, size = (sizes[image] > 0).all(1), sizes[image]
+    outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
+    order = np.argsort(image, kind="stable")
+    counts = {"images": len(images), "faces": len(faces),
+              "images without faces": len(images) - len(np.unique(image)),
+              "crowd": int(crowd.sum()), "empty boxes": int(empty.sum()), "boxes outside": int(outside.sum()),
+              "of other categories": len(annotations) - len(faces)}
+    return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
+                       [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
+                       (crowd | empty | outside)[order], counts)
+
+
+def join(parts: list[Annotations]) -> Annotations:
+    """Make several Annotations one: the photos of one set after another, ids from 1, absolute names."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    names = [os.path.abspath(part.file(n)) for part in parts for n in range(len(part.ids))]
+    start = np.cumsum([0] + [len(part.ids) for part in parts])
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts])
+              for name in ("sizes", "xywh", "area", "ignored")}
+    counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
+    image = np.concatenate([part.image + before for part, before in zip(parts, start)])
+    ids = np.arange(1, start[-1] + 1)
+    return Annotations(first.path, first.category, ids, names, image=image, counts=counts, **arrays)
+
+
+def read_results(path: str | Path, annotations: Annotations) -> Detections:
+    """Read detections in COCO results form, `[{image_id, category_id, bbox, score}]`, in file order.
+
+    Other categories are left out. Raises InputError for unknown images and for numbers that are not finite.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise InputError(
+            f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected"
+        )
+    numbers = [n for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
+    entries = [entries[n] for n in numbers]
+    index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
+    try:
+        image = np.array([index_of[e["image_id"]] for e in entries], np.int64)
+    except (KeyError, TypeError):
+        number, bad = next((n, e.get("image_id")) for n, e in zip(numbers, entries)
+                           if not isinstance(e.get("image_id"), int) or e["image_id"] not in index_of)
+        raise InputError(f"{path}: entry {number} is of image {bad!r}, "
+                         f"which is not in {annotations.path}") from None
+    xywh = _numbers(path, "bbox", [e.get("bbox") for e in entries], numbers, (4,))
+    score = _numbers(path, "score", [e.get("score") for e in entries], numbers, ())
+    return Detections(image, xywh, score)
+
+
+def to_results(annotations: Annotations, detections: Detections) -> list[dict]:
+    """Make Detections a COCO results list: the inverse of `read_results`."""
+    ids = annotations.ids[detections.image].tolist()
+    return [{"image_id": i, "category_id": annotations.category, "bbox": box, "score": s}
+            for i, box, s in zip(ids, detections.xywh.tolist(), detections.score.tolist())]
+
+
+def _names_a_file(name):
+    """Whether a file system can hold `name`."""
+    try:
+        return b"\0" not in os.fsencode(name) and len(name) < 4096
+    except UnicodeEncodeError:  # half a character, which JSON can hold and no file system has
+        return False
+
+
+def _check_ids(path, kind, entries):
+    """Check that every entry is an object with its own integer id."""
+    seen = set()
+    for index, entry in enumerate(entries):
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= 2 ** 63:
+            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"")
+        if number in seen:
+            raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
+        seen.add(number)
+
+
+def _face_category(path, categories, annotations):
+    """Choose the id of the category `face`, or of the only one. Without `categories` those in use count."""
+    listed = (
+        ([{"id": a.get("category_id")} for a in annotations] or [{"id": 1}])
+        if categories is None
+        else categories
+    )
+    if not isinstance(listed, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed
+    ):
+        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
+    categories = list({c["id"]: c for c in listed}.values())
+    named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
+    if len(named) != 1 and len(categories) != 1:
+        names = ", ".join(str(c.get("name")) for c in categories) or "none"
+        raise InputError(f"{path}: which category is the face? One must be named \"face\", "
+                         f"there are: {names}")
+    known = {c["id"] for c in categories}
+    for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
+        if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:
+            number = str(entry.get("category_id"))[:60]
+            raise InputError(f"{path}: annotation {entry['id']} is of category {number}, "
+                             "which is not in \"categories\"")
+    return (named or [categories[0]["id"]])[0]
+
+
+def _numbers(path, key, values, numbers, shape):
+    """Check `values`: one finite float64 array `[len(values), *shape]`.
+
+    The first bad value is named by its entry in `numbers`.
+    """
+    try:  # all at once is fast; one by one only to find the one to name
+        array = np.array(values)
+        fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
+        if fits and (np.abs(array.astype(float)) < 1e15).all():
+            return array.astype(np.float64)
+    except (ValueError, MemoryError):
+        pass  # of several lengths, or long words among them
+
+    def is_number(value):  # `abs(nan) < x` is False, so NaN is bad too
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+    for number, value in zip(numbers, values):
+        row = value if shape else [value]
+        if not isinstance(row, list) or len(row) != (shape or (1,))[0] or not all(map(is_number, row)):
+            expected = f"{shape[0]} finite numbers" if shape else "a finite number"
+            raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
+    return np.array(values, np.float64).reshape(len(values), *shape)
+
+
+def _size(path, entry, key):
+    """A side of the photo `entry`, 0 where the file does not say."""
+    value = entry.get(key) or 0
+    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise InputError(f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
+    return int(value)

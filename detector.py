@@ -1,0 +1,201 @@
+"""The detector as a library: load any model, find the faces on a picture or on a whole dataset.
+
+    from detector import detect, load_detector
+    detector = load_detector()                                   # the shipped network, or a .pth, .onnx, .xml
+    for x1, y1, x2, y2, score in detect(detector, "photo.jpg"):  # best first; PIL images and arrays work too
+        ...
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import clip_boxes_to_image, nms
+from tqdm import tqdm
+
+from anchors import decode, make_anchors
+from coco import Annotations, Detections, to_xywh
+from data import FaceDataset, eval_batches, make_loader, to_input, to_tensor
+from distributed import choose_device, gather
+from model import SSD, Config, load_model
+from pictures import load_picture
+from runtimes import SUFFIXES, open_network
+from script import InputError, bad_values
+
+SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces on a picture
+MODEL = str(Path(__file__).resolve().parent / "weights/face_ssd300.pth")  # the shipped network
+
+
+def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor,
+                score: float = SCORE) -> list[torch.Tensor]:
+    """Make faces of raw outputs: logits `[B, A, 2]`, offsets `[B, A, 4]`, anchors `[A, 4]` to B tensors `[K, 5]`.
+
+    A face is xyxy in pixels of the network input and its score, best first: softmax score above `score`,
+    NMS at IoU 0.45, at most 200. Boxes may reach outside the input; `to_picture` clips them.
+    """
+    scores, boxes = logits.float().softmax(-1)[..., 1], decode(offsets.float(), anchors)  # [B, A], [B, A, 4]
+    faces = []
+    for own_scores, own_boxes in zip(scores, boxes):
+        likely = own_scores > score
+        own_scores, own_boxes = own_scores[likely], own_boxes[likely]
+        kept = nms(own_boxes, own_scores, NMS_IOU)[:TOP]
+        faces.append(torch.cat([own_boxes[kept], own_scores[kept, None]], 1))
+    return faces
+
+
+def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.ndarray:
+    """Scale faces `[K, 5]` from pixels of the network input to pixels of the picture, and clip them to it.
+
+    Returns float64 `[K, 5]`. Both sizes are (width, height). Boxes change from one to the other only here.
+    """
+    scale = np.tile(np.divide(picture_size, input_size), 2)
+    boxes = torch.from_numpy(np.asarray(faces[:, :4], np.float64) * scale)
+    boxes = clip_boxes_to_image(boxes, picture_size[::-1]).numpy()
+    return np.concatenate([boxes, np.asarray(faces[:, 4:], np.float64)], 1)
+
+
+class TorchDetector:
+    """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
+
+    Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own. A larger
+    one finds smaller faces, since anchors keep their pixels.
+    """
+
+    def __init__(self, model: SSD, size: tuple | None = None, device: str = "cpu", rounded: bool = True):
+        self.model, self.device = model.to(device).eval(), device
+        self.size = size or (model.config.input_width, model.config.input_height)
+        self.anchors = make_anchors(model.config, self.size, rounded).to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> list[np.ndarray]:
+        logits, offsets = self.model(to_input(images.to(self.device)))
+        return [faces.cpu().numpy() for faces in postprocess(logits, offsets, self.anchors)]
+
+
+class ExportedDetector:
+    """An exported network with its input convention; it is used as a TorchDetector is.
+
+    `size` is (width, height) of the pictures it takes. It is None for models with embedded preprocessing:
+    these take whole pictures, one at a time. `colour` is RGB or BGR, `white` the value of white in the
+    input (1 or 255), `head` one of export.py's.
+    """
+
+    def __init__(self, network, colour: str, white: int, head: str):
+        self.network, self.colour, self.white, self.head = network, colour, white, head
+        self.size = None if network.uint8 else tuple(network.shape[:1:-1])
+        if head == "raw":
+            config = Config(*self.size, anchors=json.loads(network.metadata["anchors"]))
+            self.anchors = make_anchors(config)
+
+    def __call__(self, images: torch.Tensor) -> list[np.ndarray]:
+        images = images.flip(1) if self.colour == "BGR" else images
+        if self.size is None:
+            return [
+                self._faces(self.network(image[None].permute(0, 2, 3, 1).contiguous().numpy()), image.shape)
+                for image in images
+            ]
+        images = (to_input(images) if self.white == 1 else images.float()).contiguous()
+        if self.head == "raw":
+            logits, offsets = map(torch.from_numpy, self.network(images.numpy()))
+            return [faces.numpy() for faces in postprocess(logits, offsets, self.anchors)]
+        return [self._faces(self.network(image[None].numpy()), image.shape) for image in images]
+
+    def _faces(self, outputs, shape):
+        """Make faces `[K, 5]`, best first, of the outputs for one picture of `shape` (3, H, W)."""
+        if self.head == "generic":
+            faces = outputs[0]
+        else:
+            rows = outputs[0].reshape(
+                -1, 7
+            )  # image, label, score, box in 0-1; what is not a face has image -1
+            rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]
+            faces = np.concatenate([rows[:, 3:] * np.float32(shape[:0:-1] * 2), rows[:, 2:3]], 1)
+        return faces[np.argsort(-faces[:, 4], kind="stable")]
+
+
+def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: str | None = None,
+                  colour: str | None = None, white: int | None = None, threads: int = 0):
+    """Load a model file (.pth, .onnx, .xml) as a detector: a TorchDetector or an ExportedDetector.
+
+    Without `path` it is the network that ships with this repository. `size` (width, height) overrides a
+    checkpoint's input size. `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of
+    others takes. `threads` limits an exported model's. Raises InputError.
+    """
+    if not Path(path).is_file():
+        hint = ("train one (python train.py makes runs/face/best.pth) or name one with --model"
+                if str(path) == MODEL else "name a checkpoint with --model")
+        raise InputError(f"{path}: no such model; {hint}")
+    if Path(path).suffix in SUFFIXES:
+        return _load_exported(path, size, colour, white, threads)
+    if colour or white:
+        raise InputError(f"{path}: a checkpoint's input is known; "
+                         "--colour and --range are for exported models of others")
+    with bad_values():
+        return TorchDetector(load_model(path), size, choose_device(device))
+
+
+def _load_exported(path, size, colour, white, threads):
+    """The detector of an .onnx or .xml file: what it takes is in its metadata, or the caller says it."""
+    network = open_network(path, threads)
+    metadata, shape = network.metadata, network.shape
+    if "head" in metadata:
+        if colour or white:
+            raise InputError(f"{path}: says itself what it takes ({metadata['colour']}, "
+                             f"{metadata['value_range']}); leave --colour and --range out")
+        white = int(metadata["value_range"].split("-")[1])
+        detector = ExportedDetector(network, metadata["colour"], white, metadata["head"])
+    else:
+        if not colour or not white:
+            raise InputError(f"{path}: was not written by export.py; say what it takes with "
+                             "--colour rgb|bgr and --range 1|255")
+        if len(shape) != 4 or shape[1] != 3 or None in shape[2:] or network.uint8:
+            raise InputError(f"{path}: its input is {shape}, float [1, 3, H, W] expected")
+        detector = ExportedDetector(network, colour.upper(), white, "detection_output")
+        outputs = network(np.zeros([1, *shape[1:]], np.float32))
+        if len(outputs) != 1 or outputs[0].shape[-1] != 7:
+            raise InputError(f"{path}: its outputs are {[list(o.shape) for o in outputs]}, "
+                             "one [1, 1, N, 7] expected")
+    if size and size != detector.size:
+        takes = (
+            "takes pictures of any size" if detector.size is None else "takes {}x{}".format(*detector.size)
+        )
+        raise InputError(f"{path}: {takes}; an exported model's size is fixed, see export.py --size")
+    return detector
+
+
+def detect(detector, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """Find the faces on one picture: `[K, 5]`, xyxy in its pixels and the score, best first.
+
+    `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`. All 200 best are there, the doubtful
+    too: keep those of a score above, say, 0.4. Raises InputError if a file cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        image = load_picture(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image = image.convert("RGB")
+    size = detector.size or image.size  # without one, it takes whole pictures
+    pixels = to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+    return to_picture(detector(pixels[None])[0], size, image.size)
+
+
+def detect_all(detector, annotations: Annotations, batch_size: int = 16, workers: int = 2, rank: int = 0,
+               processes: int = 1) -> tuple[Detections, dict]:
+    """Find the faces on all photos of some Annotations: Detections sorted by photo, {index: line} of unreadable ones.
+
+    Several processes share the photos. Each gets the whole result, the same as one process would.
+    """
+    # A detector without a size takes whole pictures, one at a time.
+    batches = eval_batches(len(annotations.ids), batch_size if detector.size else 1, rank, processes)
+    loader = make_loader(FaceDataset(annotations, *(detector.size or ())), batches, workers)
+    found, errors = {}, {}
+    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=True if rank else None):
+        for index, size, faces in zip(batch.index, batch.sizes, detector(batch.images)):
+            found[index] = to_picture(faces, detector.size or size, size)
+        errors |= batch.errors
+    found, errors = gather(found), gather(errors)
+    faces = {index: found[index] for index in sorted(found) if index not in errors}
+    stacked = np.concatenate([np.zeros((0, 5)), *faces.values()])
+    image = np.repeat(np.array(list(faces), np.int64), [len(own) for own in faces.values()])
+    return Detections(image, to_xywh(stacked[:, :4]), stacked[:, 4]), errors

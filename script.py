@@ -1,0 +1,177 @@
+"""What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
+
+This file does not import torch, so a wrong file is reported before anything slow is loaded.
+"""
+import argparse
+import functools
+import json
+import os
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
+PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+TROUBLE = {  # what libraries say when the machine gives up: what we say
+    "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
+                         "lower --workers or --batch-size",
+    "out of memory": "out of memory: lower --batch-size or --size",
+    "allocate": "out of memory: lower --batch-size, --size or --workers"}
+
+
+class InputError(Exception):
+    """Bad input from outside. The message is one line: which file, which entry, what to do."""
+
+
+def command(main):
+    """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
+
+    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
+    with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
+    each process reports its own trouble once it has joined the others; what all of them meet before
+    that is reported once.
+    """
+    def fail(text):
+        distributed = sys.modules.get("torch.distributed")
+        if os.environ.get("RANK", "0") == "0" or distributed and distributed.is_initialized():
+            name = Path(sys.modules[main.__module__].__file__).name
+            print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
+        sys.exit(2)
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        except ValueError:
+            pass  # only the main thread may set handlers; elsewhere SIGTERM keeps its default
+        try:
+            return main(argv)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
+            sys.exit(0)
+        except (InputError, OSError) as error:
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            fail(text)
+        except (RuntimeError, MemoryError) as error:
+            said = "out of memory" if isinstance(error, MemoryError) else str(error)
+            known = [line for words, line in TROUBLE.items() if words in said]
+            if not known:  # a bug of ours
+                raise
+            fail(known[0])
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+    return wrapped
+
+
+@contextmanager
+def bad_values():
+    """Turn a ValueError into an InputError. model.py raises ValueError, as it imports nothing of ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def parse_size(text):
+    """Parse `S` or `WxH` (such as 320x240) to (width, height) in pixels, for argparse."""
+    try:
+        width, height = (
+            int(side) for side in (text.lower().split("x") if "x" in text.lower() else (text, text))
+        )
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
+    if not 16 <= min(width, height) <= max(width, height) <= 8192:
+        raise argparse.ArgumentTypeError(f"{text!r}: sides between 16 and 8192 pixels expected")
+    return width, height
+
+
+def parse_sides(text):
+    """Parse `WxH` in fractions of pixels (such as 9.4x15) to (width, height), for argparse."""
+    try:
+        width, height = (float(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sides, WxH expected") from None
+    return width, height
+
+
+def parse_picture(text):
+    """Accept the name of a picture to write, for argparse: its ending must be one that can be written."""
+    if Path(text).suffix.lower() not in PICTURES_OUT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name for a picture, something like {Path(text).stem}.png expected")
+    return text
+
+
+def new_parser(description):
+    """An argument parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+class FlagFileParser(argparse.ArgumentParser):
+    """An argument parser that takes `@FILE`: flags as on the command line, with # comments."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        """Split one line of the file (argparse calls this).
+
+        From Python 3.12 on, bytes that are no text arrive as surrogates, which encode() refuses.
+        """
+        return shlex.split(line.encode().decode(), comments=True)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does, and refuse files it would choke on: no text, open quotes, endless loops."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except (ValueError, RecursionError) as error:
+            self.error(f"a file of flags cannot be read: {error}")
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`. On success it replaces `path`; on any error it is removed.
+
+    A reader sees the old file or the new one, never half of either. Raises InputError if nothing can
+    be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, a file is to be written there")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(
+        f".{path.stem}.{os.getpid()}{path.suffix}"
+    )  # libraries choose the format by suffix
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file
+        raise InputError(f"{path}: {error.strerror or error}; not written, what was there is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write `content` as JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8")
+
+
+def read_json(path):
+    """Read a JSON file. Raises InputError if it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: a byte order mark is accepted
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
+        raise InputError(f"{path}: not JSON ({error})") from None

@@ -1,0 +1,148 @@
+"""coco.py: what is read, what is refused and in which words, and results that survive the round trip."""
+import json
+
+import numpy as np
+import pytest
+
+from coco import Detections, join, read_annotations, read_results, to_results
+from script import InputError, write_json
+
+
+def coco(**changes):
+    """A small COCO content: image 7 with faces, image 3 without."""
+    content = {
+        "images": [
+            {"id": 7, "file_name": "a.jpg", "width": 100, "height": 80},
+            {"id": 3, "file_name": "b.jpg"},
+        ],
+        "annotations": [
+            {"id": 5, "image_id": 7, "category_id": 2, "bbox": [10, 20, 30.5, 40], "area": 900, "iscrowd": 0},
+            {"id": 6, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]},
+        ],
+        "categories": [{"id": 2, "name": "face"}],
+    }
+    return content | changes
+
+
+def read(folder, content):
+    (folder / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_annotations(folder / "x.json")
+
+
+def test_reads_what_is_there(tmp_path):
+    faces = read(tmp_path, coco())
+    assert faces.ids.tolist() == [7, 3] and faces.image.tolist() == [0, 0] and faces.category == 2
+    assert faces.xywh.tolist() == [[10, 20, 30.5, 40], [1, 2, 3, 4]] and faces.area.tolist() == [900, 12]
+    assert faces.sizes.tolist() == [[100, 80], [0, 0]] and not faces.ignored.any()
+    assert faces.file(1) == tmp_path / "b.jpg"
+
+
+def face(**changes):
+    return [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]} | changes]
+
+
+@pytest.mark.parametrize(
+    "bbox, more",
+    [
+        ([1, 2, 0, 4], {}),
+        ([1, 2, 3, -4], {}),
+        ([100, 2, 5, 5], {}),
+        ([-9, 2, 9, 5], {}),
+        ([1, 2, 3, 4], {"iscrowd": 1}),
+    ],
+)
+def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more):
+    faces = read(tmp_path, coco(annotations=face(bbox=bbox, **more)))
+    assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
+
+
+def test_other_categories_are_left_out(tmp_path):
+    faces = read(tmp_path, coco(annotations=face() + face(id=2, category_id=9),
+                                categories=[{"id": 9, "name": "person"}, {"id": 2, "name": "Face"}]))
+    assert len(faces.image) == 1 and faces.counts["of other categories"] == 1
+    assert read(tmp_path, coco(categories=[{"id": 2, "name": "head"}])).category == 2
+
+
+def test_no_faces_at_all(tmp_path):
+    faces = read(tmp_path, coco(annotations=[]))
+    assert faces.xywh.shape == (0, 4) and faces.counts["images without faces"] == 2
+
+
+def test_byte_order_mark(tmp_path):
+    assert len(read(tmp_path, "\ufeff" + json.dumps(coco())).image) == 2
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", 'no list "images"'),
+        ({"images": []}, 'no list "annotations"'),
+        (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
+        (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
+        (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
+        (coco(images=["a"]), 'images[0] has no integer "id"'),
+        (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
+        (coco(annotations=face() * 2), "annotations[1] repeats id 1"),
+        (coco(annotations=face(id=None)), 'annotations[0] has no integer "id"'),
+        (coco(annotations=face(image_id=99)), "annotation 1 belongs to image 99"),
+        (coco(annotations=face(image_id=[7])), "annotation 1 belongs to image [7]"),
+        (coco(annotations=face(bbox=[1, 2, 3])), "bbox is [1, 2, 3], 4 finite numbers expected"),
+        (coco(annotations=face(bbox=[1, 2, 3, float("nan")])), "4 finite numbers expected"),
+        (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
+        (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
+        (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
+        (coco(annotations=face(area="big")), "area is big, a finite number expected"),
+        (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
+        (coco(categories=[]), "there are: none"),
+        (coco(categories="face"), "must be a list"),
+    ],
+)
+def test_refused(tmp_path, content, message):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, content)
+    assert message in str(error.value) and "x.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_one_that_is_no_text(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_annotations(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_annotations(tmp_path / "x.json")
+
+
+def test_several_sets_join_as_one(tmp_path):
+    (tmp_path / "other").mkdir()
+    one, two = read(tmp_path, coco()), read(tmp_path / "other", coco())
+    both = join([one, two])
+    assert both.ids.tolist() == [1, 2, 3, 4] and both.image.tolist() == [0, 0, 2, 2] and len(both.xywh) == 4
+    assert both.file(2).resolve() == two.file(0).resolve() and both.counts["images"] == 4
+    assert join([one]) is one
+
+
+def test_results_survive_the_round_trip(tmp_path):
+    faces = read(tmp_path, coco())
+    rng = np.random.default_rng(0)
+    image, xywh, score = rng.integers(0, 2, 50), rng.uniform(0, 1000, (50, 4)), rng.random(50)
+    write_json(tmp_path / "r.json", to_results(faces, Detections(image, xywh, score)))
+    again = read_results(tmp_path / "r.json", faces)
+    for got, written in zip((again.image, again.xywh, again.score), (image, xywh, score)):
+        assert np.array_equal(got, written)
+
+
+def test_refused_results(tmp_path):
+    faces = read(tmp_path, coco())
+    good = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for change, message in (
+        ({"image_id": 8}, "image 8"),
+        ({"score": float("nan")}, "score is nan"),
+        ({"bbox": [1]}, "bbox is"),
+    ):
+        (tmp_path / "r.json").write_text(json.dumps([good, good | change]))
+        with pytest.raises(InputError, match=message):
+            read_results(tmp_path / "r.json", faces)
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(InputError, match="not COCO results"):
+        read_results(tmp_path / "r.json", faces)

@@ -1,0 +1,86 @@
+"""From raw outputs to faces: postprocessing, scaling, any kind of picture as input."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+from anchors import encode, make_anchors
+from detector import NMS_IOU, TOP, TorchDetector, detect, load_detector, postprocess, to_picture
+from model import Config, checkpoint
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory, small):
+    path = tmp_path_factory.mktemp("model") / "small.pth"
+    torch.save(checkpoint(small), path)
+    return path
+
+
+def outputs(config, faces, scores):
+    """Raw outputs that say: `faces` `[N, 4]` with `scores`, each at an anchor of its own."""
+    anchors = make_anchors(config)
+    logits, offsets = torch.zeros(1, len(anchors), 2), torch.zeros(1, len(anchors), 4)
+    logits[..., 0] = 20
+    for n, (face, score) in enumerate(zip(faces, scores)):
+        logits[0, n * 7] = torch.tensor([0.0, float(np.log(score / (1 - score)))])
+        offsets[0, n * 7] = encode(face, anchors[n * 7])
+    return logits, offsets, anchors
+
+
+def test_postprocess_finds_what_the_outputs_say():
+    faces = torch.tensor([[10.0, 10, 30, 40], [11, 10, 31, 40], [60, 60, 90, 100], [200, 200, 340, 320]])
+    found, = postprocess(*outputs(Config(), faces, [0.6, 0.9, 0.019, 0.3]))
+    torch.testing.assert_close(
+        found[:, :4], faces[[1, 3]], rtol=1e-4, atol=1e-3
+    )  # best first, one repeat and one weak left out
+    assert found[:, 4].tolist() == pytest.approx([0.9, 0.3], rel=1e-4)
+
+
+def test_postprocess_limits_and_separates():
+    torch.manual_seed(0)
+    anchors = make_anchors(Config())
+    for faces in postprocess(torch.randn(3, 3249, 2), torch.randn(3, 3249, 4), anchors):
+        assert len(faces) <= TOP and (faces[:-1, 4] >= faces[1:, 4]).all()
+        iou = box_iou(faces[:, :4], faces[:, :4]).fill_diagonal_(0)
+        assert iou.max() <= NMS_IOU
+    nothing = torch.tensor([9.0, -9]).expand(1, 3249, 2)
+    assert postprocess(nothing, torch.zeros(1, 3249, 4), anchors)[0].shape == (0, 5)
+
+
+def test_to_picture_scales_and_clips():
+    faces = np.array([[30, 30, 60, 90, 0.5], [-10, 290, 400, 310, 0.4]], np.float32)
+    expected = [[60, 20, 120, 60, 0.5], [0, 290 / 1.5, 600, 200, np.float32(0.4)]]
+    np.testing.assert_allclose(to_picture(faces, (300, 300), (600, 200)), expected)
+    assert to_picture(faces[:0], (300, 300), (600, 200)).shape == (0, 5)
+
+
+def test_a_larger_size_keeps_the_anchors_pixels(small):
+    detector = TorchDetector(small, (128, 96))
+    assert (
+        torch.equal(detector.anchors[:9], TorchDetector(small).anchors[:9])
+        and len(detector.anchors) == 8 * 6 * 9
+    )
+    faces = detector(torch.randint(0, 255, (2, 3, 96, 128), dtype=torch.uint8))
+    assert len(faces) == 2 and all(own.shape[1] == 5 for own in faces)
+
+
+def test_the_same_faces_from_a_detector_and_from_raw_outputs(model_file):
+    detector = load_detector(str(model_file), device="cpu")
+    images = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8)
+    together = detector(images)
+    for image, faces in zip(images, together):
+        np.testing.assert_allclose(detector(image[None])[0], faces, rtol=1e-4, atol=1e-4)
+
+
+def test_a_path_a_picture_and_an_array_give_the_same_faces(model_file, sample):
+    path, detector = next((sample / "val").rglob("*.jpg")), load_detector(model_file, device="cpu")
+    expected, image = detect(detector, path), Image.open(path)
+    assert len(expected) and (expected[:, 2:4] <= image.size).all()
+    for picture in (str(path), image, np.array(image)):
+        np.testing.assert_array_equal(detect(detector, picture), expected)
+
+
+def test_without_a_path_the_shipped_network_is_loaded_whatever_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_detector(device="cpu").size == (300, 300)

@@ -1,0 +1,82 @@
+"""script.py: files that appear whole or not at all, flag types, exit codes."""
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from script import InputError, command, parse_size, whole_file, write_json
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    (tmp_path / "x.txt").write_text("old")
+    for error, seen in (
+        (KeyError("x"), KeyError),
+        (OSError(errno.ENOSPC, "No space left on device"), InputError),
+    ):
+        with pytest.raises(seen):
+            with whole_file(tmp_path / "x.txt") as temporary:
+                temporary.write_text("half")
+                raise error
+        assert (tmp_path / "x.txt").read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+    with pytest.raises(InputError, match="is a folder"):
+        with whole_file(tmp_path):
+            pass
+    with pytest.raises(InputError, match="No space left"):
+        with whole_file(tmp_path / "x.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", [float("nan")])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("300", (300, 300)), ("320x240", (320, 240)), ("320X240", (320, 240))]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "99999", "-300", "3.5"])
+def test_no_sizes(text):
+    with pytest.raises(Exception, match="expected"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("body, code, line", [
+    ("raise InputError('x.json: bad')", 2, "tool.py: x.json: bad"),
+    ("open('absent/file')", 2, "tool.py: absent/file: No such file or directory"),
+    ("raise KeyboardInterrupt", 130, "interrupted"),
+    ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, ""),
+    ("raise ZeroDivisionError", 1, "ZeroDivisionError"),  # a bug of ours stays a traceback
+])
+def test_exit_codes(tmp_path, body, code, line):
+    (tmp_path / "tool.py").write_text(
+        f"from script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "tool.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    assert (done.returncode, done.stderr.strip().splitlines()[-1:]) == (code, [line] if line else [])
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(f"{sys.executable} flops.py | head -1", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("layer")
+
+
+def test_signal_handler_is_left_alone_outside_the_main_thread():
+    from threading import Thread
+    before = signal.getsignal(signal.SIGTERM)
+    thread = Thread(target=command(lambda argv: None))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
