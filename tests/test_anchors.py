@@ -29,10 +29,10 @@ def test_unrounded_anchors_are_centred_on_the_cell():
 @pytest.mark.parametrize("rounded", [True, False])
 def test_order_is_the_heads(rounded):
     config = Config(64, 48)
-    boxes = make_anchors(config, rounded).view(3, 4, 9, 4)
+    boxes = make_anchors(config, rounded=rounded).view(3, 4, 9, 4)
     torch.testing.assert_close(boxes[2, 1] - boxes[0, 0], torch.tensor([16.0, 32, 16, 32]).expand(9, 4))
     assert len(make_anchors(Config())) == 3249
-    assert torch.equal(make_anchors(config, rounded, (19, 19)), make_anchors(Config(), rounded))
+    assert torch.equal(make_anchors(config, (300, 300), rounded), make_anchors(Config(), rounded=rounded))
 
 
 def random_boxes(generator, n, low=1.0, high=200.0):
@@ -42,7 +42,7 @@ def random_boxes(generator, n, low=1.0, high=200.0):
 
 def test_decode_inverts_encode():
     generator = torch.Generator().manual_seed(0)
-    own = make_anchors(Config(), False)[torch.randint(3249, (500,), generator=generator)]
+    own = make_anchors(Config(), rounded=False)[torch.randint(3249, (500,), generator=generator)]
     boxes = random_boxes(generator, 500)
     torch.testing.assert_close(decode(encode(boxes, own), own), boxes, rtol=1e-4, atol=2e-3)
 

@@ -99,7 +99,7 @@ def test_evaluation_and_detection_with_unreadable_pictures(world, tmp_path, caps
         importlib.import_module("detect").main, "pictures", "--model", "good.pth", "--out", tmp_path / "d"
     )
     assert (
-        f"{len(names) - len(UNUSUAL) - 2} of {len(names)} could not be read" in line
+        f"{len(names) - len(UNUSUAL) - 2} of {len(names)} failed" in line
     )  # two are wrong only in size.json
     assert len(json.loads((tmp_path / "d/detections.json").read_text())) == len(UNUSUAL) + 2
 
@@ -218,13 +218,13 @@ def test_a_killed_worker_in_training(world, tmp_path, capsys, refused, monkeypat
     flags = [*TRAIN, "--data", "train.json", "--out", tmp_path / "r", "--workers", 1]
     accepted(capsys, "train", *flags, "--epochs", 1)
     before = (tmp_path / "r/last.pth").read_bytes()
-    monkeypatch.setattr(data.FaceDataset, "_read", deadly)  # the worker, forked, has it
+    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)  # the worker, forked, has it
     assert "a loading process was killed" in refused(train.main, *flags, "--epochs", 2, "--resume")
     assert (tmp_path / "r/last.pth").read_bytes() == before
 
 
 def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(data.FaceDataset, "_read", deadly)
+    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)
     line = refused(
         evaluate.main,
         "--data",
