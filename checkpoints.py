@@ -5,53 +5,79 @@ learned and differ in their noise: the mean keeps the one and loses the other (M
 2022). A share of the start forgets less (WiSE-FT, Wortsman et al. 2022):
 
     python checkpoints.py runs/a/last.pth runs/b/last.pth --out soup.pth
-    python checkpoints.py start.pth runs/a/last.pth --shares 1 4 --out milder.pth  # 4 / 5 of the way from the start
-    python checkpoints.py runs/a/last.pth --out slim.pth                           # weights and configuration only
+    python checkpoints.py start.pth runs/a/last.pth --shares 1 4 --out milder.pth   # 4/5 of the way
+    python checkpoints.py runs/a/last.pth --out slim.pth                            # weights and config only
 """
 
 import io
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import (
-    SSD,
-    Config,
-    checkpoint,
-    config_of,
-    load_imagenet,
-    load_model,
-    load_weights,
-    read_checkpoint,
-    rebuild,
-)
+from distributed import launch_id
+from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
+                   read_checkpoint, rebuild)
 from script import InputError, bad_values, command, new_parser, whole_file
 
 
-def check_out(args):
-    """Settle --resume: a run is never overwritten, and one that torchrun has restarted goes on by itself."""
+def find_checkpoint(args):
+    """Settle --resume: the content of the checkpoint to continue, or None for a new run.
+
+    A run is never overwritten. One that this launch of torchrun began goes on by itself when torchrun
+    restarts it.
+    """
     last = Path(args.out) / "last.pth"
-    if last.exists() and args.resume != "" and Path(args.resume or "") != last:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-            raise InputError(
-                f"{last} exists: continue that run with --resume, or name another folder with --out"
-            )
-        args.resume = ""
-    if args.resume == "":
-        args.resume = str(last)
-    if args.resume and not os.path.exists(args.resume):
-        raise InputError(f"{args.resume}: no checkpoint to resume")
+    path = str(last) if args.resume == "" else args.resume
+    own = path is not None and os.path.realpath(path) == os.path.realpath(last)
+    if last.exists() and not own:
+        if not continues(last):
+            raise InputError(f"{last} exists: continue that run with --resume, "
+                             "or name another folder with --out")
+        path = str(last)
+    if path is None:
+        return None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no checkpoint to resume")
+    with bad_values():
+        content = read_checkpoint(path)
+    check_run(content, path)
+    return content | {"path": path}
+
+
+def continues(last):
+    """Whether the run of the checkpoint `last` was begun, or resumed, by this launch of torchrun."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    with bad_values():
+        return read_checkpoint(last).get("launch") == launch_id()
+
+
+def check_run(content, path):
+    """Refuse a checkpoint that is none of a run."""
+    kinds = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "sums": torch.Tensor,
+             "flags": dict}
+    if not kinds.keys() <= content.keys():
+        raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
+    wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    wrong += [key for key in ("epoch", "step", "done") if key not in wrong and content[key] < 0]
+    if "sums" not in wrong and content["sums"].shape != (4,):
+        wrong.append("sums")
+    if wrong:
+        raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
+    if "hold" in content["flags"]:  # the flag's name in older checkpoints
+        content["flags"]["distill"] = content["flags"].pop("hold")
 
 
 def claim(out):
     """Lock the folder of a run: no other run may write there while the returned file is open.
 
-    The lock ends with this process. lockf, not flock: its locks are not inherited by loading processes,
-    which outlive a killed run by seconds.
+    What a killed run left half-written is removed. The lock ends with this process. lockf, not flock: its
+    locks are not inherited by loading processes, which outlive a killed run by seconds.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "w")
@@ -62,23 +88,20 @@ def claim(out):
         raise InputError(f"{out}: another run is writing there; let it end, "
                          "or name another folder with --out") from None
     except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
+        return file  # Windows, or a file system without locks
+    for left in out.iterdir():
+        if re.fullmatch(r"\.(last|best|log|curves)\.\d+\.\w+", left.name):  # script.whole_file's names
+            left.unlink(missing_ok=True)
     return file
 
 
 def report_changes(args, content):
-    """Print which flags differ from those of the checkpoint that is resumed."""
+    """Print which flags differ from those of the checkpoint that is resumed. They are what is used."""
     before = content["flags"]
-    shapes = {
-        "resume",
-        "out",
-        "workers",
-        "device",
-        "size",
-        "width",
-        "anchors",
-    }  # the architecture is checked apart
-    for key in sorted((vars(args).keys() & before.keys()) - shapes):
+    silent = {"resume", "out", "workers", "device", "size", "width", "anchors", "pretrained"}
+    if not args.distill:
+        silent.add("load_from")  # else it is the teacher
+    for key in sorted((vars(args).keys() & before.keys()) - silent):
         now = getattr(args, key)
         if now != before[key]:
             print(f"resumed with --{key.replace('_', '-')} {now}, it was {before[key]}")
@@ -93,44 +116,59 @@ def wanted_config(args, config):
     return Config(width, height, config.width if args.width is None else args.width, anchors)
 
 
-def make_model(args):
-    """The model to train, on the CPU, and the content of the checkpoint it resumes (None for a new run)."""
-    if args.resume:
-        return resume_model(args)
-    if args.load_from:  # its anchors are kept at any input size, being pixels
-        model = SSD(wanted_config(args, config_of(read_checkpoint(args.load_from), args.load_from)))
+def make_model(args, content):
+    """The model to train, on the CPU: that of the checkpoint `content` to resume, or of a new run."""
+    if content:
+        return resume_model(args, content)
+    if args.load_from:
+        if args.pretrained is not None:
+            tqdm.write("--load-from brings all weights: --pretrained is not used")
+        own = config_of(read_checkpoint(args.load_from), args.load_from)
+        config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
+        if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
+            tqdm.write(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
+                       "learned for those")
+        model = SSD(config)
         unfit = load_weights(model, args.load_from)
         if unfit:
             tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: "
                        + ", ".join(unfit[:8]))
-        return model, None
+        return model
     model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))
     if args.pretrained is not None:
         load_imagenet(model, args.pretrained or None)
-    return model, None
+    return model
 
 
-def resume_model(args):
-    """The model of the checkpoint that --resume names, and the checkpoint's content."""
-    content = read_checkpoint(args.resume)
-    config = config_of(content, args.resume)
-    if not {"optimizer", "epoch", "step", "done", "best", "sums", "flags"} <= content.keys():
-        raise InputError(
-            f"{args.resume}: holds weights only, nothing to resume; start from it with --load-from"
-        )
+def resume_model(args, content):
+    """The model of a checkpoint's content; its architecture must be what the flags ask for."""
+    path = content["path"]
+    config = config_of(content, path)
     wanted = asdict(wanted_config(args, config))
     changed = [f"{key} is {value}, not {wanted[key]}" for key, value in asdict(config).items()
                if value != wanted[key]]
     if changed:
-        raise InputError(f"{args.resume}: the architecture of a run cannot change: " + "; ".join(changed))
-    flags = content["flags"]
-    if "hold" in flags:  # the flag's name in older checkpoints
-        flags["distill"] = flags.pop("hold")
-    return rebuild(content, content["state_dict"], args.resume), content
+        raise InputError(f"{path}: the architecture of a run cannot change: " + "; ".join(changed))
+    return rebuild(content, content["state_dict"], path)
+
+
+def load_momentum(optimizer, content):
+    """Take the momentum out of a checkpoint's content. The rates and the decay stay those of the flags."""
+    state, groups = content["optimizer"].get("state"), optimizer.state_dict()["param_groups"]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    try:
+        for number, own in state.items():
+            buffer = own["momentum_buffer"]
+            fits = buffer is None or buffer.shape == parameters[number].shape and buffer.isfinite().all()
+            if not fits:
+                raise ValueError
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{content['path']}: cannot be resumed, its optimizer is of another model") from None
 
 
 def load_teacher(args, config):
-    """The network that --distill learns from: that of --load-from, with the anchors of the model in training."""
+    """The network that --distill learns from: that of --load-from. Its anchors must be those of `config`."""
     with bad_values():
         teacher = load_model(args.load_from)
     if teacher.config.anchors != config.anchors:

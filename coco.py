@@ -1,8 +1,10 @@
-"""COCO files: annotations and detection results, read with checks. Boxes stay `xywh` in float64, as in the files.
+"""COCO files: annotations and detection results, read with checks.
 
-`xywh` is x, y, width, height in pixels. The two evaluation protocols are defined on it to the last digit.
+Boxes stay `xywh` (x, y, width, height in pixels, float64) as in the files. The two evaluation protocols are
+defined on it, to the last digit.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,8 +50,15 @@ class Annotations:
         """The path of photo `index`."""
         return self.path.parent / self.names[index]
 
+    def fingerprint(self) -> str:
+        """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def without(self, dropped, detections: Detections):
-        """Leave out the photos at the indices `dropped`: (Annotations, Detections) with indices renumbered."""
+        """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
         kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))
         faces = np.isin(self.image, kept)
         found = np.isin(detections.image, kept)
@@ -183,14 +192,10 @@ def _check_ids(path, kind, entries):
 
 def _face_category(path, categories, annotations):
     """Choose the id of the category `face`, or of the only one. Without `categories` those in use count."""
-    listed = (
-        ([{"id": a.get("category_id")} for a in annotations] or [{"id": 1}])
-        if categories is None
-        else categories
-    )
+    listed = (([{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]) if categories is None
+              else categories)
     if not isinstance(listed, list) or not all(
-        isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed
-    ):
+        isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed):
         raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
     categories = list({c["id"]: c for c in listed}.values())
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]

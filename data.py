@@ -19,16 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
 from coco import Annotations, read_annotations, to_xyxy
-from pictures import (
-    IGNORED,
-    contact_sheet,
-    decode_picture,
-    draw_faces,
-    load_picture,
-    open_picture,
-    save_picture,
-    upright_size,
-)
+from pictures import (IGNORED, contact_sheet, decode_picture, draw_faces, load_picture, open_picture,
+                      save_picture, upright_size)
 from script import InputError, command, new_parser, parse_picture, parse_size, read_json, write_json
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
@@ -130,7 +122,7 @@ class Item:
 
 
 class FaceDataset(Dataset):
-    """The photos of some Annotations at network size. It holds nothing but arrays, which forked workers share.
+    """The photos of some Annotations at network size. It holds only arrays, which forked workers share.
 
     Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
     integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
@@ -152,11 +144,8 @@ class FaceDataset(Dataset):
     def __getitem__(self, key) -> Item:
         index, seed = key
         own = slice(self.starts[index], self.starts[index + 1])
-        faces, ignored, path = (
-            self.faces[own],
-            self.ignored[own],
-            self.folder / os.fsdecode(self.names[index]),
-        )
+        faces, ignored, path = (self.faces[own], self.ignored[own],
+                                self.folder / os.fsdecode(self.names[index]))
         try:
             if seed is None:  # decoded at full size: evaluation's resize is PIL's on the whole picture
                 image = load_picture(path)
@@ -179,12 +168,11 @@ class FaceDataset(Dataset):
             return Item(index, picture, np.zeros((0, 4), np.float32), np.zeros(0, bool), (1, 1), str(error))
         faces = faces.clip(0, picture.size * 2)
         ignored = ignored | (faces[:, 2:] <= faces[:, :2]).any(
-            1
-        )  # wholly outside; a json without sizes hides it
+            1)  # wholly outside; a json without sizes hides it
         return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, size)
 
     def augment(self, image, size, faces, ignored, seed):
-        """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored) at network size."""
+        """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored)."""
         rng, target = np.random.default_rng(seed), (self.width, self.height)
         view = random_view(rng, size, faces[~ignored])
         scale = target / (view[2:] - view[:2])
@@ -239,29 +227,33 @@ def collate(items: list[Item]) -> Batch:
 
 
 class TrainBatches:
-    """The batches of an epoch for one process: a pure function of seed, epoch and place, so any can be redone.
+    """The batches of an epoch for one process. They depend on seed, epoch and place alone: any can be redone.
 
     An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world`
     processes. Process `rank` takes every world-th photo. So the processes' k-th batches together are one
-    process's k-th batch of `world` times the size. Set `epoch` before iterating, and `start` to skip
-    batches that are done.
+    process's k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is
+    done of it.
     """
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
-        self.n, self.batch, self.repeat, self.seed, self.rank, self.world = (
-            n,
-            batch,
-            repeat,
-            seed,
-            rank,
-            world,
-        )
+        self.n, self.batch, self.repeat, self.seed, self.rank, self.world = (n, batch, repeat, seed, rank,
+            world)
         self.augment = augment
         self.epoch = self.start = 0
         self.total = math.ceil(math.ceil(n * repeat / world) / batch)
 
     def __len__(self):
         return self.total - self.start
+
+    def skip(self, done: int) -> int:
+        """Begin the epoch after `done` photos, at the last whole batch there: returns the photos that skips.
+
+        `done` may have been counted in batches of another size or by other processes. Photos may come
+        again then, but none is left out.
+        """
+        whole = self.batch * self.world
+        self.start = self.total if done >= self.n * self.repeat else done // whole
+        return self.start * whole
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n * self.repeat) % self.n
@@ -296,9 +288,9 @@ def make_loader(dataset: FaceDataset, batches, workers: int, device: str = "cpu"
 
 
 def _ignore_signals(_):
-    """Leave Ctrl-C, which reaches workers too, to the main process: it saves first, then ends them by SIGTERM."""
+    """Leave signals to the main process, which saves first. Workers end when it asks them to, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def describe(annotations: Annotations, min_face: int) -> list[str]:
@@ -308,12 +300,8 @@ def describe(annotations: Annotations, min_face: int) -> list[str]:
     lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
     if len(sides):
         quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
-        lines.append(
-            "smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}".format(
-                *quantiles
-            )
-            + f"; below {min_face} px: {(sides < min_face).sum():,}"
-        )
+        text = "smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
+        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
     return lines
 
 
@@ -322,9 +310,8 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
     content, photos = read_json(annotations.path), os.path.realpath(annotations.path.parent)
     kept_out = np.arange(len(annotations.ids)) % every == every - 1
     for path, own in ((train, ~kept_out), (val, kept_out)):
-        to_photos = os.path.relpath(
-            photos, os.path.dirname(os.path.realpath(path))
-        )  # names are relative to the json
+        # Names in a json are relative to it.
+        to_photos = os.path.relpath(photos, os.path.dirname(os.path.realpath(path)))
         images = [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()}
                   for n, image in enumerate(content["images"]) if own[n]]
         ids = set(annotations.ids[own].tolist())

@@ -25,7 +25,7 @@ VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 
 
 def find_inputs(arguments, out):
-    """List the picture and video files that the arguments name: files, folders (all within), globs; each once.
+    """List the pictures and videos that the arguments name: files, folders (all within), globs; each once.
 
     Results of an earlier run, in a folder `out` below a searched one, are left out. Raises InputError if an
     argument names nothing.
@@ -138,13 +138,8 @@ def parse_args(argv):
     add("inputs", nargs="+", help="pictures, folders, patterns, videos, or a webcam's number")
     add("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default: the shipped network)")
     add("--out", default="detections", help="folder of the results (default %(default)s)")
-    add(
-        "--sheet",
-        "--grid",
-        type=parse_picture,
-        metavar="PNG",
-        help="also lay the first 24 pictures side by side in one",
-    )
+    add("--sheet", "--grid", type=parse_picture, metavar="PNG",
+        help="also lay the first 24 pictures side by side in one")
     add("--score", type=float, default=0.4, help="least score of a face that is shown (default %(default)s)")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")

@@ -29,10 +29,10 @@ MODEL = str(Path(__file__).resolve().parent / "weights/face_ssd300.pth")  # the 
 
 def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor,
                 score: float = SCORE) -> list[torch.Tensor]:
-    """Make faces of raw outputs: logits `[B, A, 2]`, offsets `[B, A, 4]`, anchors `[A, 4]` to B tensors `[K, 5]`.
+    """Make faces of raw outputs: logits `[B, A, 2]`, offsets `[B, A, 4]`, anchors `[A, 4]`.
 
-    A face is xyxy in pixels of the network input and its score, best first: softmax score above `score`,
-    NMS at IoU 0.45, at most 200. Boxes may reach outside the input; `to_picture` clips them.
+    Returns B tensors `[K, 5]`: xyxy in pixels of the network input and the score, best first. Softmax score
+    above `score`, NMS at IoU 0.45, at most 200. Boxes may reach outside the input; `to_picture` clips them.
     """
     scores, boxes = logits.float().softmax(-1)[..., 1], decode(offsets.float(), anchors)  # [B, A], [B, A, 4]
     faces = []
@@ -181,19 +181,26 @@ def detect(detector, image: str | Path | Image.Image | np.ndarray) -> np.ndarray
 
 
 def detect_all(detector, annotations: Annotations, batch_size: int = 16, workers: int = 2, rank: int = 0,
-               processes: int = 1) -> tuple[Detections, dict]:
-    """Find the faces on all photos of some Annotations: Detections sorted by photo, {index: line} of unreadable ones.
+               processes: int = 1, check=None) -> tuple[Detections, dict]:
+    """Find the faces on all photos of some Annotations.
 
-    Several processes share the photos. Each gets the whole result, the same as one process would.
+    Returns Detections sorted by photo, and {index: line} of the photos that cannot be read. Several
+    processes share the photos. Each gets the whole result, the same as one process would. `check()` is
+    called before each batch, as often in every process.
     """
     # A detector without a size takes whole pictures, one at a time.
-    batches = eval_batches(len(annotations.ids), batch_size if detector.size else 1, rank, processes)
+    batch_size = batch_size if detector.size else 1
+    batches = eval_batches(len(annotations.ids), batch_size, rank, processes)
     loader = make_loader(FaceDataset(annotations, *(detector.size or ())), batches, workers)
     found, errors = {}, {}
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=True if rank else None):
+        if check:
+            check()
         for index, size, faces in zip(batch.index, batch.sizes, detector(batch.images)):
             found[index] = to_picture(faces, detector.size or size, size)
         errors |= batch.errors
+    if check and len(batches) < len(eval_batches(len(annotations.ids), batch_size, 0, processes)):
+        check()  # the first process has a batch more
     found, errors = gather(found), gather(errors)
     faces = {index: found[index] for index in sorted(found) if index not in errors}
     stacked = np.concatenate([np.zeros((0, 5)), *faces.values()])

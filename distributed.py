@@ -1,17 +1,26 @@
-"""Processes that work together, as torchrun starts them: join, leave, choose a device, share and gather.
+"""Processes that work together, as torchrun starts them: join, leave, choose a device, share, gather, stop.
 
-A run is distributed exactly when torchrun's variables are there.
+A run is distributed exactly when torchrun's variables are there. Alone, a process does all of this by itself.
 """
+import datetime
 import os
+import signal
+import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from script import InputError
 
+JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other at the start
+
 
 def choose_device(name: str | None = None) -> str:
-    """Check that the device `name` is there (else InputError). Without a name: cuda, mps or cpu, the first there is."""
+    """Check that the device `name` is there. Without a name, take cuda, mps or cpu, the first there is.
+
+    Raises InputError if it is not there.
+    """
     name = name or (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
@@ -39,11 +48,13 @@ def join_processes(device: str | None = None) -> tuple[int, int, str]:
     device = choose_device(device)
     if not dist.is_initialized():
         try:
-            store, rank, processes = next(dist.rendezvous("env://"))
+            store, rank, processes = next(dist.rendezvous("env://", timeout=JOIN))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun keeps one store through its restarts. Addresses of processes that died are still in it
-                # (pytorch/pytorch#135712). On several nodes the counts of restarts can differ: see docs.
+                # torchrun keeps one store through its restarts. Addresses of processes that died are still in
+                # it (pytorch/pytorch#135712). On several nodes the counts of restarts can differ: see docs.
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{other}" for other in range(processes)], JOIN)
             backend = "nccl" if device.startswith("cuda") else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
         except (RuntimeError, ValueError) as error:
@@ -61,7 +72,7 @@ def leave_processes() -> None:
 
 
 def gather(own: dict) -> dict:
-    """Merge the dicts of all processes: each gets the whole. Alone, a process keeps its own."""
+    """Merge the dicts of all processes: each gets the whole."""
     if not dist.is_initialized():
         return own
     parts = [None] * dist.get_world_size()
@@ -69,8 +80,102 @@ def gather(own: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give every process the first one's buffers: each has batch-norm statistics of its own, the first's are saved."""
+def together(make):
+    """Call `make()` in every process and return its result. If any raises InputError, all do.
+
+    So no process waits for one that has given up. Trouble that several have alike is reported once.
+    """
+    result, error = None, None
+    try:
+        result = make()
+    except InputError as caught:
+        error = caught
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    failed = gather({rank: str(error)} if error else {})
+    if error:
+        error.reported = str(error) in [line for other, line in failed.items() if other < rank]
+        raise error
+    if failed:
+        raise InputError(f"process {min(failed)} has given up: {failed[min(failed)]}", reported=True)
+    return result
+
+
+def from_first(make):
+    """Call `make()` in the first process, and give its result to all. Its InputError is raised in all."""
+    if not dist.is_initialized():
+        return make()
+    outcome, first = [None, None], dist.get_rank() == 0
+    if first:
+        try:
+            outcome[0] = make()
+        except InputError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise InputError(outcome[1], reported=not first)
+    return outcome[0]
+
+
+def share_weights(model: torch.nn.Module) -> None:
+    """Give every process the first one's weights and batch-norm statistics of a model."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def launch_id() -> str | None:
+    """Name this start of torchrun: the same in its restarts, another in the next. None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = os.getppid()  # process numbers are used again, start times are not
+    try:
+        started = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:  # no Linux
+        started = ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}/{socket.gethostname()}/{agent}/{started}"
+
+
+class StopFlag:
+    """Catches Ctrl-C and SIGTERM, and lets all processes stop at the same step whichever of them was told.
+
+    `at_once` says what a signal does: end this process now, or be remembered until the processes agree.
+    """
+
+    def __init__(self):
+        self.number, self.at_once = 0, False
+        # A group of its own, on the CPU: asking the others must not wait for a GPU.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._caught)
+
+    def _caught(self, number, _):
+        self.number = self.number or number
+        if self.at_once:
+            raise SystemExit(self.code)
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells expect of a process that a signal ended; 0 if there was none."""
+        return 128 + self.number if self.number else 0
+
+    def agreed(self) -> bool:
+        """Whether any process was told to stop. All processes must ask at the same moment."""
+        if self.group is not None:
+            told = torch.tensor(64 - self.number if self.number else 0)  # of several signals, Ctrl-C counts
+            dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
+            self.number = 64 - told.item() if told.item() else 0
+        return self.number > 0
+
+    def check(self) -> None:
+        """Exit if any process was told to stop. All processes must ask at the same moment."""
+        if self.agreed():
+            raise SystemExit(self.code)

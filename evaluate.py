@@ -1,10 +1,10 @@
-"""Measure a detector, or existing predictions: COCO's 12 numbers, AP by face size, WIDER FACE easy / medium / hard.
+"""Measure a detector or existing predictions: COCO's 12 numbers, AP by face size, WIDER easy, medium, hard.
 
-    python evaluate.py --data data/val.json                            # the shipped model; --out saves detections
+    python evaluate.py --data data/val.json                            # the shipped network
     python evaluate.py --data data/val.json --model runs/face/best.pth --size 640 --plot pr.png --worst 12
-    python evaluate.py --wider                                         # over WIDER val, made by wider_to_coco.py
+    python evaluate.py --wider                                         # on WIDER val (see wider_to_coco.py)
     python evaluate.py --wider --predictions FOLDER_OR_RESULTS.json    # scores what any detector has written
-    torchrun --nproc_per_node 4 evaluate.py --data data/val.json       # the same digits from several processes
+    torchrun --nproc_per_node 4 evaluate.py --data data/val.json       # the same digits, from 4 processes
 
 Scoring predictions needs no torch, which takes seconds to import: it is imported only where a model runs.
 """
@@ -28,7 +28,7 @@ DATA = "data/val.json"
 
 
 def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
-    """Score Detections on Annotations: every number as a plain value, and the precision-recall curves by name."""
+    """Score Detections on Annotations: every number as a plain value, and the curves by name."""
     truth = annotations.ids[annotations.image], annotations.xywh, annotations.ignored
     found = annotations.ids[detections.image], detections.xywh, detections.score
     numbers, curves = metrics.coco_ap(*truth, annotations.area, *found)
@@ -41,7 +41,7 @@ def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
 
 
 def score_wider(truth, detections):
-    """Score Detections whose photos are those of a wider.GroundTruth: {level: AP}, and the curves by level."""
+    """Score Detections on the photos of a wider.GroundTruth: {level: AP}, and the curves by level."""
     curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, detections.image, detections.xywh,
                               detections.score)
     return {"wider": {level: curve.ap for level, curve in curves.items()}}, curves
@@ -141,11 +141,8 @@ def parse_args(argv):
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that load (default %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave photos out that cannot be read, with their faces",
-    )
+    add("--skip-unreadable", action="store_true",
+        help="leave photos out that cannot be read, with their faces")
     add = parser.add_argument_group("results").add_argument
     add("--out", help="detections as COCO results json")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
@@ -161,7 +158,7 @@ def parse_args(argv):
 
 
 def run_model(args, annotations):
-    """Run the model of --model on Annotations: Detections, this process's rank, and the Annotations it could read."""
+    """Run --model on Annotations: its Detections, this process's rank, and the Annotations it could read."""
     from detector import MODEL, detect_all, load_detector
     from distributed import join_processes, leave_processes
     args.model = args.model or MODEL
@@ -181,7 +178,7 @@ def run_model(args, annotations):
 
 
 def renumber(detections, names, target, where):
-    """Move Detections from images called `names` to the images called `target`, which are those of `where`."""
+    """Move Detections from the images called `names` to those called `target`, which `where` has."""
     place = {name: index for index, name in enumerate(target)}
     image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
     if (image < 0).any():

@@ -48,7 +48,7 @@ def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor):
 
 
 def confidence(teacher_logits: torch.Tensor) -> torch.Tensor:
-    """How far a teacher's faces replace the labels, `[B, A]`: not at all up to a score of 0.5, wholly from 0.9 on."""
+    """How far a teacher's faces replace the labels, `[B, A]`: 0 up to a score of 0.5, 1 from 0.9 on."""
     return ((teacher_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
 
 
@@ -90,12 +90,12 @@ class Criterion:
 
 
 def soft_targets(labels, targets, teacher_logits, teacher_offsets):
-    """Let a teacher correct the labels `[B, A]` and box targets `[B, A, 4]`: (labels, targets, weight `[B, A]`).
+    """Let a teacher correct the labels `[B, A]` and the box targets `[B, A, 4]`.
 
-    Datasets differ in where a face ends. Mixed, they would blur the boxes that the teacher knows. So the
-    more confident the teacher is, the nearer the box target is to its box. A face that the teacher sees and
-    nobody labelled is not taught as background. Photos without any face, ignored ones included, are the
-    exception: there somebody has looked at the whole.
+    Returns (labels, targets, weight `[B, A]` of the teacher). Datasets differ in where a face ends. Mixed,
+    they would blur the boxes that the teacher knows. So the more confident the teacher is, the nearer the
+    box target is to its box. A face that the teacher sees and nobody labelled is not taught as background.
+    Photos without any face, ignored ones included, are the exception: there somebody looked at the whole.
     """
     weight = confidence(teacher_logits)                                                 # [B, A]
     unlabelled = (labels == 0) & (weight > 0) & (labels != 0).any(1, keepdim=True)

@@ -14,17 +14,8 @@ from torch import nn
 STRIDE = 16  # input pixels per cell of the only feature map
 
 # Widths and heights of the anchors, pixels of a 300 x 300 input, hand-designed by the reference system.
-HAND_DESIGNED = (
-    (9.4, 15.0),
-    (25.1, 39.6),
-    (14.7, 25.5),
-    (34.7, 63.2),
-    (143.0, 227.5),
-    (77.4, 162.9),
-    (128.8, 124.5),
-    (51.1, 105.1),
-    (75.6, 72.6),
-)
+HAND_DESIGNED = ((9.4, 15.0), (25.1, 39.6), (14.7, 25.5), (34.7, 63.2), (143.0, 227.5), (77.4, 162.9),
+                 (128.8, 124.5), (51.1, 105.1), (75.6, 72.6))
 
 # MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride at 1,
 # so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
@@ -56,20 +47,15 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
         # The upper bounds are no limits of the method: without them a few bytes of a hostile file would fill the memory.
-        if (
-            not STRIDE
-            <= min(self.input_width, self.input_height)
-            <= max(self.input_width, self.input_height)
-            <= 8192
-        ):
+        if (not STRIDE <= min(self.input_width, self.input_height) <= max(self.input_width, self.input_height)
+            <= 8192):
             raise ValueError(
                 f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected"
             )
         if not 1 / 16 <= self.width <= 8:
             raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
         if not 1 <= len(self.anchors) <= 100 or not all(
-            1 <= side < math.inf for anchor in self.anchors for side in anchor
-        ):
+            1 <= side < math.inf for anchor in self.anchors for side in anchor):
             raise ValueError(
                 "anchors: 1 to 100 expected, with sides of at least a pixel of the network's input"
             )
@@ -139,18 +125,12 @@ class SSDHead(nn.Module):
 
     @staticmethod
     def _branch(channels, outputs):
-        return nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, outputs, 1),
-        )
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+                             nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, outputs, 1))
 
     def forward(self, features):
-        logits, offsets = (
-            self.cls_convs[0](features),
-            self.reg_convs[0](features),
-        )  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
+        logits, offsets = (self.cls_convs[0](features),
+                           self.reg_convs[0](features))  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
         return (logits.permute(0, 2, 3, 1).reshape(len(logits), -1, 2),             # [B, A, 2]
                 offsets.permute(0, 2, 3, 1).reshape(len(offsets), -1, 4))           # [B, A, 4]
 
@@ -274,8 +254,7 @@ def load_imagenet(model, path=None):
     except Exception:  # on foreign bytes the loader raises nearly everything
         source = None
     if not isinstance(source, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in source.values()
-    ):
+        isinstance(tensor, torch.Tensor) for tensor in source.values()):
         raise ValueError(
             f"{path or 'the download'}: not torchvision's MobileNetV2 weights; they are at {weights.url}"
         )

@@ -16,31 +16,38 @@ from script import InputError, whole_file
 PICTURES = 16  # on each contact sheet
 
 
-class Monitor:
-    """Records a run in its folder: one JSON line with the flags, then one per epoch. Only the first process writes."""
+def describe_run(trainer, dataset, content):
+    """Print what is trained on what, from where, and what of the schedule lies beyond the run."""
+    args, config = trainer.args, trainer.raw_model.config
+    goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
+    print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
+          f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
+          f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
+    print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
+          f"{args.precision}; {goal}")
+    iterations = args.epochs * trainer.batches.total
+    if args.epochs and args.warmup >= iterations:
+        print(f"the run has {iterations:,} iterations, all within the warm-up of {args.warmup:,}: "
+              f"--warmup {iterations // 20} fits")
+    if args.epochs and args.milestones and min(args.milestones) >= args.epochs:
+        fitting = sorted({round(args.epochs * share) for share in (0.6, 0.8, 0.9)} - {0, args.epochs})
+        print(f"the learning rate never falls: its milestones {args.milestones} lie beyond the {args.epochs} "
+              f"epochs; --milestones {' '.join(map(str, fitting))} fits".replace("  ", " "))
 
-    def __init__(self, args, model, epoch, rank):
+
+class Monitor:
+    """Records a run in its folder: one JSON line with the flags, then one per epoch."""
+
+    def __init__(self, args, model, epoch):
         """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
-        self.active, self.out, self.started, self.first = (
-            rank == 0,
-            Path(args.out),
-            time.perf_counter(),
-            epoch,
-        )
+        self.out, self.started, self.first = Path(args.out), time.perf_counter(), epoch
         self.epochs, self.writer = args.epochs, None
-        if not self.active:
-            return
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
-        self.write(
-            {
-                "flags": vars(args),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "torch": torch.__version__,
-            }
-        )
+        self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()),
+                    "torch": torch.__version__})
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -52,28 +59,20 @@ class Monitor:
         """Add a line; the file is replaced whole, so that a kill leaves no half line."""
         self.lines.append(line)
         with whole_file(self.log) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines), encoding="utf-8"
-            )
+            text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines)
+            temporary.write_text(text, encoding="utf-8")
 
-    def epoch(self, trainer, record, val=None):
-        """Record an epoch: log line, curves, a printed line, TensorBoard."""
-        if not self.active:
-            return
+    def epoch(self, trainer, val=None):
+        """Record a Trainer's last epoch: log line, curves, a printed line, TensorBoard."""
+        record = trainer.record
         self.write(record)
         draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-        left = (
-            (time.perf_counter() - self.started)
-            / (record["epoch"] - self.first)
-            * (self.epochs - record["epoch"])
-        )
+        an_epoch = (time.perf_counter() - self.started) / (record["epoch"] - self.first)  # seconds
+        left = an_epoch * (self.epochs - record["epoch"])
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
-        print(
-            f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} (class {record['class_loss']:.3f}, "
-            f"box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
-            f"{left / 60:.0f} min left",
-            flush=True,
-        )
+        print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
+              f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, "
+              f"{record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
         if self.writer:
             for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
                 if key in record:
@@ -123,7 +122,7 @@ def draw_curves(records, path):
 
 
 def training_sheet(trainer):
-    """Training photos as the network sees them, with faces (green), ignored ones and positive anchors (thin, yellow)."""
+    """Training photos as the network sees them: faces green, ignored ones orange, positive anchors yellow."""
     dataset, pictures = trainer.loader.dataset, []
     items = [
         dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]

@@ -1,4 +1,4 @@
-"""Photos in, drawings out: read any picture file upright as RGB, draw boxes on it, lay pictures side by side."""
+"""Photos in, drawings out: read any picture file upright as RGB, draw boxes, lay pictures side by side."""
 
 import math
 import os

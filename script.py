@@ -18,11 +18,20 @@ TROUBLE = {  # what libraries say when the machine gives up: what we say
     "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
                          "lower --workers or --batch-size",
     "out of memory": "out of memory: lower --batch-size or --size",
-    "allocate": "out of memory: lower --batch-size, --size or --workers"}
+    "allocate": "out of memory: lower --batch-size, --size or --workers",
+    "Connection closed by peer": "another process of this run has ended",
+    "Connection reset by peer": "another process of this run has ended"}
 
 
 class InputError(Exception):
-    """Bad input from outside. The message is one line: which file, which entry, what to do."""
+    """Bad input from outside. The message is one line: which file, which entry, what to do.
+
+    `reported`: another process prints it already.
+    """
+
+    def __init__(self, message, reported=False):
+        super().__init__(message)
+        self.reported = reported
 
 
 def command(main):
@@ -31,11 +40,12 @@ def command(main):
     So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
     with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
     each process reports its own trouble once it has joined the others; what all of them meet before
-    that is reported once.
+    that is reported once on each machine.
     """
-    def fail(text):
+    def fail(text, reported=False):
         distributed = sys.modules.get("torch.distributed")
-        if os.environ.get("RANK", "0") == "0" or distributed and distributed.is_initialized():
+        joined = distributed is not None and distributed.is_initialized()
+        if not reported and (joined or os.environ.get("LOCAL_RANK", "0") == "0"):
             name = Path(sys.modules[main.__module__].__file__).name
             print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
         sys.exit(2)
@@ -55,7 +65,7 @@ def command(main):
             text = str(error)
             if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            fail(text)
+            fail(text, getattr(error, "reported", False))
         except (RuntimeError, MemoryError) as error:
             said = "out of memory" if isinstance(error, MemoryError) else str(error)
             known = [line for words, line in TROUBLE.items() if words in said]
@@ -173,5 +183,5 @@ def read_json(path):
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise InputError(f"{path}: not JSON ({error})") from None

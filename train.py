@@ -1,4 +1,4 @@
-"""Train the detector: from nothing, from ImageNet or detector weights, or on from a checkpoint; on one or many GPUs.
+"""Train the detector: from nothing, from weights, or on from a checkpoint; on a CPU, one GPU or many.
 
 python train.py --data data/train.json                     # runs/face/{last,best}.pth, log.jsonl, curves.png
 torchrun --nproc_per_node 4 train.py                       # four processes, four times the batch
@@ -11,7 +11,6 @@ import copy
 import functools
 import math
 import os
-import signal
 import time
 from argparse import SUPPRESS
 from pathlib import Path
@@ -22,17 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import check_out, load_teacher, make_model, report_changes, save
+from checkpoints import find_checkpoint, load_momentum, load_teacher, make_model, report_changes, save
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
-from distributed import gather, join_processes, leave_processes, share_buffers
+from distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean,
+                         share_weights, together)
 from evaluate import score_faces
 from loss import Criterion
-from monitor import Monitor
+from monitor import Monitor, describe_run
 from script import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size
 
-DATA, VAL = "data/train.json", "data/val.json"
+DATA = "data/train.json"
 
 
 def lr_at(step, epoch, lr, milestones, warmup):
@@ -49,89 +49,102 @@ class Trainer:
     """The state of a run, and the loop over it. All that the loop changes is in its checkpoint."""
     layout = torch.channels_last  # the order in memory that convolutions like best
 
-    def __init__(self, args, model, content, dataset, rank, processes, device):
+    def __init__(self, args, model, dataset, content=None, marks=None, rank=0, processes=1, device="cpu"):
+        """Begin a run, or with `content` continue that of a checkpoint.
+
+        `marks` are kept in checkpoints as they are: which launch this is, which photos it trains on and
+        validates on.
+        """
         self.args, self.rank, self.processes, self.device = args, rank, processes, device
+        self.marks = marks or {}
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
-        self.raw_model = model.to(device, memory_format=self.layout)
+        self.model = self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.teacher = None
         if args.distill:
             self.teacher = load_teacher(args, model.config).to(device, memory_format=self.layout)
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay)
-        self.epoch = self.step = self.done = (
-            0  # epochs finished, iterations in all, photos seen of this epoch
-        )
-        self.sums = torch.zeros(4, device=device)   # total, class, box loss and their number in this epoch
-        self.best, self.unreadable = -1.0, {}
-        if content:
-            self.restore(content)
-        self.model = self.raw_model
-        if processes > 1:
-            own_gpu = [device] if device.startswith("cuda") else None
-            self.model = DistributedDataParallel(self.model, device_ids=own_gpu)
-        if args.compile:
-            self.model = torch.compile(self.model)
         self.anchors = make_anchors(self.raw_model.config).to(device)
         self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                                           args.precision == "bf16")
+        self.epoch = self.step = self.done = 0     # epochs trained, iterations in all, photos of this epoch
+        self.sums = torch.zeros(4, device=device)  # total, class, box loss and their number in this epoch
+        self.record = None                         # of the last epoch, as long as it is not validated
+        self.best, self.unreadable = -1.0, {}
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
                                     not args.no_augment)
-        if self.done > args.batch_size * processes * self.batches.total:
-            raise InputError(
-                f"{args.resume}: stopped after {self.done:,} photos of an epoch, which would now be "
-                "over before; resume with the --data and --repeat it had"
-            )
+        if content:
+            self.restore(content)
         self.loader = make_loader(dataset, self.batches, args.workers, device)
 
     def restore(self, content):
-        """Continue from a checkpoint's content."""
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.step, self.done, self.best = (
-            content[key] for key in ("epoch", "step", "done", "best")
-        )
-        self.sums = content["sums"].to(self.device)
+        """Continue from a checkpoint's content. What the flags say now is what is used."""
+        load_momentum(self.optimizer, content)
+        self.epoch, self.step, self.done = content["epoch"], content["step"], content["done"]
+        self.best = content["best"]
+        self.sums, self.record = content["sums"].to(self.device), content.get("record")
         if self.ema:
             self.ema.load_state_dict(content.get("ema") or content["state_dict"])
+        flags, own = content["flags"], vars(self.args)
+        photos = content.get("photos") in (None, self.marks["photos"])  # None: an older checkpoint's
+        if self.done and not (photos and all(own[key] == flags.get(key) for key in ("seed", "repeat"))):
+            self.done, self.sums = 0, torch.zeros_like(self.sums)
+            self.say("this epoch begins anew: its photos are other ones now, or come in another order")
+        self.marks.setdefault("val", content.get("val"))  # without validation, the last set's is kept
+        same = self.marks["val"] == content["val"] if content.get("val") else own["val"] == flags.get("val")
+        if own["val"] and not same:
+            self.best = -1.0
+            self.say("another validation set than before: best.pth begins anew")
+
+    def say(self, line):
+        """Print a line, once for all processes."""
+        if self.rank == 0:
+            tqdm.write(line)
+
+    def connect(self):
+        """Tie the network to those of the other processes, and compile it. All processes must come here."""
+        for model in (self.raw_model, self.ema, self.teacher):
+            if model:
+                share_weights(model)
+        if self.processes > 1:
+            own_gpu = [self.device] if self.device.startswith("cuda") else None
+            self.model = DistributedDataParallel(self.model, device_ids=own_gpu)
+        if self.args.compile:
+            self.model = torch.compile(self.model)
 
     def save(self):
-        """Write last.pth, whole or not at all."""
+        """Write last.pth, whole or not at all. All processes must come here."""
+        sums = mean(self.sums).cpu()
         if self.rank == 0:
             more = {"ema": self.ema.state_dict()} if self.ema else {}
-            save(
-                Path(self.args.out) / "last.pth",
-                self.raw_model,
-                **more,
-                optimizer=self.optimizer.state_dict(),
-                epoch=self.epoch,
-                step=self.step,
-                done=self.done,
-                best=self.best,
-                sums=self.sums.cpu(),
-                flags=vars(self.args),
-            )
+            save(Path(self.args.out) / "last.pth", self.raw_model, **more, **self.marks,
+                 optimizer=self.optimizer.state_dict(), epoch=self.epoch, step=self.step, done=self.done,
+                 best=self.best, sums=sums, record=self.record, flags=vars(self.args))
 
     def update(self, batch):
         """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
         batch = batch.to(self.device)
-        images = to_input(batch.images.contiguous(memory_format=self.layout))             # [B, 3, H, W]
+        images = to_input(batch.images.contiguous(memory_format=self.layout))     # [B, 3, H, W]
         with self.autocast():
-            outputs = self.model(images)  # [B, A, 2], [B, A, 4]
-            teacher = self.teacher(images) if self.teacher else None                      # the same shapes
+            outputs = self.model(images)                                          # [B, A, 2], [B, A, 4]
+            teacher = self.teacher(images) if self.teacher else None              # the same shapes
         losses, distilled = self.criterion(outputs, batch, teacher)
         self.optimizer.zero_grad()
         (losses[0] + distilled).backward()
-        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip or math.inf)
+        if self.args.clip:
+            torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
         self.optimizer.step()
         if self.ema:
             move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return losses.detach()
 
     def run_epoch(self, stop):
-        """Train to the end of the epoch and return its means; saves and exits once a signal is in `stop`."""
+        """Train to the end of the epoch; its means are in `record` then. Saves and exits at a signal."""
         args, whole = self.args, self.args.batch_size * self.processes
-        self.batches.epoch, self.batches.start = self.epoch, self.done // whole
+        self.batches.epoch = self.epoch
+        self.done = self.batches.skip(self.done)
         for module in self.raw_model.modules():
             module.train(not (args.freeze_bn and isinstance(module, _BatchNorm)))
         started, shown, seen, before = time.perf_counter(), 0.0, 0, None
@@ -141,52 +154,61 @@ class Trainer:
             rate = lr_at(self.step, self.epoch, args.lr, args.milestones, args.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            stop.at_once = args.compile and before is None  # it compiles, for minutes, and nothing is lost
             losses = self.update(batch)
+            stop.at_once = False
             self.sums += torch.cat([losses, losses.new_ones(1)])
             self.step, self.done = self.step + 1, self.done + whole
             seen += len(batch.index) * self.processes
-            check_finite(before)  # the step before: the device is done with it, so nothing waits
-            before = losses, batch.index
+            loss = check_finite(before)
+            before = read_later(losses), batch.index
             self.check_readable(batch.errors)
-            if time.perf_counter() - shown > 1 and not bar.disable:
+            if time.perf_counter() - shown > 1 and loss is not None and not bar.disable:
                 shown = time.perf_counter()
                 speed = seen / (shown - started)
-                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.2g}, {speed:.0f} photos/s")
-            if stop or self.step % args.save_every == 0:
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.0f} photos/s")
+            stopping = stop.agreed()
+            if stopping or self.step % args.save_every == 0:
                 check_finite(before)
                 self.save()
-            if stop and self.rank == 0:  # other processes end when they miss this one
-                raise SystemExit(128 + stop[0])
+            if stopping:
+                raise SystemExit(stop.code)
         check_finite(before)
         self.check_readable(gather(self.unreadable))
-        total, class_loss, box_loss, count = self.sums.tolist()
+        if len(self.unreadable) == self.batches.n:
+            raise InputError(f"{args.data[0]}: not one photo could be read, so nothing was learned: "
+                             + "; ".join(list(self.unreadable.values())[:5]))
+        total, class_loss, box_loss, count = mean(self.sums).tolist()
         self.epoch, self.done, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
         seconds = time.perf_counter() - started
-        return {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"],
-                "loss": total / count, "class_loss": class_loss / count, "box_loss": box_loss / count,
-                "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": seconds,
-                "photos_per_second": seen / seconds}
+        self.record = {
+            "epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": total / count, "class_loss": class_loss / count, "box_loss": box_loss / count,
+            "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": seconds,
+            "photos_per_second": seen / seconds}
 
-    def validate(self, annotations):
-        """Score the model on Annotations, its averaged weights if there are any; keeps best.pth.
-
-        Returns plain numbers.
-        """
+    def validate(self, annotations, stop):
+        """Score the model, or its averaged weights, on Annotations: adds to `record`, keeps best.pth."""
         model = self.ema or self.raw_model
-        share_buffers(model)
+        share_weights(model)  # each process has batch-norm statistics of its own, the first one's are saved
         detector = TorchDetector(model, device=self.device)
-        detections, errors = detect_all(
-            detector, annotations, 16, self.args.workers, self.rank, self.processes
-        )
+        detections, errors = detect_all(detector, annotations, 16, self.args.workers, self.rank,
+                                        self.processes, stop.check)
         if errors:
             lines = "; ".join(list(errors.values())[:5])
-            raise InputError(f"{self.args.val}: {len(errors)} photos could not be used: {lines}")
+            if len(errors) > self.args.max_unreadable:
+                raise InputError(f"{self.args.val}: {len(errors)} photos could not be used "
+                                 f"(--max-unreadable {self.args.max_unreadable}): {lines}",
+                                 reported=self.rank > 0)
+            self.say(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
+                     f"used: {lines}")
+            annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
         if ap50 > self.best and self.rank == 0:
             save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50)
         self.best = max(self.best, ap50)
-        return {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
+        self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
     def check_readable(self, errors):
         """Remember unreadable photos {index: line}, and stop once there are too many."""
@@ -197,37 +219,51 @@ class Trainer:
                              f"(--max-unreadable {self.args.max_unreadable}): {lines}")
 
 
+def read_later(losses):
+    """Begin to copy `losses` `[3]` to the CPU, and return a function that waits until they are there.
+
+    Called a step later, it waits for nothing. Read at once, they would leave the GPU without work.
+    """
+    if not losses.is_cuda:
+        return lambda: losses
+    copy, done = torch.empty(losses.shape, pin_memory=True), torch.cuda.Event()
+    copy.copy_(losses, non_blocking=True)
+    done.record()
+
+    def wait():
+        done.synchronize()
+        return copy
+    return wait
+
+
 def check_finite(step):
-    """Stop if the (losses, photo indices) of a step are not finite."""
-    if step and not step[0].isfinite().all():
-        raise InputError(f"the loss is not finite ({step[0][0]:.3g}) on the photos with indices {step[1]}; "
+    """Stop if the (losses from read_later, photo indices) of a step are not finite; else return the loss."""
+    if step is None:
+        return None
+    losses = step[0]()
+    if not losses.isfinite().all():
+        raise InputError(f"the loss is not finite ({losses[0]:.3g}) on the photos with indices {step[1]}; "
                          "resume the last checkpoint with a lower --lr or with --clip 10, or, should it be "
                          "ruined as well, start again so")
+    return losses[0].item()
 
 
 @torch.no_grad()
 def move_average(average, model, decay):
     """Move averaged weights and batch-norm statistics towards the current ones."""
-    averaged, current = (
-        list(filter(torch.is_floating_point, m.state_dict().values())) for m in (average, model)
-    )
-    torch._foreach_lerp_(
-        averaged, current, 1 - decay
-    )  # all tensors in one call, as torch.optim.swa_utils does
+    averaged, current = ([tensor for tensor in one.state_dict().values() if tensor.is_floating_point()]
+                         for one in (average, model))
+    torch._foreach_lerp_(averaged, current, 1 - decay)  # all in one call, as torch.optim.swa_utils does it
 
 
 def make_parser():
-    """The flags. What shapes the weights defaults to None: then a checkpoint, or else the reference, decides."""
+    """The flags. What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
     parser = FlagFileParser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
-    add("--val", help=f"COCO json to validate on (default {VAL} if it is there and --data is not given)")
-    add(
-        "--min-face",
-        type=int,
-        default=17,
-        help="ignore faces with a side below this, in the photo (default 17 px)",
-    )
+    add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
+    add("--min-face", type=int, default=17,
+        help="ignore faces with a side below this, in the photo (default 17 px)")
     add("--no-augment", action="store_true", help="show the photos as they are")
     add("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
     add("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
@@ -235,36 +271,22 @@ def make_parser():
     add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
     add("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
     add("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
-    add(
-        "--pretrained",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="ImageNet backbone: torchvision's, or in PATH",
-    )
+    add("--pretrained", nargs="?", const="", metavar="PATH",
+        help="ImageNet backbone: torchvision's, or in PATH")
     add("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
-    add(
-        "--distill",
-        type=float,
-        nargs=2,
-        metavar=("SCORES", "BOXES"),
-        help="learn from --load-from as a teacher too: weights of its scores where no face is labelled, and of "
-        "its boxes. It forgets less (default off, 0.3 is much)",
-    )
+    add("--distill", type=float, nargs=2, metavar=("SCORES", "BOXES"),
+        help="learn from --load-from as a teacher too, and forget less: weights of its scores where no face "
+             "is labelled, and of its boxes (default off, 0.3 is much)")
     add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=int, default=70, help="default 70")
     add("--batch-size", type=int, default=65, help="photos per process (default 65)")
-    add(
-        "--lr",
-        type=float,
-        default=0.05,
-        help="learning rate (default 0.05), whatever the number of processes",
-    )
-    add(
-        "--milestones", type=int, nargs="*", default=[40, 55, 65], help="epochs of lr / 10 (default 40 55 65)"
-    )
+    add("--lr", type=float, default=0.05,
+        help="learning rate (default 0.05). It and --warmup stay as they are for N processes, whose batch is "
+             "N times as large; often used then: --lr 0.05 x N, --warmup 1200 / N")
+    add("--milestones", type=int, nargs="*", default=[40, 55, 65],
+        help="epochs at which lr is divided by 10 (default 40 55 65)")
     add("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
     add("--momentum", type=float, default=0.9, help="default 0.9")
     add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
@@ -298,34 +320,65 @@ def parse_args(argv):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
-    if args.distill and not (args.load_from and 0 <= min(args.distill) <= max(args.distill) < math.inf):
+    if args.distill and not (args.load_from and all(0 <= weight < math.inf for weight in args.distill)):
         parser.error("--distill takes weights of 0 or more, and needs --load-from")
-    if args.data is None:
-        args.data, args.val = [DATA], args.val or (VAL if os.path.exists(VAL) else None)
+    args.data = args.data or [DATA]
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return args
 
 
-def prepare(args):
-    """Everything before the loop: (Trainer, validation Annotations or None, Monitor)."""
-    check_out(args)
-    faces = join([read_annotations(path) for path in args.data])
-    val = read_annotations(args.val) if args.val else None
+def read_val(args):
+    """The Annotations to validate on, or None. A set that was found, not named, need not be complete."""
+    beside = Path(args.data[0]).with_name("val.json")
+    found = args.val is None and [Path(path).name for path in args.data] == ["train.json"] and beside.exists()
+    args.val = str(beside) if found else None if args.val == "none" else args.val
+    if not args.val:
+        return None
+    val, wrong = read_annotations(args.val), None
+    absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
+    if absent:
+        wrong = f"{args.val}: {len(absent)} of its {len(val.ids)} photos are missing, such as {absent[0]}"
+    elif val.ignored.all():
+        wrong = f"{args.val}: holds no face to find, so there is no AP to choose best.pth by"
+    if not wrong:
+        return val
+    if not found:
+        raise InputError(f"{wrong}; name another set with --val, or --val none")
+    args.val = None
+    tqdm.write(f"{wrong}; training goes on without validation")
+    return None
+
+
+def read_inputs(args, content):
+    """Read what a process needs before it works with the others: training and validation Annotations, model."""
+    faces, val = join([read_annotations(path) for path in args.data]), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
     torch.manual_seed(args.seed)
     with bad_values():
-        model, content = make_model(args)
+        return faces, val, make_model(args, content)
+
+
+def prepare(args):
+    """Everything before the loop: (Trainer, validation Annotations or None, Monitor)."""
     rank, processes, device = join_processes(args.device)
     if args.sync_bn and not device.startswith("cuda"):
-        raise InputError(f"--sync-bn works on GPUs only, the device is {device}")
+        raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
     args.precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
     torch.backends.cudnn.benchmark = True
+    content = from_first(lambda: find_checkpoint(args))
+    args.resume = content["path"] if content else None
+    faces, val, model = together(lambda: read_inputs(args, content))
+    marks = {"launch": from_first(launch_id), "photos": faces.fingerprint()}
+    if val:
+        marks["val"] = val.fingerprint()
     dataset = FaceDataset(faces, *model.config.input_size, args.min_face)
-    trainer = Trainer(args, model, content, dataset, rank, processes, device)
-    monitor = Monitor(args, model, trainer.epoch, rank)
+    trainer = together(lambda: Trainer(args, model, dataset, content, marks, rank, processes, device))
+    trainer.connect()
+    validated = trainer.epoch - bool(trainer.record)
+    monitor = together(lambda: None if rank else Monitor(args, model, validated))
     if rank == 0:
         if content:
             report_changes(args, content)
@@ -335,57 +388,38 @@ def prepare(args):
     return trainer, val, monitor
 
 
-def describe_run(trainer, dataset, content):
-    """Print what is trained on what, and from where."""
-    args, config = trainer.args, trainer.raw_model.config
-    goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
-    print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
-          f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
-          f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
-    print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
-          f"{args.precision}; {goal}")
-
-
 @command
 def main(argv=None):
     """Train, validating and saving after each epoch."""
     args = parse_args(argv)
-    stop = []
     trainer, val, monitor = prepare(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
+    stop = StopFlag()
     try:
         if not args.resume:
-            trainer.save()  # from here on there is always a checkpoint, and the folder is known to be writable
-        while trainer.epoch < args.epochs:
-            record = trainer.run_epoch(stop)
+            trainer.save()  # from here on there is a checkpoint, and the folder is known to be writable
+        while trainer.epoch < args.epochs or trainer.record:
+            if not trainer.record:
+                trainer.run_epoch(stop)
             if val:
-                record |= trainer.validate(val)
-            # Before the save: an epoch that is done again loses its line, but none is ever missing.
-            monitor.epoch(trainer, record, val)
+                trainer.save()  # a signal may end the validation; the run then resumes with it
+                trainer.validate(val, stop)
+            if monitor:  # before the save: an epoch that is done again loses its line, none is ever missing
+                monitor.epoch(trainer, val)
+            trainer.record = None
             trainer.save()
-            if stop:
-                raise SystemExit(128 + stop[0])
+            stop.check()
     except RuntimeError:
-        if stop:  # the signal has ended a worker as well, or the first process has saved and left
-            raise SystemExit(128 + stop[0]) from None
+        if stop.number:  # the others have saved and left
+            raise SystemExit(stop.code) from None
         raise
-    finally:
-        if stop and hasattr(signal, "SIGCHLD"):
-            # PyTorch's handler would raise about workers that the signal has ended, while Python exits.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    trainer.loader = (
-        None  # ends its workers; left to the exit of Python, their end could be taken for a failure
-    )
+    trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if trainer.rank == 0:
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
         best = f", best.pth AP50 {trainer.best:.4f}" if val else ""
         print(f"finished {trainer.epoch} epochs: {args.out}/last.pth{best}")
     if trainer.processes > 1:
-        trainer.model = (
-            None  # its hold on the group must not be the last: ending the group late can wait for ever
-        )
+        trainer.model = None  # it must not be the last to hold the group: ending that late can wait for ever
         leave_processes()
 
 
