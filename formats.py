@@ -221,7 +221,7 @@ def read_annotations(path):
     area = _numbers(path, "area", [a.get("area", own) for a, own in zip(faces, (xywh[:, 2] * xywh[:, 3]).tolist())], numbers, ())
     sizes = np.array([[_size(path, e, "width"), _size(path, e, "height")] for e in images], np.int64).reshape(-1, 2)
 
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in faces], bool)
+    crowd = np.array([_is_crowd(path, a) for a in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
     known, size = (sizes[image] > 0).all(1), sizes[image]
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
@@ -331,6 +331,14 @@ def _numbers(path, key, values, numbers, shape):
             expected = f"{shape[0]} finite numbers" if shape else "a finite number"
             raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
     return np.array(values, np.float64).reshape(len(values), *shape)
+
+
+def _is_crowd(path, entry):
+    """A face's `iscrowd`, 0 or 1 or their like; of text, "0" would count as yes."""
+    value = entry.get("iscrowd", 0)
+    if value not in (0, 1):
+        raise InputError(f"{path}: annotation {entry['id']}: iscrowd is {repr(value)[:60]}, 0 or 1 expected")
+    return bool(value)
 
 
 def _size(path, entry, key):

@@ -4,7 +4,9 @@ An image is named `<event>/<image>` without its suffix, as in `0--Parade/0_Parad
 in pixels of the original image, float64, as in the files. Nothing here imports torch.
 """
 import io
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +73,7 @@ def read_predictions(folder, ground_truth):
     for name in ground_truth.names:
         paths.append(f"{folder}/{name}.txt")  # 3,226 Path objects would cost more than reading the files
         try:
-            with open(paths[-1], "rb") as file:
-                lines = _rows(paths[-1], file.read())
+            lines = _rows(paths[-1], _read(paths[-1]))
         except FileNotFoundError:
             missing.append(name)
             lines = []
@@ -85,7 +86,7 @@ def read_predictions(folder, ground_truth):
     if values is None:
         raise InputError(next(f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
                               for path, count in zip(paths, counts) if count
-                              for number, line in enumerate(_lines(Path(path).read_bytes()), 1)
+                              for number, line in enumerate(_lines(_read(path)), 1)
                               if number > 2 and line.strip() and _numbers([line]) is None))
     image = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
@@ -143,7 +144,7 @@ def _plain(part):
 def _load_mat(path, *keys):
     """The variables `keys` of a MATLAB file."""
     try:
-        file = io.BytesIO(path.read_bytes())
+        file = io.BytesIO(_read(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
                          f"and unpack it under data, which gives {GROUND_TRUTH}") from None
@@ -152,6 +153,14 @@ def _load_mat(path, *keys):
         return {key: content[key] for key in keys}
     except Exception as error:  # of a damaged file, scipy raises whatever it stumbles over
         raise InputError(f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
+
+
+def _read(path):
+    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for without end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path}: is no ordinary file, which is expected there")
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _lines(content):
