@@ -154,6 +154,16 @@ def test_holding_on_forgets_less(sample, tmp_path):
     assert moved[10] < 0.8 * moved[0]
 
 
+def test_holding_on_needs_the_anchors_of_the_start(sample, tmp_path, refused):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--hold", 0.1, 0.1, "--epochs", 0]
+    nine = [f"{10 + n}x{15 + n}" for n in range(9)]
+    assert "same anchors" in refused(train.main, *flags, "--out", tmp_path / "r", "--anchors", *nine)
+    assert not (tmp_path / "r/last.pth").exists()
+    train.main([str(word) for word in (*flags, "--out", tmp_path / "s")])
+    assert (tmp_path / "s/last.pth").exists()
+
+
 def test_the_surer_the_start_the_more_its_box_is_the_target_and_what_it_sees_is_no_background_beside_faces():
     logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(3, 5, 2)   # sure of the first three
     start = torch.arange(20.0).view(5, 4).expand(3, 5, 4)
@@ -171,6 +181,22 @@ def test_averaged_weights_are_what_is_used(sample, tmp_path):
     assert not same(last["ema"], last["state_dict"])
     for name in ("last.pth", "best.pth"):
         assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
+
+
+@pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
+def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
+    """Its decay starts at a tenth and rises towards --ema, so that the untrained weights do not stay in it."""
+    flags = ["--ema", ema, "--batch-size", 12]  # one iteration an epoch
+    before = run(tmp_path / "r", sample, "--epochs", 0, *flags)
+    average = before["state_dict"]
+    for epoch, decay in enumerate(decays, 1):
+        now = run(tmp_path / "r", sample, "--epochs", epoch, *flags, "--resume")
+        assert now["step"] == epoch
+        for name, value in now["state_dict"].items():
+            if value.is_floating_point():
+                torch.testing.assert_close(now["ema"][name], decay * average[name] + (1 - decay) * value, rtol=1e-4, atol=1e-6)
+        assert not same(now["state_dict"], before["state_dict"])
+        average, before = now["ema"], now
 
 
 def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):
