@@ -96,6 +96,16 @@ def test_holding_on_is_0_at_the_start_and_lets_scores_of_labelled_faces_go():
     assert (moved[1].grad.any(-1) == (trust(logits) > 0)).all() and (trust(logits) > 0).any()  # boxes wherever it saw a face
 
 
+@pytest.mark.parametrize("moved", [0.01, -3.0])
+def test_boxes_are_held_by_their_distance_and_scores_by_their_divergence(moved):
+    start = torch.tensor([[[0.0, 3], [0, 1], [3, 0]]])                                   # wholly, partly and not believed
+    labels, offsets, believed = torch.tensor([[1, 0, 0]]), torch.zeros(1, 3, 4), trust(start)
+    scores, boxes = hold_loss(torch.zeros(1, 3, 2), offsets + moved, start, offsets, believed, labels, 2)
+    assert boxes.item() == pytest.approx(4 * abs(moved) * believed.sum().item() / 2, rel=1e-5) and believed.sum() > 1
+    p = start[0, 1:].softmax(-1)                                                         # those without a labelled face
+    assert scores.item() == pytest.approx((p * (p / 0.5).log()).sum().item() / 2, rel=1e-5)
+
+
 def test_the_start_is_believed_from_a_score_of_a_half_on_and_wholly_from_nine_tenths_on():
     scores = torch.tensor([0.01, 0.1, 0.5, 0.6, 0.7, 0.9, 0.99])
     logits = torch.stack([torch.zeros(7), torch.logit(scores)], -1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models import mobilenet_v2
 
 from model import (HAND_DESIGNED, SSD, Config, checkpoint, load_imagenet, load_model, load_weights, read_checkpoint)
@@ -42,6 +43,48 @@ def test_rows_are_cells_row_major_with_the_anchor_fastest():
     assert torch.equal(logits[0], torch.arange(18.0).view(9, 2).repeat(3 * 4, 1))
 
 
+def spelled_out(state, images):
+    """The network of SPEC section 1, operation by operation, from its weights: logits and offsets."""
+    def conv(x, name, stride=1):
+        weight = state[name + ".weight"]
+        return F.conv2d(x, weight, state.get(name + ".bias"), stride, weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1])
+
+    def norm(x, name):
+        mean, variance, weight, bias = (state[f"{name}.{part}"][:, None, None]
+                                        for part in ("running_mean", "running_var", "weight", "bias"))
+        return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    x = norm(images, "backbone.bn_first")
+    x = norm(conv(x, "backbone.features.0.0", 2), "backbone.features.0.1").relu()
+    block = 0
+    for expansion, _, blocks, stride in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1),
+                                         (4, 480, 1, 1)):
+        for n in range(blocks):
+            block += 1
+            name, at, y = f"backbone.features.{block}.conv", 0, x
+            if expansion > 1:
+                y, at = norm(conv(y, f"{name}.0"), f"{name}.1").relu(), 3
+            y = norm(conv(y, f"{name}.{at}", stride if n == 0 else 1), f"{name}.{at + 1}").relu()
+            y = norm(conv(y, f"{name}.{at + 3}"), f"{name}.{at + 4}")
+            x = x + y if y.shape == x.shape else y
+    return [conv(norm(conv(x, f"bbox_head.{head}.0.0"), f"bbox_head.{head}.0.1").relu(), f"bbox_head.{head}.0.3")
+            .movedim(1, 3).reshape(len(images), -1, outputs) for head, outputs in (("cls_convs", 2), ("reg_convs", 4))]
+
+
+@pytest.mark.parametrize("width", [0.25, 0.75])
+def test_the_network_is_the_specified_one(width):
+    torch.manual_seed(0)
+    model = SSD(Config.new(64, 48, width)).eval()
+    for module in model.modules():  # statistics that are not the defaults, small variances among them
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(1e-4, 2), module.bias.data.normal_(0, 0.3)
+    model.backbone.bn_first.running_var[0] = 1e-3
+    images = torch.rand(2, 3, 48, 64)
+    with torch.no_grad():
+        for ours, expected in zip(model(images), spelled_out(model.state_dict(), images)):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
 def test_a_batch_gives_what_single_images_give(small):
     images = torch.rand(5, 3, 48, 64)
     together = small(images)
@@ -56,6 +99,9 @@ def test_initial_values(small):
     assert not any(module.bias.any() for module in model.bbox_head.modules() if isinstance(module, torch.nn.Conv2d))
     weight = SSD().backbone.features[16].conv[6].weight.detach()  # Kaiming, fan out: deviation sqrt(2 / outputs)
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
+    weight = SSD().bbox_head.reg_convs[0][3].weight.detach()  # Xavier, uniform up to sqrt(6 / (inputs + outputs))
+    bound = (6 / sum(weight.shape[:2])) ** 0.5
+    assert 0.99 * bound < weight.abs().max() <= bound and weight.abs().mean() == pytest.approx(bound / 2, rel=0.05)
 
 
 def test_a_checkpoint_rebuilds_its_model_without_flags(tmp_path, small):
