@@ -273,6 +273,16 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
     assert "twice" in refusal(plain)
 
 
+def test_compressed_parts_are_refused_whatever_size_they_claim(tmp_path, plain):
+    rewritten(plain, tmp_path / "x.pth", lambda name, content: content, zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth", "a") as archive:
+        for member in archive.filelist:
+            member.file_size = member.compress_size
+        archive._didModify = True
+    assert "compressed" in refusal(tmp_path / "x.pth")
+
+
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     done = subprocess.run([sys.executable, "-c", f"import model; model.load_model({str(tmp_path / 'pipe.pth')!r})"],
