@@ -17,6 +17,7 @@ from script import InputError, command, new_parser, parse_picture, parse_size, w
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
 POSITIVE_IOU = 0.4
+CROWD_COVER = 0.5  # of its own area, as evaluation has it: the union with a crowd is the detection alone
 MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no offset overflows exp
 
 
@@ -41,15 +42,15 @@ def make_anchors(config: Config, size: tuple | None = None, rounded: bool = True
     return (shifts + base).reshape(-1, 4).float()                           # [cells * n, 4]
 
 
-def encode(boxes, anchors):
-    """Offsets `[..., 4]` of boxes `[..., 4]` against anchors `[..., 4]`, both xyxy (SSD, Liu et al. 2016, section 2.2)."""
+def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Offsets `[..., 4]` of boxes `[..., 4]` against anchors `[..., 4]`, both xyxy (SSD, Liu et al. 2016)."""
     boxes, anchors = box_convert(boxes, "xyxy", "cxcywh"), box_convert(anchors, "xyxy", "cxcywh")
     centres = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
     sides = torch.log((boxes[..., 2:] / anchors[..., 2:]).clamp(min=1e-6))
     return torch.cat([centres, sides], -1) / boxes.new_tensor(VARIANCES)
 
 
-def decode(offsets, anchors):
+def decode(offsets: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Boxes `[..., 4]`, xyxy, of offsets `[..., 4]` against anchors `[..., 4]`; the inverse of `encode`."""
     anchors = box_convert(anchors, "xyxy", "cxcywh")
     scaled = offsets * offsets.new_tensor(VARIANCES)
@@ -58,29 +59,48 @@ def decode(offsets, anchors):
     return torch.cat([centres - sides / 2, centres + sides / 2], -1)
 
 
-def match(anchors, faces, ignored, image, batch):
-    """Targets of a whole batch: labels `[B, A]` (1 face, 0 background, -1 neither) and offsets `[B, A, 4]` (0 if no face).
+def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
+          crowd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match the anchors with the faces of a whole batch: labels `[B, A]` and offsets `[B, A, 4]`.
 
-    anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
-    place in the batch of each face's image; batch B. An anchor is positive if its IoU with some face is 0.4 or more;
-    besides, every face takes its best anchor (of faces that share one, the one of higher IoU). Anchors that reach 0.4 with
-    ignored faces only are neither.
+    Labels are 1 for a face, 0 for background, -1 for neither; offsets are 0 where there is no face.
+    anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool;
+    image `[T]`, the place in the batch of each face's image; batch B; crowd `[T]` bool, which of the
+    ignored are crowd regions (None: none of them).
+
+    An anchor is positive if its IoU with a face that is not ignored is 0.4 or more. Besides, each such face
+    takes its best anchor, if it overlaps any. Of faces that share their best anchor, the one of higher IoU
+    takes it. Of the other anchors, neither are those whose IoU with an ignored face is 0.4 or more, and
+    those with half their area or more in a crowd region.
     """
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
     learned = iou.masked_fill(ignored[:, None], 0)
-    learned[number, learned.argmax(1)] += 2 * (~ignored)  # lifts its best anchor above every other
+    highest, best = learned.max(1)
+    learned[number, best] += 2 * (highest > 0)                              # its best anchor above all others
     rows = image[:, None].expand_as(iou)
     zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
     top = zeros.scatter_reduce(0, rows, learned, "amax")
-    # Which face that was: the first in order among equals. T stands for none, and is a row of its own below.
-    candidates = torch.where(learned == top[image], number[:, None], len(faces))
-    face = torch.full_like(zeros, len(faces), dtype=torch.int64).scatter_reduce(0, rows, candidates, "amin")
+    # Which face that was: of equals the first, which has most faces from it on. They are counted in floats,
+    # exact below 2 ** 24, since Apple's MPS reduces no integers. Anchors that no face claims get face T, a row
+    # of its own below.
+    claims = (learned == top[image]) * (len(faces) - number[:, None]).to(iou.dtype)
+    face = len(faces) - zeros.scatter_reduce(0, rows, claims, "amax").long()
     positive = top >= POSITIVE_IOU
-    unsure = zeros.scatter_reduce(0, rows, iou * ignored[:, None], "amax") >= POSITIVE_IOU
+    unsure = (iou >= POSITIVE_IOU) & ignored[:, None]
+    if crowd is not None:
+        unsure |= (covered(anchors, faces) >= CROWD_COVER) & crowd[:, None]
+    unsure = zeros.scatter_reduce(0, rows, unsure.to(iou.dtype), "amax") > 0
     labels = positive.long() - (unsure & ~positive).long()
     boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
     return labels, encode(boxes, anchors).masked_fill(~positive[..., None], 0)
+
+
+def covered(anchors, regions):
+    """The share `[T, A]` of each anchor's area within each region; anchors `[A, 4]`, regions `[T, 4]`."""
+    start = torch.maximum(regions[:, None, :2], anchors[:, :2])             # [T, A, 2]
+    end = torch.minimum(regions[:, None, 2:], anchors[:, 2:])
+    return (end - start).clamp(min=0).prod(-1) / (anchors[:, 2:] - anchors[:, :2]).prod(-1)
 
 
 def shape_iou(sides, anchors):
@@ -89,8 +109,11 @@ def shape_iou(sides, anchors):
     return common / (sides.prod(1)[:, None] + anchors.prod(1) - common)
 
 
-def fit(sides, k, seed=0, iterations=300):
-    """k anchors `[k, 2]` for face sides `[M, 2]`: k-means with 1 - IoU as the distance (YOLO9000, section 2), by area."""
+def fit(sides: np.ndarray, k: int, seed: int = 0, iterations: int = 300) -> np.ndarray:
+    """Fit k anchors `[k, 2]` to face sides `[M, 2]`, smallest first.
+
+    k-means with 1 - IoU as the distance (YOLO9000, Redmon and Farhadi 2017, section 2).
+    """
     centres = np.random.default_rng(seed).choice(np.unique(sides, axis=0), k, replace=False)
     nearest = None
     for _ in range(iterations):
@@ -104,7 +127,10 @@ def fit(sides, k, seed=0, iterations=300):
 
 
 def network_sides(annotations, width, height, min_face=0):
-    """Sides `[M, 2]` of the faces to learn (not ignored, no side below `min_face` in the photo), in pixels of the input."""
+    """Sides `[M, 2]` of the faces to learn, in pixels of the network input.
+
+    Left out are ignored faces and those with a side below `min_face` pixels of the photo.
+    """
     sizes = annotations.sizes[annotations.image]
     if (sizes <= 0).any():
         name = annotations.names[annotations.image[(sizes <= 0).any(1)][0]]
@@ -154,10 +180,9 @@ def main(argv=None):
     sets = {"hand-designed": np.array(HAND_DESIGNED) * args.size / 300, "fitted": fit(sides, args.k)}
     for label, anchors in sets.items():
         best = shape_iou(sides, anchors).max(1)
-        print(
-            f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {(best >= POSITIVE_IOU).mean():.3f}  "
-            + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors)
-        )
+        recall = (best >= POSITIVE_IOU).mean()
+        print(f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {recall:.3f}  "
+              + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors))
     draw_scatter(args.out, sides, sets)
     at_300 = " ".join(f"{w:.1f}x{h:.1f}" for w, h in sets["fitted"] * 300 / np.array(args.size))
     print(f"{len(sides)} faces; scatter in {args.out}; to train with the fitted ones:\n"

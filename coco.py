@@ -43,7 +43,8 @@ class Annotations:
     image: np.ndarray         # [M] int64, the index (not the id) of each face's photo
     xywh: np.ndarray          # [M, 4] float64
     area: np.ndarray  # [M] float64, width x height where the file gives none
-    ignored: np.ndarray  # [M] bool: iscrowd, or a box that cannot be learned (empty, or outside its photo)
+    ignored: np.ndarray       # [M] bool: crowds, and boxes that cannot be learned (empty, outside their photo)
+    crowd: np.ndarray         # [M] bool: iscrowd, a region in which nobody labelled single faces
     counts: dict = field(default_factory=dict)  # what the file holds, for the reports
 
     def file(self, index: int) -> Path:
@@ -53,7 +54,7 @@ class Annotations:
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored):
+        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored, self.crowd):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
@@ -64,7 +65,8 @@ class Annotations:
         found = np.isin(detections.image, kept)
         return (replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
                         image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces],
-                        area=self.area[faces], ignored=self.ignored[faces]),
+                        area=self.area[faces], ignored=self.ignored[faces],
+                        crowd=self.crowd[faces]),
                 Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
                            detections.score[found]))
 
@@ -109,7 +111,7 @@ def read_annotations(path: str | Path) -> Annotations:
     sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
 
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in faces], bool)
+    crowd = np.array([_is_crowd(path, a) for a in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
     known, size = (sizes[image] > 0).all(1), sizes[image]
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
@@ -120,7 +122,7 @@ def read_annotations(path: str | Path) -> Annotations:
               "of other categories": len(annotations) - len(faces)}
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
                        [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
-                       (crowd | empty | outside)[order], counts)
+                       (crowd | empty | outside)[order], crowd[order], counts)
 
 
 def join(parts: list[Annotations]) -> Annotations:
@@ -131,7 +133,7 @@ def join(parts: list[Annotations]) -> Annotations:
     names = [os.path.abspath(part.file(n)) for part in parts for n in range(len(part.ids))]
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts])
-              for name in ("sizes", "xywh", "area", "ignored")}
+              for name in ("sizes", "xywh", "area", "ignored", "crowd")}
     counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
     image = np.concatenate([part.image + before for part, before in zip(parts, start)])
     ids = np.arange(1, start[-1] + 1)
@@ -234,6 +236,14 @@ def _numbers(path, key, values, numbers, shape):
             expected = f"{shape[0]} finite numbers" if shape else "a finite number"
             raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
     return np.array(values, np.float64).reshape(len(values), *shape)
+
+
+def _is_crowd(path, entry):
+    """The `iscrowd` of a face: 0, 1 or their like. As text, "0" would count as yes."""
+    value = entry.get("iscrowd", 0)
+    if value not in (0, 1):
+        raise InputError(f"{path}: annotation {entry['id']}: iscrowd is {repr(value)[:60]}, 0 or 1 expected")
+    return bool(value)
 
 
 def _size(path, entry, key):

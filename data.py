@@ -116,7 +116,8 @@ class Item:
     index: int             # of the photo in its Annotations
     picture: torch.Tensor  # uint8 `[3, H, W]`, RGB
     faces: np.ndarray      # float32 `[N, 4]`, xyxy in pixels of `picture`
-    ignored: np.ndarray    # bool `[N]`
+    ignored: np.ndarray    # bool `[N]`: neither faces to learn nor background
+    crowd: np.ndarray      # bool `[N]`: those of them that are regions with many faces
     size: tuple            # (width, height) of the photo on disk, upright
     error: str = ""        # why the photo could not be read; it is then black and has no faces
 
@@ -126,26 +127,27 @@ class FaceDataset(Dataset):
 
     Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
     integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
-    of the photo are ignored. Without `width` and `height` the photos keep their sizes.
+    of the photo, or below `min_size` pixels of the network input, are ignored. Without `width` and `height`
+    the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
-                 min_face: int = 0):
+                 min_face: float = 0, min_size: float = 0):
         self.width, self.height, self.folder = width, height, annotations.path.parent
         self.names = np.array([os.fsencode(name) for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
         self.starts = np.searchsorted(annotations.image, np.arange(len(annotations.ids) + 1))
         self.faces = to_xyxy(annotations.xywh)
         self.ignored = annotations.ignored | (annotations.xywh[:, 2:] < min_face).any(1)
+        self.crowd, self.min_size = annotations.crowd, min_size
 
     def __len__(self):
         return len(self.sizes)
 
     def __getitem__(self, key) -> Item:
         index, seed = key
-        own = slice(self.starts[index], self.starts[index + 1])
-        faces, ignored, path = (self.faces[own], self.ignored[own],
-                                self.folder / os.fsdecode(self.names[index]))
+        own, path = slice(*self.starts[index:index + 2]), self.folder / os.fsdecode(self.names[index])
+        faces, ignored, crowd = self.faces[own], self.ignored[own], self.crowd[own]
         try:
             if seed is None:  # decoded at full size: evaluation's resize is PIL's on the whole picture
                 image = load_picture(path)
@@ -162,17 +164,19 @@ class FaceDataset(Dataset):
                 picture = image.resize(target, Image.Resampling.BILINEAR)
                 faces = faces * np.tile(np.divide(target, size), 2)
             else:
-                picture, faces, ignored = self.augment(image, size, faces, ignored, seed)
+                picture, faces, ignored, crowd = self.augment(image, size, faces, ignored, crowd, seed)
         except InputError as error:  # what to do about it is for the caller to say
             picture = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
-            return Item(index, picture, np.zeros((0, 4), np.float32), np.zeros(0, bool), (1, 1), str(error))
+            none = np.zeros(0, bool)
+            return Item(index, picture, np.zeros((0, 4), np.float32), none, none, (1, 1), str(error))
+        small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
-        ignored = ignored | (faces[:, 2:] <= faces[:, :2]).any(
-            1)  # wholly outside; a json without sizes hides it
-        return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, size)
+        outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
+        ignored = ignored | small | outside
+        return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, crowd, size)
 
-    def augment(self, image, size, faces, ignored, seed):
-        """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored)."""
+    def augment(self, image, size, faces, ignored, crowd, seed):
+        """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored, crowd)."""
         rng, target = np.random.default_rng(seed), (self.width, self.height)
         view = random_view(rng, size, faces[~ignored])
         scale = target / (view[2:] - view[:2])
@@ -184,11 +188,12 @@ class FaceDataset(Dataset):
         faces = (faces - np.tile(view[:2], 2)) * np.tile(scale, 2)
         centres = (faces[:, :2] + faces[:, 2:]) / 2
         kept = ((centres > 0) & (centres < target)).all(1)
-        faces, ignored = faces[kept], ignored[kept]
+        kept |= crowd & ((faces[:, 2:] > 0) & (faces[:, :2] < target)).all(1)  # also what is seen of a crowd
+        faces, ignored, crowd = faces[kept], ignored[kept], crowd[kept]
         if rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             faces[:, [0, 2]] = target[0] - faces[:, [2, 0]]
-        return picture, faces, ignored
+        return picture, faces, ignored, crowd
 
 
 @dataclass
@@ -197,6 +202,7 @@ class Batch:
     images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
     faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
     ignored: torch.Tensor  # bool `[T]`
+    crowd: torch.Tensor    # bool `[T]`
     image: torch.Tensor    # int64 `[T]`, each face's place in the batch
     index: list            # B indices of the photos in their Annotations
     sizes: list            # B sizes (width, height) on disk
@@ -211,7 +217,7 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change):
-        names = ("images", "faces", "ignored", "image")
+        names = ("images", "faces", "ignored", "crowd", "image")
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
@@ -221,6 +227,7 @@ def collate(items: list[Item]) -> Batch:
     return Batch(torch.stack([item.picture for item in items]),
                  torch.from_numpy(np.concatenate([item.faces for item in items])),
                  torch.from_numpy(np.concatenate([item.ignored for item in items])),
+                 torch.from_numpy(np.concatenate([item.crowd for item in items])),
                  torch.arange(len(items)).repeat_interleave(torch.tensor(counts)),
                  [item.index for item in items], [item.size for item in items],
                  {item.index: item.error for item in items if item.error})
@@ -300,8 +307,8 @@ def describe(annotations: Annotations, min_face: int) -> list[str]:
     lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
     if len(sides):
         quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
-        text = "smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
-        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
+        text = "smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}; "
+        lines.append(text.format(*quantiles) + f"below {min_face} px: {(sides < min_face).sum():,}")
     return lines
 
 

@@ -80,24 +80,27 @@ class Criterion:
 
         outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None.
         """
-        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images))
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images),
+                                batch.crowd)
         divisor, distilled = batch_divisor(labels), 0
         if teacher:
-            labels, targets, weight = soft_targets(labels, targets, *teacher)
+            has_faces = torch.zeros_like(labels[:, 0], dtype=torch.bool).index_fill(0, batch.image, True)
+            labels, targets, weight = soft_targets(labels, targets, *teacher, has_faces)
             scores, boxes = distillation_loss(*outputs, *teacher, weight, labels, divisor)
             distilled = self.distill[0] * scores + self.distill[1] * boxes
         return torch.stack(multibox_loss(*outputs, labels, targets, self.loss_weights, divisor)), distilled
 
 
-def soft_targets(labels, targets, teacher_logits, teacher_offsets):
+def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces):
     """Let a teacher correct the labels `[B, A]` and the box targets `[B, A, 4]`.
 
-    Returns (labels, targets, weight `[B, A]` of the teacher). Datasets differ in where a face ends. Mixed,
+    has_faces `[B]` bool: which photos have faces, ignored ones included. Returns (labels, targets, weight
+    `[B, A]` of the teacher). Datasets differ in where a face ends. Mixed,
     they would blur the boxes that the teacher knows. So the more confident the teacher is, the nearer the
     box target is to its box. A face that the teacher sees and nobody labelled is not taught as background.
-    Photos without any face, ignored ones included, are the exception: there somebody looked at the whole.
+    Photos without any face are the exception: there somebody looked at the whole.
     """
     weight = confidence(teacher_logits)                                                 # [B, A]
-    unlabelled = (labels == 0) & (weight > 0) & (labels != 0).any(1, keepdim=True)
+    unlabelled = (labels == 0) & (weight > 0) & has_faces[:, None]
     labels = labels.masked_fill(unlabelled, -1)
     return labels, torch.lerp(targets, teacher_offsets.float(), weight[..., None]), weight

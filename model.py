@@ -1,12 +1,17 @@
 """The network: MobileNetV2 (width 0.75) with one SSD head, 1.03 M parameters, 0.51 GMACs at 300 x 300.
 
-Parameter names are those of the official training snapshots, so theirs and ours load without a mapping. This file
-imports nothing of this repository: copy it and `load_model` works elsewhere.
+Parameter names are those of the official training snapshots, so theirs and ours load without a mapping. This
+file imports nothing of this repository: copy it, and `load_model` works elsewhere.
 """
-
+import errno
+import io
 import math
-import pickle
+import os
+import pickletools
+import stat
+import zipfile
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -17,8 +22,8 @@ STRIDE = 16  # input pixels per cell of the only feature map
 HAND_DESIGNED = ((9.4, 15.0), (25.1, 39.6), (14.7, 25.5), (34.7, 63.2), (143.0, 227.5), (77.4, 162.9),
                  (128.8, 124.5), (51.1, 105.1), (75.6, 72.6))
 
-# MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride at 1,
-# so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
+# MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride
+# at 1, so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
 ROWS = (
     # expansion t, channels c, blocks n, stride s
     (1, 16, 1, 1),
@@ -30,9 +35,15 @@ ROWS = (
     (4, 480, 1, 1),
 )
 
+# What the pickle of a checkpoint may name: dictionaries, ordinary tensors, their storages. PyTorch's own list
+# for weights_only is longer, and with some of it a file of 300 bytes fills the memory.
+ALLOWED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor",
+           "torch._utils _rebuild_parameter", "torch Size", *(f"torch {kind}Storage" for kind in (
+               "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
+
 
 def grid_size(width: int, height: int) -> tuple[int, int]:
-    """Columns and rows of the grid: the cells of the feature map for an input of `width` x `height` pixels."""
+    """Columns and rows of the grid, the feature map's cells, for an input of `width` x `height` pixels."""
     return math.ceil(width / STRIDE), math.ceil(height / STRIDE)
 
 
@@ -45,8 +56,13 @@ class Config:
     anchors: tuple = HAND_DESIGNED     # (width, height) in pixels of the network input
 
     def __post_init__(self):
+        sides = [side for anchor in self.anchors for side in anchor]
+        if not (isinstance(self.input_width, Integral) and isinstance(self.input_height, Integral)
+                and all(isinstance(number, Real) for number in (self.width, *sides))):
+            raise ValueError("whole numbers expected for the input's sides, numbers for width and anchors")
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
-        # The upper bounds are no limits of the method: without them a few bytes of a hostile file would fill the memory.
+        # The upper bounds are no limits of the method. Without them a hostile file of a few bytes would fill
+        # the memory.
         if (not STRIDE <= min(self.input_width, self.input_height) <= max(self.input_width, self.input_height)
             <= 8192):
             raise ValueError(
@@ -68,13 +84,13 @@ class Config:
     @classmethod
     def scaled_from_300(cls, input_width: int, input_height: int, width: float = 0.75,
                         anchors=HAND_DESIGNED) -> "Config":
-        """The configuration of an untrained model: `anchors`, given for 300 x 300, are scaled to its input."""
+        """The configuration of an untrained model, whose `anchors` are given for 300 x 300 and scaled."""
         scaled = [(w * input_width / 300, h * input_height / 300) for w, h in anchors]
         return cls(input_width, input_height, width, scaled)
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1, depthwise 3x3, project 1x1 without activation; the input is added where the shapes agree."""
+    """Expand 1x1, depthwise 3x3, project 1x1 without activation; add the input where the shapes agree."""
 
     def __init__(self, inputs, outputs, stride, expansion):
         super().__init__()
@@ -115,7 +131,7 @@ class MobileNetV2(nn.Module):
 
 
 class SSDHead(nn.Module):
-    """Features `[B, C, h, w]` to logits `[B, A, 2]` and offsets `[B, A, 4]`, cells row-major, anchor fastest."""
+    """Features `[B, C, h, w]` to logits `[B, A, 2]` and offsets `[B, A, 4]`: cells row-major, anchor fastest."""
 
     def __init__(self, channels, anchors):
         super().__init__()
@@ -136,9 +152,10 @@ class SSDHead(nn.Module):
 
 
 class SSD(nn.Module):
-    """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` (background, face) and offsets `[B, A, 4]`.
+    """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-    Fully convolutional: any input of at least 16 x 16 works, with A = 9 * ceil(H / 16) * ceil(W / 16).
+    The two logits are background and face. Fully convolutional: any input of at least 16 x 16 works, with
+    A = 9 * ceil(H / 16) * ceil(W / 16).
     """
 
     def __init__(self, config=Config()):
@@ -154,7 +171,7 @@ class SSD(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.bbox_head(self.backbone(images))
 
     @property
@@ -163,31 +180,119 @@ class SSD(nn.Module):
         return self.bbox_head.loss_weights
 
 
-def checkpoint(model, **more):
-    """What a checkpoint of ours holds: configuration and weights (and `more`), plain types and tensors only."""
+def checkpoint(model: SSD, **more) -> dict:
+    """What a checkpoint of ours holds: configuration, weights and `more`, all plain types and tensors."""
     return {"config": asdict(model.config), "state_dict": model.state_dict(), **more}
 
 
-def read_checkpoint(path):
-    """A checkpoint's content, on the CPU. No code in the file is run. Raises ValueError if it is not one."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused, it holds more than tensors and plain values (or is no checkpoint)"
-        ) from None
-    except OSError:
-        raise
-    except Exception:  # on foreign bytes the loader raises nearly everything
-        raise ValueError(f"{path}: not a checkpoint, or a truncated one") from None
+def read_checkpoint(path) -> dict:
+    """A checkpoint's content, a dict, on the CPU; `state_dict` in it, and `ema` if there, are {name: tensor}.
+
+    No code in the file is run. Raises ValueError, one line, if it is damaged, or no checkpoint.
+    """
+    content = load_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError(
-            f'{path}: a checkpoint without "state_dict", ours or the official snapshots\' is expected'
-        )
+        raise ValueError(f"{path}: a checkpoint without \"state_dict\", "
+                         "ours or the official snapshots' is expected")
+    for key in ("config", "meta", "optimizer"):
+        if not isinstance(content.get(key), dict | None):
+            raise ValueError(f"{path}: not a checkpoint, its \"{key}\" is no dictionary")
+    for key in ("state_dict", "ema"):
+        if content.get(key) is not None:
+            content[key] = tensors_of(content[key], f"{path}: not a checkpoint, its \"{key}\"")
     return content
 
 
-def config_of(content, path=""):
+def load_file(path):
+    """What torch.save wrote, on the CPU. Raises ValueError, one line, if the file is damaged or hostile."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write into it
+        raise ValueError(f"{path}: not a checkpoint, nor any ordinary file")
+    try:
+        with open(path, "rb") as file:
+            content = torch.load(_checked(file), map_location="cpu", weights_only=True)
+    except Exception as error:  # on foreign bytes the loader raises nearly everything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip points before its start
+            raise
+        reason = str(error) if isinstance(error, _Refused) else "not a checkpoint, or a truncated one"
+        raise ValueError(f"{path}: {reason}") from None
+    # A dict of a hostile file may have `get` and `items` of its own.
+    return dict(dict.items(content)) if isinstance(content, dict) else content
+
+
+class _Refused(Exception):
+    """Why a file is not loaded."""
+
+
+def _checked(file):
+    """The open checkpoint `file` as torch.load may have it: nothing damaged, compressed, or beyond ALLOWED.
+
+    PyTorch looks at no checksum, so a changed bit in a weight would go unseen. It gets a copy of what was
+    checked, as two programs may read one zip differently. The format before PyTorch 1.6 (five pickles, then
+    the bytes of the tensors) has no checksums.
+    """
+    if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
+        file.seek(0)
+        for _ in range(5):
+            _look_through(file)
+        file.seek(0)
+        return file
+    copy, size = io.BytesIO(), file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as checked:
+        members = archive.infolist()
+        if any(member.compress_type or member.compress_size != member.file_size for member in members):
+            raise _Refused("refused, it is compressed; torch.save does not do that")
+        names = {member.filename for member in members}
+        if len(names) < len(members) or sum(member.file_size for member in members) > size:
+            raise _Refused("refused, parts of it are there twice")
+        for member in members:
+            try:
+                content = archive.read(member)
+            except zipfile.BadZipFile:
+                raise _Refused("damaged, its checksums tell; copy or download it again") from None
+            if member.filename.lower().endswith(".pkl"):
+                _look_through(content)
+            checked.writestr(zipfile.ZipInfo(member.filename), content)  # ZipInfo: its date is 1980
+    copy.seek(0)
+    return copy
+
+
+def _look_through(pickled):
+    """Go through one pickle, bytes or an open file, without running it."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in ALLOWED:
+            raise _Refused("refused, it holds more than tensors and plain values"
+                           + (f" ({argument.replace(' ', '.')[:80]!r})" if argument else ""))
+
+
+def tensors_of(state, subject):
+    """`state` as {name: tensor}, no gradients. Raises ValueError, starting with `subject`, if it is not."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{subject} is no dictionary")
+    state = dict(dict.items(state))
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{subject} holds other things than named tensors")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def check_kinds(state, own, path):
+    """Raise ValueError where `state` has whole numbers and the model's `own` tensor has not, or reversed."""
+    for name, tensor in own.items():
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
+            found, wanted = state[name].dtype, tensor.dtype
+            raise ValueError(f"{path}: not a checkpoint of this detector ({name} is {found}, not {wanted})")
+
+
+def check_values(state, path):
+    """Raise ValueError if weights are not finite, or variances negative."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{path}: damaged, the variances {name} are negative")
+
+
+def config_of(content: dict, path="") -> Config:
     """The Config of a checkpoint's content; an official snapshot has none, there the shapes tell."""
     try:
         if "config" in content:
@@ -195,77 +300,84 @@ def config_of(content, path=""):
         state = content["state_dict"]
         anchors = HAND_DESIGNED[:len(state["bbox_head.cls_convs.0.3.weight"]) // 2]
         return Config(width=len(state["backbone.features.0.0.weight"]) / 32, anchors=anchors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this detector ({error})") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: not a checkpoint of this detector ({reason})") from None
 
 
-def load_model(path):
+def load_model(path) -> SSD:
     """The model of a checkpoint, ours or an official snapshot, in evaluation mode on the CPU.
 
-    An averaged set of weights is preferred where there is one. Raises ValueError, one line, if the file does not fit.
+    Averaged weights are preferred where there are some. Raises ValueError, one line, if the file does not fit.
     """
     content = read_checkpoint(path)
     return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
 
 
-def rebuild(content, state, path):
-    """The model of a checkpoint's content with the weights `state`. Raises ValueError, one line, if they do not fit."""
+def rebuild(content: dict, state: dict, path) -> SSD:
+    """The model of a checkpoint's content, with the weights `state`. Raises ValueError if they do not fit."""
     model = SSD(config_of(content, path))
+    check_kinds(state, model.state_dict(), path)
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
         raise ValueError(f"{path}: not a checkpoint of this detector ({reason[:160]})") from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
+    check_values(model.state_dict(), path)
     return model
 
 
-def load_weights(model, path):
+def load_weights(model: SSD, path) -> list[str]:
     """Start `model` from a detector snapshot of any shape; returns the names of tensors that did not fit.
 
     Raises ValueError if the file is no checkpoint, or none of it fits.
     """
     content = read_checkpoint(path)
     own, state = model.state_dict(), content.get("ema") or content["state_dict"]
-    fitting = {name: state[name] for name in own
-               if isinstance(state.get(name), torch.Tensor) and state[name].shape == own[name].shape}
+    fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     if not any(tensor.ndim for tensor in fitting.values()):
         raise ValueError(f"{path}: no tensor of it fits this model")
+    check_kinds(fitting, own, path)
+    check_values(fitting, path)
     model.load_state_dict(fitting, strict=False)
     return [name for name in own if name not in fitting]
 
 
-def load_imagenet(model, path=None):
-    """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to the model's shape.
+def load_imagenet(model: SSD, path=None) -> None:
+    """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to shape.
 
-    The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path` is a file
-    of the weights; without it torchvision downloads them. Raises ValueError if they cannot be had or do not fit.
+    The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path`
+    is a file of the weights; without it torchvision downloads them. Raises ValueError if they cannot be had
+    or do not fit.
     """
     from torchvision.models import MobileNet_V2_Weights
     weights = MobileNet_V2_Weights.IMAGENET1K_V1
+    name = path or "the download"
     try:
-        source = (torch.load(path, map_location="cpu", weights_only=True) if path
-                  else weights.get_state_dict(progress=True, check_hash=True))
+        source = load_file(path) if path else weights.get_state_dict(progress=True, check_hash=True)
+        source = tensors_of(source, "it")
     except OSError as error:
-        raise ValueError(
-            f"ImageNet weights: {error}; offline? fetch {weights.url} and give its path"
-        ) from None
-    except Exception:  # on foreign bytes the loader raises nearly everything
-        source = None
-    if not isinstance(source, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in source.values()):
-        raise ValueError(
-            f"{path or 'the download'}: not torchvision's MobileNetV2 weights; they are at {weights.url}"
-        )
+        raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} "
+                         "and give its path") from None
+    except Exception as error:  # a download may fail in any way
+        source, reason = {}, str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
+    else:
+        reason = "other layers"
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
     wanted = {f"features.{n}" for n in range(blocks)}
-    pick = lambda state: {k: v for k, v in state.items() if ".".join(k.split(".")[:2]) in wanted}
+
+    def pick(state):
+        return {name: tensor for name, tensor in state.items() if ".".join(name.split(".")[:2]) in wanted}
     ours, theirs = pick(model.backbone.state_dict()), pick(source)
     if len(ours) != len(theirs):
-        raise ValueError(f"{path}: not torchvision's MobileNetV2 weights; they are at {weights.url}")
+        raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); they are at "
+                         f"{weights.url}")
     # The two nest their layers differently but list them in the same order.
-    for (name, own), tensor in zip(ours.items(), theirs.values()):
+    theirs = dict(zip(ours, theirs.values()))
+    check_kinds(theirs, ours, name)
+    check_values(theirs, name)
+    for key, own in ours.items():
+        tensor = theirs[key]
         if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):
-            raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {name} {tuple(own.shape)}")
+            raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {key} {tuple(own.shape)}")
         own.copy_(tensor[tuple(slice(n) for n in own.shape)])

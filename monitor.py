@@ -71,8 +71,8 @@ class Monitor:
         left = an_epoch * (self.epochs - record["epoch"])
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
-              f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, "
-              f"{record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
+              f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
+              f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
         if self.writer:
             for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
                 if key in record:

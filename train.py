@@ -264,6 +264,8 @@ def make_parser():
     add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
     add("--min-face", type=int, default=17,
         help="ignore faces with a side below this, in the photo (default 17 px)")
+    add("--min-size", type=float, default=0, metavar="PX",
+        help="ignore faces with a side below this at the network's input, as augmented (default 0 px)")
     add("--no-augment", action="store_true", help="show the photos as they are")
     add("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
     add("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
@@ -318,8 +320,8 @@ def parse_args(argv):
     rates = 0 < args.lr < math.inf and 0 <= args.ema < 1 and 0 <= args.weight_decay < math.inf
     if not rates or (args.clip is not None and not 0 < args.clip < math.inf):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
-    if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32:
-        parser.error("--momentum must be in [0, 1), --seed below 2 to the 32")
+    if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32 or not 0 <= args.min_size < math.inf:
+        parser.error("--momentum must be in [0, 1), --seed below 2 to the 32, --min-size 0 or more")
     if args.distill and not (args.load_from and all(0 <= weight < math.inf for weight in args.distill)):
         parser.error("--distill takes weights of 0 or more, and needs --load-from")
     args.data = args.data or [DATA]
@@ -352,7 +354,7 @@ def read_val(args):
 
 
 def read_inputs(args, content):
-    """Read what a process needs before it works with the others: training and validation Annotations, model."""
+    """Read what a process needs before it works with the others: Annotations, those of --val, and the model."""
     faces, val = join([read_annotations(path) for path in args.data]), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
@@ -374,7 +376,7 @@ def prepare(args):
     marks = {"launch": from_first(launch_id), "photos": faces.fingerprint()}
     if val:
         marks["val"] = val.fingerprint()
-    dataset = FaceDataset(faces, *model.config.input_size, args.min_face)
+    dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size)
     trainer = together(lambda: Trainer(args, model, dataset, content, marks, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)

@@ -5,7 +5,9 @@ in pixels of the original image, float64, as in the files. Nothing here imports 
 """
 
 import io
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +41,8 @@ def read_ground_truth(folder=GROUND_TRUTH):
     try:
         names = [f"{event[0][0]}/{file[0][0]}"
                  for event, files in zip(val["event_list"], val["file_list"]) for file in files[0]]
-        boxes = [
-            np.asarray(box[0], np.float64).reshape(-1, 4)
-            for event in val["face_bbx_list"]
-            for box in event[0]
-        ]
+        boxes = [np.asarray(box[0], np.float64).reshape(-1, 4) for event in val["face_bbx_list"]
+                 for box in event[0]]
         faces = np.array([len(box) for box in boxes])
         kept = {level: _kept(gt_list, faces) for level, gt_list in lists.items()}
         if len(names) != len(boxes):
@@ -59,10 +58,8 @@ def wider_names(path, file_names):
 
     `path` is the COCO file, for messages. Raises InputError if a name has no two such parts, or two are the same.
     """
-    names = [
-        re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
-        for name in file_names
-    ]
+    names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
+             for name in file_names]
     _check_names(path, names)
     return names
 
@@ -81,8 +78,7 @@ def read_predictions(folder, ground_truth):
     for name in ground_truth.names:
         paths.append(f"{folder}/{name}.txt")  # 3,226 Path objects would cost more than reading the files
         try:
-            with open(paths[-1], "rb") as file:
-                lines = _rows(paths[-1], file.read())
+            lines = _rows(paths[-1], _read(paths[-1]))
         except FileNotFoundError:
             missing.append(name)
             lines = []
@@ -95,15 +91,10 @@ def read_predictions(folder, ground_truth):
 
     values = _numbers(rows)  # all at once is fast; row by row only to find the one to name
     if values is None:
-        raise InputError(
-            next(
-                f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
-                for path, count in zip(paths, counts)
-                if count
-                for number, line in enumerate(_lines(Path(path).read_bytes()), 1)
-                if number > 2 and line.strip() and _numbers([line]) is None
-            )
-        )
+        raise InputError(next(f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
+                              for path, count in zip(paths, counts) if count
+                              for number, line in enumerate(_lines(_read(path)), 1)
+                              if number > 2 and line.strip() and _numbers([line]) is None))
     image = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
     return Detections(image, values[order, :4], values[order, 4]), missing
@@ -156,18 +147,14 @@ def _check_names(source, names):
 
 def _plain(part):
     """Is it a name without meaning to any file system, and short enough for all?"""
-    return (
-        part.isprintable()
-        and not set(part) & set("\\:")
-        and bool(part.strip(". "))
-        and len(part.encode()) < 200
-    )
+    return (part.isprintable() and not set(part) & set("\\:") and bool(part.strip(". "))
+            and len(part.encode()) < 200)
 
 
 def _load_mat(path, *keys):
     """The variables `keys` of a MATLAB file."""
     try:
-        file = io.BytesIO(path.read_bytes())
+        file = io.BytesIO(_read(path))
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
@@ -180,6 +167,14 @@ def _load_mat(path, *keys):
         raise InputError(
             f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})"
         ) from None
+
+
+def _read(path):
+    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for without end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path}: is no ordinary file, which is expected there")
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _lines(content):

@@ -61,38 +61,110 @@ def test_coding_is_finite_for_any_box_and_offset(values):
     assert encode(values, own).isfinite().all() and decode(values, own).isfinite().all()
 
 
-def slow_match(own, faces, ignored):
+def inside(anchor, region):
+    """The part of a box's own area that lies in a region."""
+    (x1, y1, x2, y2), (left, top, right, bottom) = anchor.tolist(), region.tolist()
+    width, height = min(x2, right) - max(x1, left), min(y2, bottom) - max(y1, top)
+    return max(0.0, width) * max(0.0, height) / ((x2 - x1) * (y2 - y1))
+
+
+def slow_match(own, faces, ignored, crowd=None):
     """The same rule, one anchor at a time, for one image."""
     labels, assigned = [], []
     iou = box_iou(faces, own) if len(faces) else torch.zeros(0, len(own))
-    best = {n: int(iou[n].argmax()) for n in range(len(faces)) if not ignored[n]}
+    best = {n: int(iou[n].argmax()) if iou[n].any() else None for n in range(len(faces)) if not ignored[n]}
     for a in range(len(own)):
-        claims = [(float(iou[n, a]) + 2 * (best[n] == a), -n) for n in best]
+        claims = [(float(iou[n, a] + 2 * (best[n] == a)), -n) for n in best]
         overlap, face = max(claims, default=(0.0, 0))
         taken = overlap >= POSITIVE_IOU
-        unsure = any(iou[n, a] >= POSITIVE_IOU for n in range(len(faces)) if ignored[n])
+        unsure = any(ignored[n] and (iou[n, a] >= POSITIVE_IOU or crowd is not None and crowd[n]
+                                     and inside(own[a], faces[n]) >= 0.5) for n in range(len(faces)))
         labels.append(1 if taken else -1 if unsure else 0)
         assigned.append(-face if taken else None)
     return labels, assigned
 
 
-def test_matching_a_batch_follows_the_rule_one_by_one():
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("crowds", [False, True])
+def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
+    """Also for faces that are equal, that lie outside the anchors, that are empty, and that tie on whole pixels."""
+    generator = torch.Generator().manual_seed(seed)
     own = make_anchors(Config.scaled_from_300(96, 96))
     counts = [3, 0, 7, 1, 12]
     faces = [random_boxes(generator, n, 3, 90) / 2.5 for n in counts]
-    ignored = [torch.rand(n, generator=generator) < 0.3 for n in counts]
+    if seed % 2:
+        faces = [own_faces.round() for own_faces in faces]
+        faces[2][3], faces[2][4:6] = faces[2][0], own[:2]
+    faces[4][:3] = torch.tensor([[500.0, 10, 520, 30], [-90, -90, -50, -50], [20, 20, 20, 60]])
+    ignored = [torch.rand(n, generator=generator) < 0.4 for n in counts]
+    crowd = [own_ignored & (torch.rand(len(own_ignored), generator=generator) < 0.5) for own_ignored in ignored]
     image = torch.arange(5).repeat_interleave(torch.tensor(counts))
-    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5)
+    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5, *([torch.cat(crowd)] if crowds else []))
     for n in range(5):
-        expected, assigned = slow_match(own, faces[n], ignored[n])
+        expected, assigned = slow_match(own, faces[n], ignored[n], crowd[n] if crowds else None)
         assert labels[n].tolist() == expected
         for a, face in enumerate(assigned):
             if face is None:
                 assert not offsets[n, a].any()
             else:
                 torch.testing.assert_close(offsets[n, a], encode(faces[n][face], own[a]))
-    assert {-1, 0, 1} == set(labels.unique().tolist())
+    assert {0, 1} <= set(labels.unique().tolist())
+
+
+def test_a_crowd_region_protects_the_anchors_that_lie_in_it():
+    """As evaluation has it: a detection with half its own area in a crowd region is not counted as false."""
+    own = make_anchors(Config())
+    region, face = torch.tensor([[50.0, 50, 250, 250]]), torch.tensor([[100.0, 100, 140, 150]])
+    within = torch.tensor([inside(anchor, region[0]) for anchor in own])
+    mark = torch.tensor([True])
+    labels, _ = match(own, region, mark, torch.tensor([0]), 1, mark)
+    assert (within == 0.5).any() and (within == 1).sum() > 500
+    assert torch.equal(labels[0] == -1, (within >= 0.5) | (box_iou(region, own)[0] >= POSITIVE_IOU))
+    assert not (labels == 1).any() and (labels == 0).any()
+    alone, _ = match(own, face, ~mark, torch.tensor([0]), 1)
+    both, offsets = match(own, torch.cat([region, face]), torch.tensor([True, False]), torch.zeros(2, dtype=torch.long), 1,
+                          torch.tensor([True, False]))
+    assert torch.equal(both == 1, alone == 1) and (alone == 1).any()            # a face to learn comes before the region
+    assert torch.equal(both[alone != 1], labels[alone != 1]) and torch.equal(offsets.any(-1), both == 1)
+    ignored, _ = match(own, region, mark, torch.tensor([0]), 1)                 # one large ignored face is no crowd
+    assert torch.equal(ignored[0] == -1, box_iou(region, own)[0] >= POSITIVE_IOU)
+
+
+def test_a_crowd_region_without_area_protects_nothing():
+    own = make_anchors(Config.scaled_from_300(96, 96))
+    empty = torch.tensor([[20.0, 20, 20, 60], [30, 30, 30, 30], [60, 60, 40, 40], [500, 500, 600, 600]])
+    labels, offsets = match(own, empty, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.long), 1,
+                            torch.ones(4, dtype=torch.bool))
+    assert not labels.any() and not offsets.any()
+
+
+def test_a_face_that_overlaps_no_anchor_takes_none():
+    own = make_anchors(Config())
+    faces = torch.tensor([[1000.0, 1000, 1040, 1040], [50, 50, 50, 50], [100, 100, 130, 140]])
+    labels, offsets = match(own, faces, torch.zeros(3, dtype=torch.bool), torch.tensor([0, 0, 1]), 2)
+    assert not labels[0].any() and not offsets[0].any()
+    assert labels[1].any() and offsets.abs().max() < 20
+
+
+def test_the_least_overlap_of_a_positive_is_0_4():
+    """Anchors of 10 x 10: faces that cover 41 % and 39 % of one, beside a better anchor for each face."""
+    own = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4.1], [100, 0, 110, 10], [100, 0, 110, 3.9]])
+    faces = torch.tensor([[0.0, 0, 10, 4.1], [100, 0, 110, 3.9]])
+    image = torch.tensor([0, 0])
+    assert match(own, faces, torch.tensor([False, False]), image, 1)[0].tolist() == [[1, 1, 0, 1]]
+    assert match(own, faces, torch.tensor([True, True]), image, 1)[0].tolist() == [[-1, -1, 0, -1]]
+
+
+def test_matching_reduces_no_integers(monkeypatch):
+    """Apple's MPS cannot before macOS 15."""
+    reduce, kinds = torch.Tensor.scatter_reduce, set()
+
+    def recorded(self, *arguments, **more):
+        kinds.add(self.dtype)
+        return reduce(self, *arguments, **more)
+    monkeypatch.setattr(torch.Tensor, "scatter_reduce", recorded)
+    match(make_anchors(Config()), torch.tensor([[10.0, 10, 50, 50]] * 2), torch.tensor([True, False]), torch.tensor([0, 1]), 2)
+    assert kinds <= {torch.float32}
 
 
 def test_matching_without_faces():

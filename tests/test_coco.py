@@ -56,6 +56,13 @@ def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more)
     assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
 
 
+@pytest.mark.parametrize("value, crowd", [(0, False), (1, True), (0.0, False), (1.0, True), (False, False),
+                                          (True, True)])
+def test_crowd_regions_are_marked_by_numbers(tmp_path, value, crowd):
+    faces = read(tmp_path, coco(annotations=face(iscrowd=value)))
+    assert faces.ignored.tolist() == [crowd] and faces.counts["crowd"] == crowd
+
+
 def test_other_categories_are_left_out(tmp_path):
     faces = read(tmp_path, coco(annotations=face() + face(id=2, category_id=9),
                                 categories=[{"id": 9, "name": "person"}, {"id": 2, "name": "Face"}]))
@@ -93,7 +100,9 @@ def test_byte_order_mark(tmp_path):
         (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
         (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
         (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
-        (coco(annotations=face(area="big")), "area is big, a finite number expected"),
+        *[(coco(annotations=face(iscrowd=value)), f"annotation 1: iscrowd is {value!r}, 0 or 1 expected")
+      for value in ("0", "1", "", "no", 2, -1, 0.5, None, [], [1], {}, "a\nb", float("nan"))],
+    (coco(annotations=face(area="big")), "area is big, a finite number expected"),
         (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
         (coco(categories=[]), "there are: none"),
         (coco(categories="face"), "must be a list"),

@@ -76,6 +76,20 @@ def test_boxes_stay_on_their_faces_through_the_augmentation(tmp_path):
     assert len(agreements) > 150 and np.min(agreements) > 0.8 and np.mean(agreements) > 0.95
 
 
+def test_boxes_are_exact_where_a_photo_is_only_flipped(tmp_path):
+    """Where no face is to be learned nothing is cropped, and at the photo's own size each pixel stays one."""
+    dataset = dataset_of(tmp_path, [[(10, 20, 30, 50)]], [(96, 96)], 96, 96, min_face=99)
+    found = set()
+    for seed in range(40):
+        item = dataset[0, (seed,)]
+        assert item.ignored.tolist() == [True]
+        if (item.faces[0, 2:] - item.faces[0, :2]).tolist() == [30, 50]:  # not expanded
+            ys, xs = torch.nonzero((item.picture != item.picture[:, :1, :1]).any(0), as_tuple=True)
+            assert item.faces[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            found.add(tuple(item.faces[0].tolist()))
+    assert found == {(10, 20, 40, 70), (96 - 40, 20, 96 - 10, 70)}
+
+
 def test_the_seed_decides_the_augmentation(tmp_path):
     dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)]], [(240, 200)])
     one, again, other = dataset[0, (1, 2)], dataset[0, (1, 2)], dataset[0, (1, 3)]
@@ -261,6 +275,19 @@ def test_batches_can_be_resumed_and_differ_between_epochs():
     assert list(batches) == first[4:] and len(batches) == 11 - 4
     batches.start, batches.epoch = 0, 1
     assert list(batches) != first
+
+
+def test_no_photo_is_shown_twice_in_the_same_way():
+    """Neither in the passes of an epoch nor in another epoch nor by another process; another run shows it otherwise too."""
+    seeds = []
+    for run, epoch, rank in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)):
+        batches = TrainBatches(6, 3, 2, run, rank, 2)
+        batches.epoch = epoch
+        seeds += [seed for group in batches for _, seed in group]
+    assert len(set(seeds)) == len(seeds) == 6 * 6
+    numbers = [np.random.default_rng(seed).random() for seed in seeds]
+    assert len(set(numbers)) == len(numbers)
+    assert {key for group in TrainBatches(6, 3, augment=False) for _, key in group} == {None}
 
 
 def test_uneven_processes_take_as_many_batches_each():

@@ -111,6 +111,16 @@ def test_distillation_is_0_at_the_teacher_and_lets_scores_of_labelled_faces_go()
     ).any()  # boxes wherever it saw a face
 
 
+@pytest.mark.parametrize("moved", [0.01, -3.0])
+def test_distillation_is_the_distance_of_boxes_and_the_divergence_of_scores(moved):
+    start = torch.tensor([[[0.0, 3], [0, 1], [3, 0]]])                                   # wholly, partly and not confident
+    labels, offsets, weight = torch.tensor([[1, 0, 0]]), torch.zeros(1, 3, 4), confidence(start)
+    scores, boxes = distillation_loss(torch.zeros(1, 3, 2), offsets + moved, start, offsets, weight, labels, 2)
+    assert boxes.item() == pytest.approx(4 * abs(moved) * weight.sum().item() / 2, rel=1e-5) and weight.sum() > 1
+    p = start[0, 1:].softmax(-1)                                                         # those without a labelled face
+    assert scores.item() == pytest.approx((p * (p / 0.5).log()).sum().item() / 2, rel=1e-5)
+
+
 def test_the_teacher_counts_from_a_score_of_a_half_on_and_wholly_from_nine_tenths_on():
     scores = torch.tensor([0.01, 0.1, 0.5, 0.6, 0.7, 0.9, 0.99])
     logits = torch.stack([torch.zeros(7), torch.logit(scores)], -1)
@@ -123,7 +133,8 @@ def test_a_confident_teacher_sets_the_box_and_what_it_sees_is_no_background_besi
     )  # confident of the first three
     offsets = torch.arange(20.0).view(5, 4).expand(3, 5, 4)
     labels = torch.tensor([[1, 0, -1, 1, 0], [0, 0, 0, 0, 0], [0, 0, -1, 0, 0]])
-    labels, targets, weight = soft_targets(labels, torch.full((3, 5, 4), -1.0), logits, offsets)
+    labels, targets, weight = soft_targets(labels, torch.full((3, 5, 4), -1.0), logits, offsets,
+                                           torch.tensor([True, False, True]))
     # There is no face on the second photo, an ignored one on the third.
     assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, 0, 0, 0], [-1, -1, -1, 0, 0]]
     expected = [1, (1 / (1 + math.exp(-1)) - 0.5) / 0.4, 1, 0, 0]

@@ -153,16 +153,16 @@ def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, mon
     ]
 
 
-def test_an_epoch_that_has_become_shorter_than_what_is_done_of_it_is_not_resumed(sample, tmp_path, refused):
+def test_an_epoch_of_which_all_is_done_ends_and_one_of_other_photos_begins_anew(sample, tmp_path, capsys):
     last = run(tmp_path / "r", sample, "--epochs", 0)
-    torch.save(
-        last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth"
-    )  # of 12 photos, in batches of 5
-    run(tmp_path / "r", sample, "--epochs", 1, "--resume")
-    torch.save(last | {"done": 20}, tmp_path / "r/last.pth")
-    assert "would now be over" in refused(
-        train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r", "--resume"
-    )
+    torch.save(last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth")  # of 12, in batches of 5
+    assert run(tmp_path / "r", sample, "--epochs", 1, "--resume", "--batch-size", 4)["step"] == 0
+    for change in ({"seed": 1}, {"repeat": 2}):
+        torch.save(last | {"done": 10, "flags": last["flags"] | change}, tmp_path / "r/last.pth")
+        assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 3
+        assert "this epoch begins anew" in capsys.readouterr().out
+    torch.save(last | {"done": 10}, tmp_path / "r/last.pth")
+    assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 1
 
 
 def test_a_finished_run_goes_on_at_its_final_rate(sample, tmp_path):
@@ -231,11 +231,37 @@ def test_distillation_forgets_less(sample, tmp_path):
     assert moved[10] < 0.8 * moved[0]
 
 
+def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--hold", 0.1, 0.1, "--epochs", 0]
+    nine = [f"{10 + n}x{15 + n}" for n in range(9)]
+    assert "same anchors" in refused(train.main, *flags, "--out", tmp_path / "r", "--anchors", *nine)
+    assert not (tmp_path / "r/last.pth").exists()
+    train.main([str(word) for word in (*flags, "--out", tmp_path / "s")])
+    assert (tmp_path / "s/last.pth").exists()
+
+
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
     last = run(tmp_path / "r", sample, "--epochs", 1, "--ema", "0.9", "--val", sample / "val.json")
     assert not same(last["ema"], last["state_dict"])
     for name in ("last.pth", "best.pth"):
         assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
+
+
+@pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
+def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
+    """Its decay starts at a tenth and rises towards --ema, so that the untrained weights do not stay in it."""
+    flags = ["--ema", ema, "--batch-size", 12]  # one iteration an epoch
+    before = run(tmp_path / "r", sample, "--epochs", 0, *flags)
+    average = before["state_dict"]
+    for epoch, decay in enumerate(decays, 1):
+        now = run(tmp_path / "r", sample, "--epochs", epoch, *flags, "--resume")
+        assert now["step"] == epoch
+        for name, value in now["state_dict"].items():
+            if value.is_floating_point():
+                torch.testing.assert_close(now["ema"][name], decay * average[name] + (1 - decay) * value, rtol=1e-4, atol=1e-6)
+        assert not same(now["state_dict"], before["state_dict"])
+        average, before = now["ema"], now
 
 
 def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):

@@ -1,4 +1,7 @@
 """wider.py: the official files as they are met, and our own predictions written and read back."""
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -167,6 +170,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path, truth):
         read_predictions(tmp_path / "none", truth)
     with pytest.raises(InputError, match="no predictions for WIDER FACE val, files such as .*0_Parade_1.txt"):
         read_predictions(tmp_path, truth)
+
+
+def test_pipes_and_folders_are_not_waited_for(tmp_path, truth):
+    (tmp_path / "0--Parade").mkdir()
+    os.mkfifo(tmp_path / f"{NAMES[0]}.txt")
+    code = "import sys, wider; wider.%s(sys.argv[1]%s)"
+    truth = ", wider.GroundTruth(['0--Parade/0_Parade_1'], [], [], {})"
+
+    def last_line(code):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+        return done.stderr.splitlines()[-1]
+    assert last_line(code % ("read_predictions", truth)).endswith("0_Parade_1.txt: is no ordinary file, which is expected there")
+    os.mkfifo(tmp_path / "wider_face_val.mat")
+    assert "wider_face_val.mat: is no ordinary file" in last_line(code % ("read_ground_truth", ""))
+    (tmp_path / f"{NAMES[0]}.txt").unlink()
+    (tmp_path / f"{NAMES[0]}.txt").mkdir()
+    assert "0_Parade_1.txt: is no ordinary file" in last_line(code % ("read_predictions", truth))
 
 
 def test_predictions_written_and_read_back_are_the_same(tmp_path, truth):
