@@ -1,4 +1,4 @@
-"""What a training run shows of itself: log.jsonl, curves.png drawn from it, and TensorBoard if asked for."""
+"""Record a training run: log.jsonl, the curves drawn from it, and TensorBoard if asked for."""
 import json
 import time
 from pathlib import Path
@@ -17,16 +17,15 @@ PICTURES = 16  # on each contact sheet
 
 
 class Monitor:
-    """Records a run in its folder: one JSON line with the flags, then one per epoch. Only the first process writes."""
+    """Record a run in its folder: one JSON line with the flags, then one per epoch.
+
+    Only the first process (`rank` 0) writes.
+    """
 
     def __init__(self, args, model, epoch, rank):
-        """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
+        """Start the record. A resumed run drops the lines after `epoch`, as it trains those epochs again."""
         self.active, self.out, self.started, self.first = (
-            rank == 0,
-            Path(args.out),
-            time.perf_counter(),
-            epoch,
-        )
+            rank == 0, Path(args.out), time.perf_counter(), epoch)
         self.epochs, self.writer = args.epochs, None
         if not self.active:
             return
@@ -34,13 +33,8 @@ class Monitor:
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
-        self.write(
-            {
-                "flags": vars(args),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "torch": torch.__version__,
-            }
-        )
+        self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()),
+                    "torch": torch.__version__})
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -49,31 +43,25 @@ class Monitor:
             self.writer = SummaryWriter(self.out, purge_step=epoch + 1)
 
     def write(self, line):
-        """Add a line; the file is replaced whole, so that a kill leaves no half line."""
+        """Add a line. The file is rewritten as a whole, so that a kill never leaves half a line."""
         self.lines.append(line)
         with whole_file(self.log) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines), encoding="utf-8"
-            )
+            temporary.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines),
+                                 encoding="utf-8")
 
     def epoch(self, trainer, record, val=None):
-        """Record an epoch: log line, curves, a printed line, TensorBoard."""
+        """Record one epoch: a log line, the curves, a printed line, TensorBoard."""
         if not self.active:
             return
         self.write(record)
         draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-        left = (
-            (time.perf_counter() - self.started)
-            / (record["epoch"] - self.first)
-            * (self.epochs - record["epoch"])
-        )
+        left = ((time.perf_counter() - self.started) / (record["epoch"] - self.first)
+                * (self.epochs - record["epoch"]))
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
-        print(
-            f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} (class {record['class_loss']:.3f}, "
-            f"box {record['box_loss']:.3f}), lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
-            f"{left / 60:.0f} min left",
-            flush=True,
-        )
+        print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
+              f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), "
+              f"lr {record['lr']:.2g}{accuracy}, {record['photos_per_second']:.0f} photos/s, "
+              f"{left / 60:.0f} min left", flush=True)
         if self.writer:
             for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
                 if key in record:
@@ -84,12 +72,12 @@ class Monitor:
             self.writer.flush()
 
     def picture(self, name, image, epoch):
-        """A picture for TensorBoard."""
+        """Add a picture to TensorBoard."""
         self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts. Raises InputError if it is something else."""
+    """Read the lines of a log.jsonl as dicts. Raises InputError if the file is not such a log."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(line, dict) for line in lines):
@@ -100,14 +88,11 @@ def read_log(path):
 
 
 def draw_curves(records, path):
-    """Losses, accuracy and learning rate over the epochs of a log, to a PNG."""
+    """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = [
-        ("loss", ("loss", "class_loss", "box_loss")),
-        ("AP on --val", ("AP", "AP50")),
-        ("learning rate", ("lr",)),
-    ]
+    panels = [("loss", ("loss", "class_loss", "box_loss")),
+              ("AP on --val", ("AP", "AP50")), ("learning rate", ("lr",))]
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             points = [(record["epoch"], record[key]) for record in records if key in record]
@@ -123,14 +108,14 @@ def draw_curves(records, path):
 
 
 def training_sheet(trainer):
-    """Training photos as the network sees them, with faces (green), ignored ones and positive anchors (thin, yellow)."""
+    """Draw training photos as the network sees them.
+
+    Faces are green, ignored faces orange, positive anchors yellow.
+    """
     dataset, pictures = trainer.loader.dataset, []
-    items = [
-        dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
-        for place, index in enumerate(
-            np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES]
-        )
-    ]
+    items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
+             for place, index in enumerate(
+                 np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
     batch = collate(items)
     anchors = trainer.anchors.cpu()
     labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items))
@@ -142,7 +127,7 @@ def training_sheet(trainer):
 
 
 def validation_sheet(trainer, annotations):
-    """The first validation photos with what the model finds there at a score of 0.4."""
+    """Draw the first validation photos with the faces that the model finds at a score of 0.4 or more."""
     detector, pictures = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
     for index in range(min(PICTURES, len(annotations.ids))):
         image = load_picture(annotations.file(index))

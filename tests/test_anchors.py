@@ -1,4 +1,4 @@
-"""Anchors: both conventions, their order, the coding of boxes and the matching of faces."""
+"""Tests of anchors.py: both kinds of anchors, their order, encode and decode, matching, the command."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ from model import HAND_DESIGNED, Config
 
 def test_rounded_anchors_follow_the_pixel_inclusive_convention():
     base = make_anchors(Config())[:9]
-    for (w, h), box in zip(HAND_DESIGNED, base.tolist()):  # Python's round is half to even too
+    for (w, h), box in zip(HAND_DESIGNED, base.tolist()):  # Python's round() is half to even, as torch's
         x1, x2, y1, y2 = (round(7.5 + sign * (side - 1) / 2) for side in (w, h) for sign in (-1, 1))
         assert box == [x1, y1, x2 + 1, y2 + 1]
     assert (base[0, 2:] - base[0, :2]).tolist() == [10, 15]
@@ -29,10 +29,10 @@ def test_unrounded_anchors_are_centred_on_the_cell():
 @pytest.mark.parametrize("rounded", [True, False])
 def test_order_is_the_heads(rounded):
     config = Config(64, 48)
-    boxes = make_anchors(config, rounded).view(3, 4, 9, 4)
+    boxes = make_anchors(config, rounded=rounded).view(3, 4, 9, 4)
     torch.testing.assert_close(boxes[2, 1] - boxes[0, 0], torch.tensor([16.0, 32, 16, 32]).expand(9, 4))
     assert len(make_anchors(Config())) == 3249
-    assert torch.equal(make_anchors(config, rounded, (19, 19)), make_anchors(Config(), rounded))
+    assert torch.equal(make_anchors(config, (300, 300), rounded), make_anchors(Config(), rounded=rounded))
 
 
 def random_boxes(generator, n, low=1.0, high=200.0):
@@ -62,7 +62,7 @@ def test_coding_is_finite_for_any_box_and_offset(values):
 
 
 def slow_match(own, faces, ignored):
-    """The same rule, one anchor at a time, for one image."""
+    """The matching rule written out, one anchor at a time, for one image."""
     labels, assigned = [], []
     iou = box_iou(faces, own) if len(faces) else torch.zeros(0, len(own))
     best = {n: int(iou[n].argmax()) for n in range(len(faces)) if not ignored[n]}
@@ -97,9 +97,8 @@ def test_matching_a_batch_follows_the_rule_one_by_one():
 
 def test_matching_without_faces():
     own = make_anchors(Config.scaled_from_300(64, 64))
-    labels, offsets = match(
-        own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long), 2
-    )
+    labels, offsets = match(own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool),
+                            torch.zeros(0, dtype=torch.long), 2)
     assert labels.shape == (2, len(own)) and not labels.any() and not offsets.any()
 
 
@@ -128,28 +127,16 @@ def test_fit_finds_clusters():
     assert shape_iou(np.array([[10.0, 10]]), np.array([[20.0, 5]])).item() == pytest.approx(50 / 150)
 
 
+@pytest.mark.slow
 def test_command(sample, tmp_path, capsys, refused):
     module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
     out = capsys.readouterr().out
-    assert (
-        "hand-designed: mean best IoU" in out
-        and "--anchors" in out
-        and (tmp_path / "a.png").stat().st_size > 5000
-    )
+    assert ("hand-designed: mean best IoU" in out and "--anchors" in out
+            and (tmp_path / "a.png").stat().st_size > 5000)
     counts = []
     for least in ("0", "17", "30"):
-        module.main(
-            [
-                "--data",
-                str(sample / "train.json"),
-                "-k",
-                "2",
-                "--out",
-                str(tmp_path / "a.png"),
-                "--min-face",
-                least,
-            ]
-        )
+        module.main(["--data", str(sample / "train.json"), "-k", "2",
+                     "--out", str(tmp_path / "a.png"), "--min-face", least])
         counts.append(int(capsys.readouterr().out.split(" faces; ")[0].split()[-1]))
     sides = read_annotations(sample / "train.json").xywh[:, 2:].min(1)
     assert counts == [(sides >= least).sum() for least in (0, 17, 30)] and counts[0] > counts[2]
