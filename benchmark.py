@@ -1,13 +1,14 @@
-"""How fast models are beside each other: rounds of all of them in turn, so that a busy machine disturbs all alike.
+"""Measure speed: models side by side, data loading, the training step, a whole epoch.
 
-    python benchmark.py latency weights/face_ssd300.pth export/model.onnx export/model.xml      # the models alone
-    python benchmark.py pictures export/model.xml embedded/model.xml --data data/val.json       # picture to boxes
-    python benchmark.py loading                                     # augmented photos a second, beside torchvision's way
-    python benchmark.py training --batch-sizes 16 65 --threads 2    # the training step, by layout and precision
-    python benchmark.py epoch --data data/train.json                # loader, step, and both together
+    python benchmark.py latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
+    python benchmark.py pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
+    python benchmark.py loading                                    # data.py against torchvision's transforms
+    python benchmark.py training --batch-sizes 16 65 --threads 2   # the step, by memory layout and precision
+    python benchmark.py epoch --data data/train.json               # loader, step, and both together
 
-Latency is that of one input of the model's own size, through all that its file holds; for a checkpoint, through the
-network and the NMS. All compute in float32 on the CPU, except where a file is quantised.
+What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
+is the time for one input of the model's own size, through everything in its file (for a checkpoint, the
+network and NMS). Models compute in float32 on the CPU, except quantised ones.
 """
 
 import functools
@@ -38,9 +39,10 @@ from script import InputError, command, new_parser
 
 
 def interleaved(jobs, rounds, seconds=0.2):
-    """Seconds per call `[len(jobs), rounds]`: in every round each job in turn is called for about `seconds`.
+    """Time each job in turn, round by round: seconds per call `[len(jobs), rounds]`, the median of a round.
 
-    A round's figure is the median of its calls; the first two warm up, and say how many calls those are.
+    In a round each job runs for about `seconds`. Two calls before the first round warm up; the second of them
+    determines how many calls a round has.
     """
     calls = []
     for job in jobs:
@@ -52,7 +54,7 @@ def interleaved(jobs, rounds, seconds=0.2):
     for turn in tqdm(range(rounds), "rounds", leave=False, disable=None):
         for n, job in enumerate(jobs):
             times = []
-            job()  # brings its weights and threads back
+            job()  # warm up again: caches and threads were busy with another job
             for _ in range(calls[n]):
                 start = time.perf_counter()
                 job()
@@ -62,7 +64,10 @@ def interleaved(jobs, rounds, seconds=0.2):
 
 
 def report(names, notes, measured):
-    """A table of seconds `[jobs, rounds]`: median, least and most in ms, and the rounds' median ratio to the first."""
+    """Print a table of times, measured `[jobs, rounds]` in seconds: median, range in ms, and a ratio.
+
+    The ratio is to the first job, taken in each round; the table has the median over the rounds.
+    """
     width = max(map(len, names))
     print(f"{'':{width}}  median ms    least -     most   ratio")
     for name, note, times, ratio in zip(names, notes, measured * 1000, np.median(measured / measured[0], 1)):
@@ -71,18 +76,18 @@ def report(names, notes, measured):
 
 
 def setting(args, what):
-    """One line on how the figures came about."""
+    """Print one line that says what was measured, and how."""
     print(f"{what}; {args.threads} thread{'s' * (args.threads > 1)}, f32, {args.rounds} interleaved rounds, "
           f"{platform.machine()} CPU, torch {torch.__version__.split('+')[0]}")
 
 
 def latency(args):
-    """The models alone, on noise of the shape that each takes."""
+    """Time the models alone, on random input of the shape that each takes."""
     jobs, notes, rng = [], [], np.random.default_rng(0)
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
             call = open_network(path, args.threads)
-            # Where a model leaves sides free they are those of a 640x360 frame, [1, h, w, 3].
+            # A model that takes any size, [1, h, w, 3], gets a 640x360 frame.
             shape = [1, *(side or frame for side, frame in zip(call.shape[1:], (360, 640, 3)))]
             noise = rng.integers(0, 256, shape, np.uint8)
             noise = noise if call.uint8 else np.divide(noise, 255, dtype=np.float32)
@@ -98,7 +103,7 @@ def latency(args):
 
 
 def pictures(args):
-    """From a decoded picture to faces in its pixels, over several pictures."""
+    """Time the way from decoded pictures to faces in their pixels."""
     if args.data:
         annotations = read_annotations(args.data)
         chosen = np.linspace(0, len(annotations.ids) - 1, min(8, len(annotations.ids))).round().astype(int)
@@ -110,18 +115,16 @@ def pictures(args):
 
     detectors = [load_detector(path, device="cpu", threads=args.threads) for path in args.models]
     jobs = [lambda detector=detector: [detect(detector, image) for image in images] for detector in detectors]
-    notes = [
-        "resized in Python to {}x{}".format(*one.size) if one.size else "resized inside" for one in detectors
-    ]
+    notes = ["resized in Python to {}x{}".format(*one.size) if one.size else "resized inside"
+             for one in detectors]
     sides = np.array([image.size for image in images]).mean(0)
-    setting(
-        args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(len(images), *sides)
-    )
+    setting(args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(
+        len(images), *sides))
     report(args.models, notes, interleaved(jobs, args.rounds) / len(images))
 
 
 def loading(args):
-    """Augmented 300 x 300 photos a second on one core: data.py beside torchvision's pipeline of the same steps."""
+    """Compare data.py with torchvision's transforms for the same steps: augmented 300x300 photos a second."""
     with photos_for(args) as file:
         annotations = read_annotations(file)
         ours = FaceDataset(annotations, 300, 300)
@@ -132,25 +135,21 @@ def loading(args):
         def theirs(index):
             picture = tv_tensors.Image(decode_image(str(annotations.file(index)), ImageReadMode.RGB))
             own = corners[ours.starts[index]:ours.starts[index + 1]]
-            return transform(
-                picture, tv_tensors.BoundingBoxes(own, format="XYXY", canvas_size=picture.shape[1:])
-            )
+            return transform(picture, tv_tensors.BoundingBoxes(own, format="XYXY",
+                                                               canvas_size=picture.shape[1:]))
 
         chosen = range(min(len(ours), args.photos))
-        jobs = [
-            lambda: [theirs(index) for index in chosen],
-            lambda: [ours[index, (0, index)] for index in chosen],
-        ]
+        jobs = [lambda: [theirs(index) for index in chosen],
+                lambda: [ours[index, (0, index)] for index in chosen]]
         measured = interleaved(jobs, args.rounds, 0)
     sizes = np.unique(annotations.sizes, axis=0)
-    print(
-        f"loading on one core, {len(chosen)} photos of {np.median(sizes[:, 0]):.0f}x{np.median(sizes[:, 1]):.0f} (median)"
-    )
+    print(f"loading on one core, {len(chosen)} photos of "
+          f"{np.median(sizes[:, 0]):.0f}x{np.median(sizes[:, 1]):.0f} (median)")
     speeds(["torchvision", "data.py"], len(chosen) / measured)
 
 
 def training(args):
-    """Photos a second of the training step alone, by memory layout, precision and batch size."""
+    """Time the training step alone, by memory layout, precision and batch size: photos a second."""
     names, jobs = [], []
     with photos_for(args) as file:
         for size in args.batch_sizes:
@@ -169,11 +168,11 @@ def training(args):
 
 
 def epoch(args):
-    """Photos a second of an epoch as a whole, and of its two halves alone: loading in --workers processes, and the step."""
+    """Time a whole epoch, and its two parts alone (loading in --workers processes, step): photos a second."""
     with photos_for(args) as file:
         size = args.batch_sizes[0]
         trainer = make_trainer(args, file, size, args.precision, args.workers)
-        trainer.run_epoch([])  # starts the workers, and chooses kernels
+        trainer.run_epoch([])  # warm up: workers start, kernels are chosen
         started = time.perf_counter()
         loaded = sum(len(batch.index) for batch in trainer.loader)
         loader_speed = loaded / (time.perf_counter() - started)
@@ -181,24 +180,23 @@ def epoch(args):
         batch = next(iter(trainer.loader))
         steps = interleaved([lambda: trainer.update(batch).tolist()], args.rounds, 1)
     whole = record["photos_per_second"]
-    print(
-        f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, photos a second: loader alone "
-        f"{loader_speed:.0f}, step alone {size / np.median(steps):.0f}, together {whole:.0f}\n"
-        f"the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: {12_880 * 2 * 70 / whole / 60:.0f} minutes"
-    )
+    print(f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, "
+          f"photos a second: loader alone {loader_speed:.0f}, step alone {size / np.median(steps):.0f}, "
+          f"together {whole:.0f}\n"
+          "the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: "
+          f"{12_880 * 2 * 70 / whole / 60:.0f} minutes")
 
 
 def speeds(names, measured):
-    """A table of photos a second, most is best; ratios to the first, round by round."""
+    """Print a table of photos a second, measured `[jobs, rounds]`, and the median ratio to the first job."""
     for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
-        print(
-            f"{name:34} {np.median(values):8.1f} photos/s ({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}"
-        )
+        print(f"{name:34} {np.median(values):8.1f} photos/s "
+              f"({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
 
 
 @contextmanager
 def photos_for(args):
-    """The path of --data, or of a set drawn for the purpose, 1024x768."""
+    """Yield the path of --data, or else of a dataset drawn for the purpose, 1024x768."""
     if args.data:
         yield args.data
     else:
@@ -208,24 +206,10 @@ def photos_for(args):
 
 
 def make_trainer(args, file, batch_size, precision, workers):
-    """A Trainer of a new network on the photos of `file`."""
+    """Make a Trainer of a new network on the photos of `file`, which does not save."""
     device = choose_device(args.device)
-    flags = train.parse_args(
-        [
-            "--data",
-            str(file),
-            "--batch-size",
-            str(batch_size),
-            "--precision",
-            precision,
-            "--workers",
-            str(workers),
-            "--min-face",
-            "0",
-            "--save-every",
-            "1000000000",
-        ]
-    )  # saves nothing
+    flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
+                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000"])
     return train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), 0, 1, device)
 
 
@@ -236,44 +220,26 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in (("latency", latency), ("pictures", pictures)):
         one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        one.add_argument("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
-        one.add_argument("--threads", type=int, default=1, help="of every model (default %(default)s)")
-        one.add_argument("--rounds", type=int, default=7, help="(default %(default)s)")
+        add = one.add_argument
+        add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
+        add("--threads", type=int, default=1, help="threads of each model (default %(default)s)")
+        add("--rounds", type=int, default=7, help="rounds of measurement (default %(default)s)")
         one.set_defaults(run=run)
         if name == "pictures":
-            one.add_argument("--data", help="COCO json whose photos are used (default: drawn ones, 640x480)")
+            add("--data", help="COCO json whose photos are used (default: drawn ones, 640x480)")
     for run, rounds in ((loading, 3), (training, 5), (epoch, 5)):
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        one.add_argument("--data", help="COCO json whose photos are used (default: drawn ones, 1024x768)")
-        one.add_argument(
-            "--photos",
-            type=int,
-            default=64,
-            help="how many are drawn, or at most loaded (default %(default)s)",
-        )
-        one.add_argument(
-            "--threads",
-            type=int,
-            default=1,
-            help="of the training step, or of the loader (default %(default)s)",
-        )
-        one.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
+        add = one.add_argument
+        add("--data", help="COCO json whose photos are used (default: drawn ones, 1024x768)")
+        add("--photos", type=int, default=64, help="photos to draw, or to load at most (default %(default)s)")
+        add("--threads", type=int, default=1, help="threads of the step or the loader (default %(default)s)")
+        add("--rounds", type=int, default=rounds, help="rounds of measurement (default %(default)s)")
         if run is not loading:
-            one.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-            one.add_argument(
-                "--batch-sizes",
-                type=int,
-                nargs="+",
-                default=[65],
-                help="(default 65; an epoch takes the first)",
-            )
+            add("--device", help="cuda, mps or cpu (default: the first there is)")
+            add("--batch-sizes", type=int, nargs="+", default=[65], help="default 65; epoch uses the first")
         if run is epoch:
-            one.add_argument(
-                "--workers", type=int, default=os.cpu_count(), help="that load (default %(default)s)"
-            )
-            one.add_argument(
-                "--precision", choices=("fp32", "bf16"), default="fp32", help="(default %(default)s)"
-            )
+            add("--workers", type=int, default=os.cpu_count(), help="loading processes (default %(default)s)")
+            add("--precision", choices=("fp32", "bf16"), default="fp32", help="default %(default)s")
         one.set_defaults(run=run)
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:

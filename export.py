@@ -1,14 +1,15 @@
-"""Export a checkpoint to ONNX and OpenVINO IR, which need neither PyTorch nor this repository to run.
+"""Export a checkpoint to ONNX and OpenVINO IR, which run without PyTorch and without this repository.
 
-    python export.py                                # export/model.onnx: NMS inside, outputs boxes [N, 5] and labels [N]
-    python export.py --ir                           # export/model.xml, model.bin as well
-    python export.py --ir --head detection_output   # the reference's SSD form: faster, slightly different boxes
-    python export.py --fp16 --embed                 # IR of half the size, which takes uint8 BGR frames of any size
-    python export.py --int8 --data data/val.json    # IR quantised on photos; needs requirements-int8.txt
-    python export.py --head raw --size 320x240      # the network alone, any batch; decoding is in its metadata
+    python export.py                              # export/model.onnx, NMS included: boxes [K, 5], labels [K]
+    python export.py --ir                         # also export/model.xml and model.bin
+    python export.py --ir --head detection_output # the reference's SSD form: faster, slightly other boxes
+    python export.py --fp16 --embed               # IR of half the size; takes uint8 BGR frames of any size
+    python export.py --int8 --data data/val.json  # IR quantised on photos; needs requirements-int8.txt
+    python export.py --head raw --size 320x240    # the network alone, any batch; metadata says how to decode
 
-The ONNX (opset 18) takes RGB, the IR BGR as OpenCV has it, both float32 [1, 3, H, W] in 0-1; the metadata of each says
-so, and what it was made from. Before the files get their names they are compared with PyTorch on several pictures.
+The ONNX file (opset 18) takes RGB, the IR takes BGR as OpenCV reads it; both take float32 [1, 3, H, W] in
+0-1. The metadata of each file describes its input and output, and the checkpoint it was made from. New files
+are first compared with PyTorch on several pictures, and replace older ones only if they agree.
 """
 
 import json
@@ -38,31 +39,35 @@ from runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
 from script import InputError, bad_values, command, new_parser, parse_size
 
 OPSET = 18
-CALIBRATION = 300  # photos that the ranges of INT8 are taken from
+CALIBRATION = 300  # photos for the INT8 calibration
 
-# How far from PyTorch an export may be: pixels of the network input, score, which faces are compared, and the
-# share of them that has to comply. Lower precision tips some NMS decisions, so single faces may differ more.
-# Measured with the released network on 41 photos, 90 % within: embedded 0.12 px, 0.006; FP16 0.03, 0.002; INT8
-# 0.8, 0.05. FP32: all within 0.0001 px, 0.000001.
+# How far an export may be from PyTorch: pixels of the network input, score, the least score of the faces that
+# are compared, and the share of these that must be within both limits. Lower precision changes some NMS
+# decisions, so a few faces may differ more. Measured with the released network on 41 photos, 90 % of the
+# faces are within 0.12 px and 0.006 (embedded), 0.03 px and 0.002 (FP16), 0.8 px and 0.05 (INT8). All are
+# within 0.0001 px and 0.000001 (FP32).
 TOLERANCES = {"FP32": (0.01, 0.0001, 0.05, 1), "embedded": (1, 0.05, 0.3, 0.9), "FP16": (1, 0.03, 0.3, 0.9),
               "INT8": (6, 0.25, 0.3, 0.9)}
-TIE = 1e-5  # runtimes differ by up to 1e-6 in a score
+TIE = 1e-5  # scores this close count as equal: runtimes differ by up to 1e-6
 
 DECODING = """\
-# from logits [B, A, 2], offsets [B, A, 4] of input [B, 3, H, W], with cell_anchors and variances of this metadata
+# from logits [B, A, 2], offsets [B, A, 4] of input [B, 3, H, W]; cell_anchors and variances: in this metadata
 y, x = np.mgrid[:-(-H // 16), :-(-W // 16)]
 anchors = (np.stack([x, y, x, y], -1).reshape(-1, 1, 4) * 16 + np.array(cell_anchors)).reshape(-1, 4)
 sides = anchors[:, 2:] - anchors[:, :2]
 centres = anchors[:, :2] + sides / 2 + offsets[..., :2] * variances[:2] * sides
 sides = sides * np.exp(offsets[..., 2:] * variances[2:])
-boxes = np.concatenate([centres - sides / 2, centres + sides / 2], -1)   # [B, A, 4] x1, y1, x2, y2 in input pixels
+boxes = np.concatenate([centres - sides / 2, centres + sides / 2], -1)   # [B, A, 4] xyxy, input pixels
 scores = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))               # [B, A] of a face
-# then, per image: scores above score_threshold, NMS at IoU nms_threshold, the best top_k, clipped to the input
+# then, per image: scores above score_threshold, NMS at IoU nms_threshold, best top_k, clipped to the input
 """
 
 
 class Generic(nn.Module):
-    """Image `[1, 3, H, W]` to all boxes `[1, A, 4]`, scores `[1, 1, A]`, and both as rows `[A, 5]`: what NMS takes."""
+    """The network with decoding, to put NMS behind: image `[1, 3, H, W]` to boxes, scores and rows.
+
+    Boxes `[1, A, 4]` and scores `[1, 1, A]` are as ONNX's NMS takes them; rows `[A, 5]` hold both.
+    """
 
     def __init__(self, model, anchors):
         super().__init__()
@@ -76,18 +81,20 @@ class Generic(nn.Module):
 
 
 def to_onnx(network, size, outputs, free_batch=False):
-    """A module as an ONNX model with input `image` and the named outputs; `free_batch` leaves the batch open."""
+    """Export a module to an ONNX model with the input `image` and the named outputs.
+
+    size is (width, height); with `free_batch` the model takes any batch size.
+    """
     image = torch.zeros(2 if free_batch else 1, 3, *size[::-1])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         model = torch.onnx.export(network, (image,), dynamo=True, verbose=False, opset_version=OPSET,
                                   input_names=["image"], output_names=outputs,
                                   dynamic_shapes=({0: "batch"},) if free_batch else None).model_proto
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
-        part.ClearField(
-            "metadata_props"
-        )  # the exporter's notes: source lines, and folders of whoever exports
+        # The exporter notes source lines here, with the folders of whoever exports.
+        part.ClearField("metadata_props")
     graph.name = "face_detector"
     return model
 
@@ -102,7 +109,7 @@ def build(model, head, size):
 
 
 def add_tail(model, nodes, constants, outputs):
-    """Append nodes and constants {name: array} to an ONNX model and make `outputs` its outputs."""
+    """Append nodes and constants {name: array} to an ONNX model, and make `outputs` its only outputs."""
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     model.graph.ClearField("output")
@@ -111,13 +118,16 @@ def add_tail(model, nodes, constants, outputs):
 
 
 def add_nms(model, size):
-    """After Generic: NMS and clipping, outputs `boxes` `[N, 5]` (xyxy, score) and `labels` `[N]`, best first."""
+    """Append NMS and clipping to an exported Generic: outputs boxes `[K, 5]` and labels `[K]`, best first.
+
+    A row of boxes is x1, y1, x2, y2, score; in the file, K is called N.
+    """
     node, info = helper.make_node, helper.make_tensor_value_info
     nodes = [
-        node("NonMaxSuppression", ["all_boxes", "all_scores", "top", "iou", "least"], ["chosen"]),  # [N, 3]
-        node("Gather", ["chosen", "label_column"], ["labels"], axis=1),  # the only class scored is 0, face
+        node("NonMaxSuppression", ["all_boxes", "all_scores", "top", "iou", "least"], ["chosen"]),  # [K, 3]
+        node("Gather", ["chosen", "label_column"], ["labels"], axis=1),  # all 0: face is the only class
         node("Gather", ["chosen", "anchor_column"], ["places"], axis=1),
-        node("Gather", ["all_faces", "places"], ["faces"], axis=0),  # [N, 5]
+        node("Gather", ["all_faces", "places"], ["faces"], axis=0),  # [K, 5]
         node("Max", ["faces", "first"], ["faces_inside"]),
         node("Min", ["faces_inside", "last"], ["boxes"]),
     ]
@@ -129,42 +139,23 @@ def add_nms(model, size):
 
 
 def add_detection_output(model, config, size):
-    """After the network: anchors unrounded and DetectionOutput, output `detections` `[1, 1, 200, 7]`."""
+    """Append OpenVINO's PriorBoxClustered and DetectionOutput: output detections `[1, 1, 200, 7]`.
+
+    The anchors of PriorBoxClustered are not rounded. A row is image, label, score, and a box in 0-1.
+    """
     node, (widths, heights) = helper.make_node, zip(*config.anchors)
     nodes = [
         node("Softmax", ["logits"], ["probabilities"], axis=2),
         node("Reshape", ["probabilities", "flat"], ["all_probabilities"]),  # [1, A * 2]
-        node("Reshape", ["offsets", "flat"], ["all_offsets"]),  # [1, A * 4]
-        node(
-            "PriorBoxClustered",
-            ["features", "image"],
-            ["priors"],
-            domain=OPENVINO_DOMAIN,
-            width=widths,
-            height=heights,
-            step=float(STRIDE),
-            offset=0.5,
-            variance=VARIANCES,
-            clip=0,
-        ),
-        node(
-            "DetectionOutput",
-            ["all_offsets", "all_probabilities", "priors"],
-            ["detections"],
-            domain=OPENVINO_DOMAIN,
-            num_classes=2,
-            background_label_id=0,
-            top_k=TOP,
-            keep_top_k=TOP,
-            nms_threshold=NMS_IOU,
-            confidence_threshold=SCORE,
-            share_location=1,
-            normalized=1,
-            code_type="caffe.PriorBoxParameter.CENTER_SIZE",
-            variance_encoded_in_target=0,
-        ),
+        node("Reshape", ["offsets", "flat"], ["all_offsets"]),              # [1, A * 4]
+        node("PriorBoxClustered", ["features", "image"], ["priors"], domain=OPENVINO_DOMAIN,
+             width=widths, height=heights, step=float(STRIDE), offset=0.5, variance=VARIANCES, clip=0),
+        node("DetectionOutput", ["all_offsets", "all_probabilities", "priors"], ["detections"],
+             domain=OPENVINO_DOMAIN, num_classes=2, background_label_id=0, top_k=TOP, keep_top_k=TOP,
+             nms_threshold=NMS_IOU, confidence_threshold=SCORE, share_location=1, normalized=1,
+             code_type="caffe.PriorBoxParameter.CENTER_SIZE", variance_encoded_in_target=0),
     ]
-    features = np.zeros((1, 1, *grid_size(*size)[::-1]), np.float32)  # only its shape counts
+    features = np.zeros((1, 1, *grid_size(*size)[::-1]), np.float32)  # only its shape is used
     constants = {"flat": np.array([1, -1]), "features": features}
     model.opset_import.append(helper.make_opsetid(OPENVINO_DOMAIN, 1))
     output = helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, 1, TOP, 7])
@@ -172,21 +163,24 @@ def add_detection_output(model, config, size):
 
 
 def swap_colours(model):
-    """Make an ONNX model of ours take BGR for RGB: its first batch norm and convolution turned round, at no cost."""
+    """Make an ONNX model of ours take BGR instead of RGB.
+
+    It reverses the channels in the weights of the first batch norm and the first convolution, so the model
+    is as fast as before.
+    """
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
     if (norm.op_type, first.op_type) != ("BatchNormalization", "Conv"):
         raise RuntimeError(
-            f"the graph begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution"
-        )
+            f"the graph begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
     for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
         turned = np.flip(numpy_helper.to_array(weights[name]), axis)
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
 
 
 def add_picture_size(model, size):
-    """After add_nms: a second input `picture` `[1, h, w, 3]`, to whose pixels the boxes are scaled."""
+    """Append to add_nms: a second input `picture` `[1, h, w, 3]`; boxes are scaled to its pixels."""
     node = helper.make_node
     nodes = [
         node("Shape", ["picture"], ["shape"]),
@@ -197,12 +191,15 @@ def add_picture_size(model, size):
     ]
     model.graph.node[-1].output[0] = "at_input"
     model.graph.input.append(helper.make_tensor_value_info("picture", TensorProto.UINT8, [1, "h", "w", 3]))
-    add_tail(model, nodes, {"order": np.array([2, 1, 2, 1, 3]),  # and 3 channels over 3: the score stays
+    add_tail(model, nodes, {"order": np.array([2, 1, 2, 1, 3]),  # the last is 3 channels / 3: scores stay
                             "input_size": np.float32([*size, *size, 3])}, list(model.graph.output))
 
 
 def embed(model):
-    """An IR that takes uint8 BGR pictures `[1, h, w, 3]` of any size: resize as PIL's, layout and scale inside."""
+    """Make an IR take uint8 BGR pictures `[1, h, w, 3]` of any size.
+
+    Resizing (as PIL does it), layout and scale become part of the model.
+    """
     import openvino as ov
     from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
     steps = PrePostProcessor(model)
@@ -211,7 +208,7 @@ def embed(model):
     given.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW).convert_element_type(ov.Type.f32)
     given.preprocess().convert_layout(ov.Layout("NCHW")).scale(255.0)
     model = steps.build()
-    if len(model.inputs) > 1:  # the picture whose size scales the boxes is the one that goes in
+    if len(model.inputs) > 1:  # use the picture itself for the size, so that one input is left
         picture = model.input("picture").get_node()
         for user in picture.output(0).get_target_inputs():
             user.replace_source_output(model.input("image"))
@@ -221,11 +218,14 @@ def embed(model):
 
 
 def fold_constants(model):
-    """Compute in an IR what depends on constants only. The ONNX reader leaves the weights of depthwise convolutions
-    behind shape arithmetic, where NNCF would not find them: they would run in float32."""
+    """Fold the constants of an IR.
+
+    The ONNX reader puts shape arithmetic between the weights and the depthwise convolutions. NNCF would not
+    find these weights, and the convolutions would stay in float32.
+    """
     try:
         from openvino.passes import ConstantFolding, Manager
-    except ImportError:  # OpenVINO 2024 has them there
+    except ImportError:  # where OpenVINO 2024 has them
         from openvino.runtime.passes import ConstantFolding, Manager
     manager = Manager()
     manager.register_pass(ConstantFolding())
@@ -233,7 +233,10 @@ def fold_constants(model):
 
 
 def decoding_names(model):
-    """Names of the operators behind the last convolutions of an IR: they work in pixels, too fine for INT8."""
+    """List the names of the operators after the last convolutions of an IR.
+
+    They decode boxes; INT8 is too coarse for pixel coordinates.
+    """
     waiting, names = [result.get_node() for result in model.outputs], set()
     while waiting:
         for node in (value.get_node() for value in waiting.pop().input_values()):
@@ -245,13 +248,16 @@ def decoding_names(model):
 
 
 def spread(annotations, most):
-    """Indices of up to `most` photos, evenly spread."""
+    """Choose up to `most` photos, evenly spread over the dataset: a list of indices."""
     count = len(annotations.ids)
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def quantise(model, annotations, size):
-    """An IR with INT8 weights and activations, by NNCF, their ranges taken on photos of `annotations`."""
+    """Quantise an IR to INT8 weights and activations with NNCF, calibrated on photos of `annotations`.
+
+    size is (width, height) of the network input. Raises InputError if NNCF is missing or a photo unreadable.
+    """
     dataset, chosen = FaceDataset(annotations, *size), spread(annotations, CALIBRATION)
 
     def feed(index):
@@ -263,19 +269,15 @@ def quantise(model, annotations, size):
             inputs["picture"] = np.zeros((1, *size[::-1], 3), np.uint8)
         return inputs
 
-    logging.disable(logging.WARNING)  # NNCF and what it imports greet, count and advise
+    logging.disable(logging.WARNING)  # NNCF and its imports log a lot
     try:
         import nncf
         import rich
         rich.reconfigure(quiet=True)  # NNCF's progress bars
-        # Symmetric: with zero points (MIXED) it is 3 % slower and no more accurate.
-        return nncf.quantize(
-            model,
-            nncf.Dataset(chosen, feed),
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            subset_size=len(chosen),
-            ignored_scope=nncf.IgnoredScope(names=decoding_names(model)),
-        )
+        # PERFORMANCE is symmetric. MIXED, with zero points, was 3 % slower and not more accurate.
+        return nncf.quantize(model, nncf.Dataset(chosen, feed),
+                             preset=nncf.QuantizationPreset.PERFORMANCE, subset_size=len(chosen),
+                             ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
     except ImportError:
         raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
     finally:
@@ -283,13 +285,15 @@ def quantise(model, annotations, size):
 
 
 def describe(path, content, model, size, head):
-    """The metadata {str: str}: what goes in, how to read what comes out, and what it was made from."""
+    """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from.
+
+    `path` is the checkpoint and `content` what it holds; size is (width, height).
+    """
     cell = make_anchors(model.config, (STRIDE, STRIDE), head != "detection_output").tolist()
     epoch = content.get("epoch", (content.get("meta") or {}).get("epoch"))
     source = {"source": Path(path).name, "source_sha256": file_hash(path)}
-    more = ({} if epoch is None else {"source_epoch": str(epoch)}) | (
-        {"decoding": DECODING} if head == "raw" else {}
-    )
+    more = (({} if epoch is None else {"source_epoch": str(epoch)})
+            | ({"decoding": DECODING} if head == "raw" else {}))
     return {
         "head": head,
         "precision": "FP32",
@@ -311,13 +315,16 @@ def describe(path, content, model, size, head):
 
 
 def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
-    """Write the IR (.xml and .bin) of an ONNX model of ours: BGR, quantised if `annotations` are given."""
+    """Write an ONNX model of ours as IR (.xml and .bin), with BGR input.
+
+    Returns its kind, a key of TOLERANCES. size is (width, height) of the network input.
+    `embedded` puts the preprocessing inside, `fp16` stores the weights in float16, `annotations` are photos
+    to quantise on. The ONNX model is changed.
+    """
     import openvino as ov
 
-    metadata = metadata | {
-        "colour": "BGR",
-        "precision": "INT8" if annotations else "FP16" if fp16 else "FP32",
-    }
+    metadata = metadata | {"colour": "BGR",
+                           "precision": "INT8" if annotations else "FP16" if fp16 else "FP32"}
     swap_colours(model)
     if embedded:
         metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
@@ -336,7 +343,7 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
 
 
 class DetectionOutput(TorchDetector):
-    """PyTorch's side of --head detection_output: anchors unrounded, of which the 200 best-scored reach the NMS."""
+    """A TorchDetector that works as OpenVINO's DetectionOutput: only the 200 best anchors reach the NMS."""
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -349,7 +356,10 @@ class DetectionOutput(TorchDetector):
 
 @torch.inference_mode()
 def all_boxes(reference, picture):
-    """What every anchor of a TorchDetector says of a picture (PIL): `[A, 5]`, clipped boxes in input pixels, score."""
+    """Return the boxes of all anchors of a TorchDetector on a picture (PIL), without NMS: `[A, 5]`.
+
+    A row is a clipped box, xyxy in pixels of the network input, and its score.
+    """
     resized = picture.resize(reference.size, Image.Resampling.BILINEAR)
     logits, offsets = reference.model(to_input(to_tensor(resized)[None]))
     rows = torch.cat([decode(offsets[0], reference.anchors), logits[0].softmax(-1)[:, 1:]], 1)
@@ -357,11 +367,12 @@ def all_boxes(reference, picture):
 
 
 def differences(detector, reference, pictures, least):
-    """How far a detector is from a TorchDetector on `pictures` (PIL): `[n, 2]`, pixels of the network input and score.
+    """Compare a detector with the TorchDetector `reference` on `pictures` (PIL): differences `[n, 2]`.
 
-    Each face that one of them scores `least` or more is compared with the nearest of the other's. Where the
-    other finds none at all, the score is the difference. Where anchors share a score to within TIE, rounding
-    decides which of them NMS keeps: such a face is compared with the nearest of all the reference's boxes.
+    A row is the distance in pixels of the network input and the difference in score. Each face that either
+    of them scores `least` or more is compared with the nearest face of the other; if the other finds none,
+    the difference is the whole score. If several anchors have the same score (to within TIE), rounding
+    decides which of them survives NMS. Such a face is compared with the nearest of all the reference's boxes.
     """
     rows = []
     for picture in pictures:
@@ -379,9 +390,10 @@ def differences(detector, reference, pictures, least):
 
 
 def check(path, reference, pictures, kind):
-    """Compare a model file with PyTorch on `pictures` (PIL); returns one line. Raises InputError if they differ.
+    """Compare a model file with PyTorch on `pictures` (PIL): returns a line for the report.
 
-    `reference` is the checkpoint's detector, `kind` a key of TOLERANCES.
+    `reference` is the checkpoint's detector, `kind` a key of TOLERANCES. Raises InputError if they differ by
+    more than that allows.
     """
     pixels, score, least, share = TOLERANCES[kind]
     gaps = differences(load_detector(path), reference, pictures, least)             # [n, 2]
@@ -396,7 +408,7 @@ def check(path, reference, pictures, kind):
 
 @command
 def main(argv=None):
-    """Build, compare with PyTorch, write."""
+    """Build the files, compare them with PyTorch, and write them."""
     args = parse_args(argv)
     with bad_values():
         model, content = load_model(args.model), read_checkpoint(args.model)
@@ -426,7 +438,7 @@ def main(argv=None):
             line = check(folder / name, reference, pictures, kind)
             lines.append("{}: {}, {}x{}, {}".format(out / name, args.head, *size, line))
         if args.ir:
-            (out / "model.xml").unlink(missing_ok=True)  # an .xml never stands beside the .bin of another
+            (out / "model.xml").unlink(missing_ok=True)  # never leave an old .xml beside a new .bin
             os.replace(folder / "model.bin", out / "model.bin")
         for name in files:
             os.replace(folder / name, out / name)
@@ -443,7 +455,7 @@ def parse_args(argv):
         help="outputs: faces after NMS (default), OpenVINO's DetectionOutput, logits and offsets")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--data", help="COCO json: photos for --int8, and for the comparison with PyTorch")
-    add = parser.add_argument_group("OpenVINO IR; each of these writes one").add_argument
+    add = parser.add_argument_group("OpenVINO IR (each of these flags writes one)").add_argument
     add("--ir", action="store_true", help="float32, input BGR in 0-1")
     add("--fp16", action="store_true", help="weights stored in float16")
     add("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size")

@@ -1,4 +1,4 @@
-"""Count the network's multiply-accumulates and parameters, layer by layer, without running it on data.
+"""Count the network's multiply-accumulates (MACs) and parameters, layer by layer.
 
     python flops.py
     python flops.py --width 1.0 --size 320x240
@@ -13,11 +13,11 @@ from script import bad_values, command, new_parser, parse_size
 
 
 def count(model, width, height):
-    """One row per layer of `model` for one `width` x `height` picture: a list of dicts.
+    """Count each layer of `model` for one picture of `width` x `height`: a list of dicts, one per layer.
 
-    Keys: layer, type, output (shape without the batch), parameters, convolution (MACs of convolutions alone), all
-    (with one operation per bias and per ReLU element and two per BatchNorm element, the convention behind the
-    published 0.51 GMACs).
+    The keys are layer, type, output (shape without the batch), parameters, convolution (MACs of convolutions
+    alone) and all. The last adds one operation per bias and per ReLU element and two per BatchNorm element;
+    the published 0.51 GMACs are counted in this way.
     """
     rows, hooks = [], []
 
@@ -25,7 +25,7 @@ def count(model, width, height):
         def hook(module, _, output):
             elements, macs, extra = output.numel(), 0, 0
             if isinstance(module, nn.Conv2d):
-                macs = elements * module.weight[0].numel()  # each output is a sum over one filter
+                macs = elements * module.weight[0].numel()  # each output element is a sum over one filter
                 extra = elements if module.bias is not None else 0
             elif isinstance(module, nn.BatchNorm2d):
                 extra = 2 * elements
@@ -40,7 +40,7 @@ def count(model, width, height):
         if not list(module.children()):
             hooks.append(visit(name, module))
     try:
-        with torch.no_grad():  # shapes only: "meta" tensors have no data
+        with torch.no_grad():  # on the device "meta", which computes shapes only
             model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))
     finally:
         for hook in hooks:
@@ -50,13 +50,12 @@ def count(model, width, height):
 
 @command
 def main(argv=None):
-    """Print the per-layer table and the totals."""
+    """Print the table of layers and the totals."""
     parser = new_parser(__doc__)
-    parser.add_argument("--model", help="a checkpoint, instead of --width")
-    parser.add_argument("--width", type=float, default=0.75, help="channel multiplier (default %(default)s)")
-    parser.add_argument(
-        "--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)"
-    )
+    add = parser.add_argument
+    add("--model", help="a checkpoint, instead of --width")
+    add("--width", type=float, default=0.75, help="channel multiplier (default %(default)s)")
+    add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
     args = parser.parse_args(argv)
     with bad_values():
         model = load_model(args.model) if args.model else SSD(Config(width=args.width))
@@ -72,12 +71,10 @@ def main(argv=None):
               f"{row['all'] / total['all']:>8.2%}")
     print(f"\nwidth {model.config.width:g}, input {width} x {height}")
     print(
-        f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, two loss weights included)"
-    )
+        f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, two loss weights included)")
     print(f"MACs, convolutions only   {total['convolution']:>13,}")
-    print(
-        f"MACs, all layers          {total['all']:>13,}  ({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)"
-    )
+    print(f"MACs, all layers          {total['all']:>13,}  "
+          f"({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""COCO AP and AR, AP by face size, operating points, WIDER FACE AP: pure functions over arrays, float64, never rounded.
+"""Accuracy of a detector: COCO AP and AR, AP by face size, operating points and WIDER FACE AP.
 
-All take M faces and D detections of a whole set as flat arrays: `gt_image` [M] and `dt_image` [D], integer image ids;
-`gt_xywh` [M, 4] and `dt_xywh` [D, 4], x, y, width, height in pixels of the original image; `dt_score` [D], finite.
-Order matters only where scores or overlaps tie: equal scores go by image id, then by input order.
+Pure functions over arrays, in float64; nothing is rounded. Each takes the M faces ("gt") and the D detections
+("dt") of a whole dataset as flat arrays:
 
-All rest on the P pairs of a detection and a face of the same image that overlap by IoU 0.5, the lowest threshold any
-of the protocols looks at: few, so that what follows is done for all images at once. A metric over no faces is -1.
+    gt_image `[M]`, dt_image `[D]`       integer image ids
+    gt_xywh `[M, 4]`, dt_xywh `[D, 4]`   boxes: x, y, width, height in pixels of the original image
+    dt_score `[D]`                       finite
+
+The order of the rows matters only for ties. Equal scores are sorted by image id, then by input order.
+
+How it works: first find the P pairs of a face and a detection of the same image that overlap with IoU 0.5
+or more. No protocol here uses a lower threshold. There are few such pairs, so every later step handles all
+images at once. A metric over no faces is -1.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-IOUS = np.linspace(0.5, 0.95, 10)        # COCO's thresholds
-RECALLS = np.linspace(0, 1, 101)         # and the recalls its precision is read at
+IOUS = np.linspace(0.5, 0.95, 10)        # COCO's IoU thresholds
+RECALLS = np.linspace(0, 1, 101)         # the recalls at which COCO reads the precision
 AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "_large": (96 ** 2, 1e10)}
 MAX_DETECTIONS = (1, 10, 100)
-FACE_SIZES = (0, 30, 60, 100)            # the reference's table: all faces, > 30, > 60, > 100 px
-PAIRS = 2 ** 20                          # compared at once: memory stays bounded, whatever one image holds
+FACE_SIZES = (0, 30, 60, 100)            # px, as in the reference's table: all faces, > 30, > 60, > 100
+PAIRS = 2 ** 20                          # box pairs compared at once; limits the memory on crowded images
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
 
 
@@ -31,7 +37,7 @@ class Curve:
 
 @dataclass
 class OperatingPoint:
-    """What a detector does when detections of at least `score` are shown."""
+    """How a detector performs if only detections of at least `score` are shown."""
     score: float
     precision: float
     recall: float
@@ -39,11 +45,12 @@ class OperatingPoint:
     false_per_picture: float
 
 
-def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score):
-    """The 12 COCO numbers of one class, as pycocotools computes them (Lin et al. 2014, COCOeval.py, bbox).
+def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
+            dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[dict, dict]:
+    """Compute the 12 COCO numbers of one class, as pycocotools does (Lin et al. 2014; COCOeval.py, bbox).
 
-    `gt_ignored` [M] marks crowd regions, `gt_area` [M] is the annotated area in pixels. Returns {name: number}, by the
-    names AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large,
+    gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels. Returns two dicts:
+    the numbers by name (AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large),
     and the curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
@@ -59,18 +66,16 @@ def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score)
     for name, (low, high) in AREAS.items():
         ignored = crowd | (gt_area < low) | (gt_area > high)
         outside = (dt_area < low) | (dt_area > high)
-        match = _coco_match(*pairs, rank, ignored, crowd)                                          # [T, D]
+        match = _coco_match(*pairs, rank, ignored, crowd)                                          # [10, D]
         dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
         hit = (match >= 0) & ~dropped
         faces = np.count_nonzero(~ignored)
-        precision[name] = np.array([_coco_precision(h, ~x, faces) for h, x in zip(hit, dropped)])  # [T, 101]
-        recall[name] = {
-            n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS)) for n in MAX_DETECTIONS
-        }
+        precision[name] = np.array([_coco_precision(h, ~x, faces) for h, x in zip(hit, dropped)])  # [10, 101]
+        recall[name] = {n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS))
+                        for n in MAX_DETECTIONS}
 
-    curves = {
-        iou: Curve(float(at.mean()), RECALLS, at) for iou, at in zip((0.5, 0.75), precision[""][[0, 5]])
-    }
+    curves = {iou: Curve(float(at.mean()), RECALLS, at)
+              for iou, at in zip((0.5, 0.75), precision[""][[0, 5]])}
     numbers = {"AP": precision[""].mean(), "AP50": curves[0.5].ap, "AP75": curves[0.75].ap}
     numbers |= {f"AP{name}": precision[name].mean() for name in AREAS if name}
     numbers |= {f"AR{n}": recall[""][n].mean() for n in MAX_DETECTIONS}
@@ -78,58 +83,59 @@ def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score)
     return {name: float(number) for name, number in numbers.items()}, curves
 
 
-def size_ap(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, sizes=FACE_SIZES):
-    """VOC AP at IoU 0.5 over the faces larger than each of `sizes`: {size: AP}, size = min(width, height) in pixels.
+def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+            dt_xywh: np.ndarray, dt_score: np.ndarray, sizes: tuple = FACE_SIZES) -> dict[int, float]:
+    """Compute VOC AP at IoU 0.5 over the faces larger than each of `sizes`: {size: AP}.
 
-    The protocol of the reference's accuracy table: the area under the precision envelope, over all points. Smaller
-    faces and crowd regions are ignored, with the detections on them and the unmatched detections that are no larger.
+    The size of a box is its shorter side, in pixels. AP is the area under the precision envelope, over all
+    points, as in the reference's accuracy table. Smaller faces and crowd regions are ignored: they count
+    neither as found nor as missed. Detections matched to them do not count either, nor do unmatched
+    detections that are not larger than `size`.
     """
     _, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
     result = {}
-    for size, (face, counted, asked) in _by_size(
-        gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes
-    ).items():
+    for size, (face, counted, asked) in _by_size(gt_image, gt_xywh, gt_ignored,
+                                                 dt_image, dt_xywh, sizes).items():
         faces = np.count_nonzero(asked)
         found, shown = _counts_at_hits(face >= 0, counted)
         result[size] = _envelope_area(found / faces, found / shown) if faces else -1.0
     return result
 
 
-def operating_points(
-    gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, pictures, scores=(0.3, 0.5, 0.7)
-):
-    """Precision, recall and false detections per picture at IoU 0.5 over all faces, matched as in `size_ap`.
+def operating_points(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray,
+                     dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray,
+                     pictures: int, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
+    """Compute precision, recall and false detections per picture at IoU 0.5, over all faces.
 
-    `pictures` is the number of images, with and without faces. Returns an `OperatingPoint` for each of `scores`, then
-    the one of the best F1, whose score is the lowest one shown (1 without detections). 0/0 is 0.
+    Faces are matched as in `size_ap`. `pictures` is the number of images, with and without faces. Returns one
+    OperatingPoint for each of `scores`, then one more: the threshold with the best F1. That threshold is the
+    lowest score still shown (1 if there are no detections). 0/0 counts as 0.
     """
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
     face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
     faces = np.count_nonzero(asked)
-    found, shown = (
-        np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted)
-    )  # [D + 1], by detections shown
+    # [D + 1] each: entry n is for the n best detections
+    found, shown = (np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted))
     f1 = 2 * found / np.maximum(shown + faces, 1)
 
     def point(score):
         n = np.searchsorted(-dt_score, -score, side="right")
-        return OperatingPoint(
-            float(score),
-            float(found[n] / max(shown[n], 1)),
-            float(found[n] / max(faces, 1)),
-            float(f1[n]),
-            float((shown[n] - found[n]) / max(pictures, 1)),
-        )
+        return OperatingPoint(float(score), float(found[n] / max(shown[n], 1)),
+                              float(found[n] / max(faces, 1)), float(f1[n]),
+                              float((shown[n] - found[n]) / max(pictures, 1)))
 
-    ends = 1 + np.flatnonzero(
-        np.diff(dt_score, append=-np.inf)
-    )  # equal scores are shown together or not at all
+    # A threshold shows equal scores together or not at all.
+    ends = 1 + np.flatnonzero(np.diff(dt_score, append=-np.inf))
     best = dt_score[ends[np.argmax(f1[ends])] - 1] if len(ends) else 1.0
     return [point(score) for score in (*scores, best)]
 
 
-def mistakes(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
-    """Which faces are missed [M] and which detections are false [D], in input order, matched as in `size_ap`."""
+def mistakes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+             dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the missed faces `[M]` and the false detections `[D]`: two bool arrays, in input order.
+
+    Faces are matched as in `size_ap`, at IoU 0.5 and for all sizes.
+    """
     order, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
     face, counted, missed = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
     missed[face[face >= 0]] = False
@@ -138,11 +144,13 @@ def mistakes(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
     return missed, false
 
 
-def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
-    """WIDER FACE AP (Yang et al. 2016) as the official code computes it: {level: Curve}, over 1,000 score thresholds.
+def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
+             dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, Curve]:
+    """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
 
-    `kept` {level: [M] bool} marks the faces that a level asks for; the others are ignored, with the detections on them.
-    Detections in images without any annotated box, kept or not, are left out; elsewhere each false one counts.
+    A curve has 1,000 points, one per score threshold. kept {level: `[M]` bool} marks the faces of each level.
+    All other faces are ignored, and so are the detections on them. Images without any annotated box, of
+    whatever level, are left out with all their detections. In the other images every false detection counts.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, np.zeros(len(gt_image)))
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
@@ -156,9 +164,8 @@ def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
         asked = np.asarray(asked, bool)
         hit = _first_on_face(face, asked)
         counted = annotated & ((face < 0) | np.append(asked, False)[face])
-        found, shown = (
-            np.searchsorted(-score[flags], -WIDER_THRESHOLDS, side="right") for flags in (hit, counted)
-        )
+        found, shown = (np.searchsorted(-score[flags], -WIDER_THRESHOLDS, side="right")
+                        for flags in (hit, counted))
         faces = np.count_nonzero(asked)
         recall, precision = found / max(faces, 1), found / np.maximum(shown, 1)
         curves[level] = Curve(_envelope_area(recall, precision) if faces else -1.0, recall, precision)
@@ -166,19 +173,22 @@ def wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
 
 
 def _faces(image, xywh, ignored):
-    """The faces as arrays [M], [M, 4], [M] of the right types, whatever they came in."""
+    """Convert faces given as any sequences to arrays: int64 `[M]`, float64 `[M, 4]`, bool `[M]`."""
     return np.asarray(image, np.int64), np.asarray(xywh, np.float64).reshape(-1, 4), np.asarray(ignored, bool)
 
 
 def _best_first(image, xywh, score):
-    """The order [D] of detections, best first, equal scores by image, then as they came; and they in this order."""
+    """Sort detections by score, best first; equal scores by image id, then by input order.
+
+    Returns the order `[D]`, and image `[D]`, xywh `[D, 4]` and score `[D]` in that order.
+    """
     image, score = np.asarray(image, np.int64), np.asarray(score, np.float64)
-    order = np.lexsort((image, -score))  # stable
+    order = np.lexsort((image, -score))  # a stable sort
     return order, image[order], np.asarray(xywh, np.float64).reshape(-1, 4)[order], score[order]
 
 
 def _rank_in_image(dt_image):
-    """[D], how many better detections the image of each has."""
+    """Rank each detection within its own image, 0 for the best: `[D]`. The input is sorted, best first."""
     order = np.argsort(dt_image, kind="stable")
     first = np.searchsorted(dt_image[order], dt_image[order])
     rank = np.empty(len(order), np.int64)
@@ -187,16 +197,18 @@ def _rank_in_image(dt_image):
 
 
 def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
-    """Detections [P], faces [P] and IoU [P] of the pairs with IoU >= 0.5 within one image.
+    """Find all pairs of a detection and a face of the same image with IoU >= 0.5.
 
-    The union with a crowd region is the detection alone. With `pixel` 1 both ends of a box are pixels inside it, one
-    more in width and height (WIDER). Operations are ordered as in pycocotools and the official code: same bits.
+    Returns three arrays `[P]`: detection indices, face indices, IoU. For a crowd region the union is the area
+    of the detection alone (COCO). `pixel=1` makes boxes pixel-inclusive, one pixel wider and higher (WIDER).
+    The arithmetic has the same order of operations as pycocotools and the official WIDER code, so that the
+    results are equal to the last bit.
     """
 
     def corners(image, xywh):
         order = np.argsort(image, kind="stable")
         start = xywh[order, :2].T
-        return order, image[order], start, start + xywh[order, 2:].T  # the corners [2, M] each
+        return order, image[order], start, start + xywh[order, 2:].T  # corners, [2, M] each
     gt_order, gt_image, gt_start, gt_end = corners(gt_image, gt_xywh)
     dt_order, dt_image, dt_start, dt_end = corners(dt_image, dt_xywh)
     images = np.intersect1d(gt_image, dt_image)
@@ -211,34 +223,38 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
         d, g, shared = (np.concatenate(parts) for parts in zip(*found))
         dt_area, gt_area = dt_areas[d], gt_areas[g]
         union = np.where(crowd[g], dt_area, dt_area + gt_area - shared)
-        iou = shared / np.where(union > 0, union, 1)  # areas below 1e-308 are 0
+        iou = shared / np.where(union > 0, union, 1)  # the union of tiny boxes can underflow to 0
         return tuple(part[iou >= 0.5] for part in (d, g, iou))
 
     pairs, found, waiting = [], [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
     blocks = ((g0, g1, d, min(d + max(1, PAIRS // (g1 - g0)), d1)) for g0, g1, d0, d1 in zip(*cuts)
               for d in range(d0, d1, max(1, PAIRS // (g1 - g0))))
     for g0, g1, d0, d1 in blocks:
-        width, height = (
-            np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
-            - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1])
-            + pixel
-            for axis in (0, 1)
-        )
+        width, height = (np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
+                         - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1])
+                         + pixel for axis in (0, 1))
         d, g = np.nonzero((width > 0) & (height > 0))
         found.append((dt_order[d0 + d], gt_order[g0 + g], width[d, g] * height[d, g]))
         waiting += len(d)
-        if waiting > PAIRS:  # few of the pairs that touch are near
+        if waiting > PAIRS:  # reduce the pairs that merely touch to those with enough overlap
             pairs.append(near(found))
             found, waiting = found[:1], 0
     return tuple(np.concatenate(parts) for parts in zip(*pairs, near(found)))
 
 
 def _coco_match(d, g, iou, rank, ignored, crowd):
-    """The face that each detection takes at each of COCO's thresholds, -1 for none: [T, D].
+    """Match detections to faces as COCO does: the index of each detection's face `[10, D]`, -1 for none.
 
-    In order of score, a detection takes the best face still free; any face of the area range goes before the ignored
-    ones, the later of two with equal IoU first, and a crowd region is always free. Detections of the same rank
-    compete only across images, that is not at all, so each step of the loop serves all images.
+    There is one row for each of the 10 IoU thresholds. d, g, iou `[P]` are the pairs from `_overlaps`, rank
+    `[D]` is from `_rank_in_image`. The rules, within one image:
+    - Detections choose in order of score. Each takes the free face with the highest IoU, if that reaches the
+      threshold.
+    - Faces that count come first. An ignored face is taken only if no other face is free.
+    - Of two faces with equal IoU, the later one in the file is taken.
+    - A face can be taken once, but a crowd region any number of times.
+
+    The loop runs over the rank within the image: first the best detection of every image, then every second
+    best, and so on. Detections of one step lie on different images, so none can take a face from another.
     """
     order = np.lexsort((-g, -iou, ignored[g], d, rank[d]))
     d, g, iou = d[order], g[order], iou[order]
@@ -260,18 +276,24 @@ def _coco_match(d, g, iou, rank, ignored, crowd):
 
 
 def _coco_precision(hit, counted, faces):
-    """The envelope of precision at COCO's 101 recalls, -1 without faces: [101]."""
+    """Read the precision envelope at COCO's 101 recalls: `[101]`, all -1 if there are no faces.
+
+    hit `[D]` marks detections that find a face, counted `[D]` those that count at all; best first.
+    """
     if not faces:
         return np.full(len(RECALLS), -1.0)
     found, shown = _counts_at_hits(hit, counted)
-    precision = np.append(_envelope(found / (shown + np.spacing(1))), 0.0)  # 0 beyond the highest recall
+    precision = np.append(_envelope(found / (shown + np.spacing(1))), 0.0)  # 0 above the highest recall
     return precision[np.searchsorted(found / faces, RECALLS)]
 
 
 def _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes):
-    """VOC matching at IoU 0.5 of detections, best first, with the faces larger than each of `sizes`.
+    """Match detections, best first, to faces as VOC does at IoU 0.5, for each of `sizes`.
 
-    Returns {size: (the face each detection finds or -1 [D], which count at all [D], the faces asked for [M])}.
+    Returns {size: (face, counted, asked)}:
+    - face `[D]`: the index of the face that a detection finds, -1 if it finds none;
+    - counted `[D]`: whether the detection counts at all, as true or false;
+    - asked `[M]`: whether the face is to be found: no crowd region, and larger than `size`.
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
     d, g, iou = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
@@ -289,7 +311,10 @@ def _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, sizes):
 
 
 def _best_face(d, g, iou, detections):
-    """From pairs [P] each, the face of the highest IoU for each detection, the first of equals, -1 for none: [D]."""
+    """Choose for each detection the face with the highest IoU: `[D]`, -1 if it overlaps with none.
+
+    d, g, iou `[P]` are the pairs from `_overlaps`. Of two faces with equal IoU, the first is chosen.
+    """
     order = np.lexsort((g, -iou, d))
     d, first = np.unique(d[order], return_index=True)
     face = np.full(detections, -1)
@@ -298,7 +323,11 @@ def _best_face(d, g, iou, detections):
 
 
 def _first_on_face(face, asked):
-    """Which detections, best first, are the first on a face that is asked for; later ones repeat it: [D]."""
+    """Mark the detections that find a face: `[D]`, for detections sorted best first.
+
+    face `[D]` is from `_best_face`, asked `[M]` marks the faces to be found. If several detections have the
+    same face, only the best of them finds it; the others are repetitions.
+    """
     candidates = np.flatnonzero(np.append(asked, False)[face])
     _, first = np.unique(face[candidates], return_index=True)
     hit = np.zeros(len(face), bool)
@@ -307,19 +336,19 @@ def _first_on_face(face, asked):
 
 
 def _counts_at_hits(hit, counted):
-    """Faces found and detections shown, up to and with each hit, as floats: [hits] each.
+    """Count the faces found and the detections shown, up to and including each hit: float64 `[hits]` each.
 
-    Between two hits precision only falls, so the envelope has its corners at hits and the rest can be left out.
+    Only hits matter for the precision envelope: between two hits the precision can only fall.
     """
     shown = np.cumsum(counted)[hit].astype(np.float64)
     return np.arange(1.0, len(shown) + 1), shown
 
 
 def _envelope(precision):
-    """The best precision at this recall or a higher one: [R]."""
+    """The precision envelope `[R]`: at each recall, the best precision at this recall or a higher one."""
     return np.maximum.accumulate(precision[::-1])[::-1]
 
 
 def _envelope_area(recall, precision):
-    """The area under the envelope of a precision-recall curve, over all its points (VOC 2010 and later)."""
+    """The area under the precision envelope, over all points of the curve (the AP of VOC 2010 and later)."""
     return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))

@@ -1,4 +1,4 @@
-"""What a training run shows of itself: log.jsonl, curves.png drawn from it, and TensorBoard if asked for."""
+"""Record a training run: log.jsonl, the curves drawn from it, and TensorBoard if asked for."""
 import json
 import time
 from pathlib import Path
@@ -56,7 +56,7 @@ class Monitor:
             self.writer = SummaryWriter(self.out, purge_step=epoch + 1)
 
     def write(self, line):
-        """Add a line; the file is replaced whole, so that a kill leaves no half line."""
+        """Add a line. The file is rewritten as a whole, so that a kill never leaves half a line."""
         self.lines.append(line)
         with whole_file(self.log) as temporary:
             text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines)
@@ -83,12 +83,12 @@ class Monitor:
             self.writer.flush()
 
     def picture(self, name, image, epoch):
-        """A picture for TensorBoard."""
+        """Add a picture to TensorBoard."""
         self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts. Raises InputError if it is something else."""
+    """Read the lines of a log.jsonl as dicts. Raises InputError if the file is not such a log."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(line, dict) for line in lines):
@@ -99,14 +99,11 @@ def read_log(path):
 
 
 def draw_curves(records, path):
-    """Losses, accuracy and learning rate over the epochs of a log, to a PNG."""
+    """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = [
-        ("loss", ("loss", "class_loss", "box_loss")),
-        ("AP on --val", ("AP", "AP50")),
-        ("learning rate", ("lr",)),
-    ]
+    panels = [("loss", ("loss", "class_loss", "box_loss")),
+              ("AP on --val", ("AP", "AP50")), ("learning rate", ("lr",))]
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             points = [(record["epoch"], record[key]) for record in records if key in record]
@@ -124,12 +121,9 @@ def draw_curves(records, path):
 def training_sheet(trainer):
     """Training photos as the network sees them: faces green, ignored ones orange, positive anchors yellow."""
     dataset, pictures = trainer.loader.dataset, []
-    items = [
-        dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
-        for place, index in enumerate(
-            np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES]
-        )
-    ]
+    items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
+             for place, index in enumerate(
+                 np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
     batch = collate(items)
     anchors = trainer.anchors.cpu()
     labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items))
@@ -141,7 +135,7 @@ def training_sheet(trainer):
 
 
 def validation_sheet(trainer, annotations):
-    """The first validation photos with what the model finds there at a score of 0.4."""
+    """Draw the first validation photos with the faces that the model finds at a score of 0.4 or more."""
     detector, pictures = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
     for index in range(min(PICTURES, len(annotations.ids))):
         image = load_picture(annotations.file(index))

@@ -1,7 +1,7 @@
-"""Exported networks alone: .onnx in ONNX Runtime, .xml in OpenVINO, both on the CPU in float32.
+"""Run exported networks on the CPU in float32: .onnx files in ONNX Runtime, .xml files in OpenVINO.
 
-Arrays in, raw arrays out; detector.py makes faces of them. An .onnx with OpenVINO's own operators runs in
-OpenVINO.
+Input and outputs are arrays; detector.py turns the outputs into faces. An .onnx file with OpenVINO's own
+operators runs in OpenVINO.
 """
 import functools
 from pathlib import Path
@@ -9,21 +9,23 @@ from pathlib import Path
 from script import InputError
 
 SUFFIXES = (".onnx", ".xml")
-OPENVINO_DOMAIN = "org.openvinotoolkit"  # of ONNX operators that only OpenVINO has
-SECTION = "face_detector"                # of an IR's rt_info, where our metadata is
+OPENVINO_DOMAIN = "org.openvinotoolkit"  # the domain of ONNX operators that only OpenVINO has
+SECTION = "face_detector"                # the section of an IR's rt_info that holds our metadata
 
 
 class OnnxNetwork:
-    """An .onnx file in ONNX Runtime. `threads` 0 lets the runtime choose. Raises InputError if it cannot be read."""
+    """An .onnx file in ONNX Runtime; `threads` 0 lets the runtime choose. See `open_network` for its use.
+
+    Raises InputError if the file cannot be read.
+    """
 
     def __init__(self, path, threads=0):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = onnxruntime.InferenceSession(str(path), options,
+                                                        providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types are private
             raise InputError(f"{path}: ONNX Runtime cannot read it ({_first_line(error)})") from None
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
@@ -38,21 +40,25 @@ class OnnxNetwork:
 
 @functools.cache
 def openvino_core():
-    """OpenVINO's Core, one for the life of the process.
+    """Return OpenVINO's Core: one object for the whole life of the process.
 
-    Its CPU plugin gives signal handlers a stack that is gone with the plugin. The next signal would end Python.
+    The CPU plugin sets up a stack for signal handlers that is freed with the plugin. After that, the next
+    signal would crash Python.
     """
     import openvino as ov
     return ov.Core()
 
 
 class OpenVinoNetwork:
-    """An .xml (with its .bin) or .onnx file in OpenVINO, computing in float32 (INT8 where the file is quantised)."""
+    """An .xml file (with its .bin) or .onnx file in OpenVINO. See `open_network` for its use.
+
+    It computes in float32, or in INT8 where the file is quantised. Raises InputError if it cannot be read.
+    """
 
     def __init__(self, path, threads=0):
         import openvino as ov
         core = openvino_core()
-        # Without the hint OpenVINO computes in bfloat16 where the processor has it: figures change silently.
+        # Without the hint OpenVINO uses bfloat16 on processors that have it, and results change silently.
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         try:
@@ -73,17 +79,17 @@ class OpenVinoNetwork:
 
 
 def _first_line(error):
-    """The most telling short line of a runtime's error message."""
+    """Return the first useful line of a runtime's error message."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith("Exception from")]
     return (lines or [type(error).__name__])[0][:160]
 
 
 def open_network(path, threads=0):
-    """Open an exported file: a callable from an input array to the list of output arrays.
+    """Open an exported file as a callable: input array to list of output arrays.
 
-    It has `.shape` of the first input (None where a side is free), `.uint8`, `.metadata` {str: str} and
-    `.runtime`. Raises InputError if the file cannot be used.
+    Its attributes are `shape` of the input (None where any size is taken), `uint8` (whether the input is),
+    `metadata` {str: str}, and `runtime` (its name and version). Raises InputError if the file cannot be used.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,7 +101,7 @@ def open_network(path, threads=0):
     import onnx
     try:
         content = onnx.load(path)
-    except Exception as error:  # protobuf's and onnx's own
+    except Exception as error:  # its types are protobuf's and onnx's own
         raise InputError(f"{path}: not an ONNX file, or a truncated one ({_first_line(error)})") from None
     if all(entry.domain != OPENVINO_DOMAIN for entry in content.opset_import):
         return OnnxNetwork(path, threads)

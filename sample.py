@@ -1,11 +1,11 @@
-"""Draws a small dataset of varied faces on varied backgrounds, so that everything runs without a download.
+"""Draw a small dataset of faces on varied backgrounds, so that everything can be tried without a download.
 
     python sample.py data/sample
     python sample.py data/sample --train 1000 --val 100 --seed 1
 
-Writes DIR/train.json and DIR/val.json (COCO), their photos below DIR/train and DIR/val, and the WIDER-style texts
-DIR/wider_{train,val}_bbx_gt.txt that the json files are converted from. The same arguments draw the same pixels. Every
-photo has its own random stream, so a larger dataset begins with the photos of a smaller one.
+Writes train.json and val.json (COCO) to the folder, the photos to train/ and val/, and the WIDER-style texts
+wider_{train,val}_bbx_gt.txt that the json files are converted from. The same arguments draw the same pixels.
+Every photo has its own random stream, so a larger dataset begins with the photos of a smaller one.
 """
 
 import time
@@ -18,78 +18,79 @@ from tqdm import tqdm
 from script import InputError, command, new_parser, whole_file
 from wider_to_coco import convert
 
-SUPER = 3  # drawn at this multiple of the photo's size and averaged down, which smooths the edges
+SUPER = 3  # photos are drawn this much larger and averaged down, for smooth edges
 SPLITS = ("train", "val")
 SKINS = ((250, 219, 191), (235, 192, 155), (210, 160, 118), (176, 122, 82), (139, 90, 59), (98, 63, 43))
-HAIRS = (
-    (28, 22, 20),
-    (58, 38, 26),
-    (96, 62, 36),
-    (150, 104, 56),
-    (208, 172, 104),
-    (150, 62, 30),
-    (170, 168, 165),
-)
+HAIRS = ((28, 22, 20), (58, 38, 26), (96, 62, 36), (150, 104, 56),
+         (208, 172, 104), (150, 62, 30), (170, 168, 165))
 EYES = ((70, 45, 25), (40, 30, 25), (80, 120, 70), (70, 110, 160))
 MASKS = ((235, 238, 240), (150, 195, 220), (40, 40, 45), (230, 170, 180))
-# event, scenery, fewest and most faces, lowest and highest width of a face in a photo 240 px high
+# event, scenery, least and most faces, least and greatest width of a face in pixels (photo 240 px high)
 EVENTS = (("0--Portrait", "wall", 1, 2, 50, 170),
           ("1--Street", "windows", 1, 5, 15, 75),
           ("2--Garden", "leaves", 1, 4, 20, 100),
           ("3--Crowd", "bricks", 4, 10, 11, 42),
           ("4--Office", "shelves", 1, 4, 20, 110))
-# scenery: width and height of one rectangle with the gap around it, then that gap, in pixels of a photo 240 px high
+# scenery: width and height of one tile with the gap around it, and that gap, in pixels (photo 240 px high)
 TILES = {"windows": (40, 50, 10), "bricks": (25, 11, 1), "shelves": (9, 40, .3)}
 
 
 class Pen:
-    """Draws on `canvas` in units of a head: its middle is (0, 0), its crown y = -1, its chin y = 1; tilt in radians."""
+    """Draw on `canvas` in the coordinates of one head: centre (0, 0), crown at y = -1, chin at y = 1.
+
+    `middle` is its centre on the canvas and `unit` half its height, in canvas pixels; `tilt` is in radians.
+    """
 
     def __init__(self, canvas, middle, unit, tilt):
         self.draw, self.middle, self.unit = ImageDraw.Draw(canvas), np.array(middle), unit
         self.turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
 
     def place(self, points):
-        """Canvas pixels of `points` `[P, 2]`."""
+        """Convert `points` `[P, 2]` from head coordinates to canvas pixels."""
         return np.asarray(points, float) @ self.turn * self.unit + self.middle
 
     def shape(self, points, colour):
+        """Fill the polygon `points` `[P, 2]`."""
         self.draw.polygon([tuple(p) for p in self.place(points)], colour)
 
     def oval(self, x, y, rx, ry, colour):
+        """Fill an oval with centre (x, y) and half axes rx, ry."""
         self.shape(ring(rx, ry) + (x, y), colour)
 
     def line(self, points, width, colour):
-        self.draw.line(
-            [tuple(p) for p in self.place(points)], colour, max(1, round(width * self.unit)), "curve"
-        )
+        """Draw a line through `points` `[P, 2]`."""
+        self.draw.line([tuple(p) for p in self.place(points)], colour,
+                       max(1, round(width * self.unit)), "curve")
 
 
 def ring(rx, ry, taper=0.0, start=0.0, end=2.0):
-    """Points `[P, 2]` clockwise round an oval, angles in half turns from its top; `taper` narrows the chin."""
+    """Points `[P, 2]` on an oval, clockwise from `start` to `end`: half turns from its top.
+
+    `taper` above 0 narrows the lower half, like a chin.
+    """
     angle = np.linspace(start * np.pi, end * np.pi, 49)
     x, y = np.sin(angle), -np.cos(angle)
     return np.stack([rx * x * (1 - taper * np.maximum(y, 0) ** 2), ry * y], 1)
 
 
 def shade(colour, factor):
-    """`colour` darker (factor below 1) or lighter."""
+    """Make `colour` darker (factor below 1) or lighter."""
     return tuple(min(max(int(c * factor), 0), 255) for c in colour)
 
 
 def pick(rng, choices):
-    """One of the colours `choices`, a little darker or lighter."""
+    """Pick one of the colours `choices` and make it a little darker or lighter."""
     return shade(choices[rng.integers(len(choices))], rng.uniform(.92, 1.08))
 
 
 def paint(rng):
-    """Any colour, more often a dull one."""
+    """Pick any colour, more often a dull one."""
     colour = rng.uniform(20, 240, 3)
     return shade(colour + (colour.mean() - colour) * rng.uniform(0, .9), 1)
 
 
 def background(rng, scenery, width, height):
-    """A canvas without people: two colours that run into each other, clouds, and what belongs to the scenery."""
+    """Draw a canvas without people: a gradient of two colours, soft noise, and the scenery's pattern."""
     first, last, (across, down) = np.array(paint(rng)), np.array(paint(rng)), rng.uniform(-1, 1, 2)
     ramp = across * np.linspace(-.5, .5, width)[:, None] + down * np.linspace(-.5, .5, height)[:, None, None]
     pixels = first + (last - first) * (ramp + .5)
@@ -97,8 +98,7 @@ def background(rng, scenery, width, height):
         rows, columns, (grey, colour) = height // grain + 2, width // grain + 2, rng.uniform((2, 0), (16, 7))
         cells = 128 + rng.normal(0, grey, (rows, columns, 1)) + rng.normal(0, colour, (rows, columns, 3))
         smooth = Image.fromarray(cells.clip(0, 255).astype(np.uint8)).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
+            (width, height), Image.Resampling.BICUBIC)
         pixels += np.asarray(smooth, float) - 128
     canvas = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((width * SUPER, height * SUPER))
     draw, base, unit = ImageDraw.Draw(canvas), paint(rng), height / 240 * SUPER
@@ -119,7 +119,7 @@ def background(rng, scenery, width, height):
 
 
 def distractors(rng, canvas):
-    """Things that share a colour or an outline with faces and are none: ovals, clocks, boards, heads from behind."""
+    """Draw things that look a little like faces: ovals, clocks, boards, heads from behind."""
     for _ in range(rng.integers(1, 7)):
         unit = canvas.height * np.exp(rng.uniform(np.log(.03), np.log(.16)))
         pen = Pen(canvas, rng.uniform(0, 1, 2) * canvas.size, unit, rng.uniform(-.6, .6))
@@ -138,7 +138,7 @@ def distractors(rng, canvas):
 
 
 def body(rng, pen, skin):
-    """Neck and shoulders below a head."""
+    """Draw the neck and shoulders below a head."""
     wide = rng.uniform(1.3, 1.8)
     right = np.array([(.3, 1.25), (wide * .7, 1.5), (wide, 1.9), (wide * 1.05, 4)])
     pen.shape([*right, *(right * (-1, 1))[::-1]], paint(rng))
@@ -146,9 +146,9 @@ def body(rng, pen, skin):
 
 
 def head(rng, pen, skin):
-    """Draw one head; returns its box (xyxy on the canvas) and its WIDER attributes expression, occlusion and pose.
+    """Draw one head: returns its box and its WIDER attributes (expression, occlusion, pose).
 
-    The box is the tight box of the oval from crown to chin and from ear to ear, without hair, hat and ears.
+    The box, xyxy on the canvas, fits the oval of the head tightly, without hair, hat and ears.
     """
     yaw, pitch = rng.triangular(-.7, 0, .7), rng.normal(0, .05)
     width, taper, hair, cloth = rng.uniform(.7, .82), rng.uniform(.08, .3), pick(rng, HAIRS), paint(rng)
@@ -157,16 +157,16 @@ def head(rng, pen, skin):
     if style == "round":
         pen.oval(0, -.35, width * 1.55, 1.1, top)
     for side in (-1, 1):
-        if side * yaw < .35:  # else the ear is hidden
+        if side * yaw < .35:  # otherwise the head hides this ear
             pen.oval(side * width * .98, 0, .13, .22, shade(skin, .85))
     if style in ("long", "scarf"):
         pen.oval(0, .25, width * 1.3, 1.4, top)
     outline, light = ring(width, 1, taper), rng.uniform(-.12, .12)
-    for k in range(6):  # nested ovals stand in for a soft shadow on one side
+    for k in range(6):  # nested ovals look like a soft shadow on one side
         pen.shape(outline * (1 - .07 * k) + (light * k * .2, -.01 * k), shade(skin, .8 + .04 * k))
 
     def feature(angle, y):
-        """Where a feature of the turned head appears, and how narrow it looks there."""
+        """Where a feature of the turned head appears (x, y), and its foreshortening there, 0.3 to 1."""
         return width * np.sin(angle + yaw), y + pitch, max(np.cos(angle + yaw), .3)
 
     expression = face(rng, pen, skin, hair, feature)
@@ -183,13 +183,10 @@ def head(rng, pen, skin):
         glasses(rng, pen, feature)
     if style != "bald":
         low, part = rng.uniform(-.72, -.45), rng.uniform(-.4, .4)
-        right, left = (
-            np.array([(0.95, -0.2), (0.6, low)]) * (width, 1),
-            np.array([(-0.6, low), (-0.95, -0.2)]) * (width, 1),
-        )
-        pen.shape(
-            [*ring(width * 1.06, 1.12, 0, -0.42, 0.42), *right, (part, low - rng.uniform(0, 0.2)), *left], top
-        )
+        right, left = (np.array([(0.95, -0.2), (0.6, low)]) * (width, 1),
+                       np.array([(-0.6, low), (-0.95, -0.2)]) * (width, 1))
+        pen.shape([*ring(width * 1.06, 1.12, 0, -0.42, 0.42), *right,
+                   (part, low - rng.uniform(0, 0.2)), *left], top)
     if style == "hat":
         brim = width * np.array([-1.2, 1.2, 1.1, -1.1])
         pen.shape(np.stack([brim, [-.5, -.5, -.66, -.66]], 1), shade(cloth, .7))
@@ -198,7 +195,7 @@ def head(rng, pen, skin):
 
 
 def face(rng, pen, skin, hair, feature):
-    """Eyes, brows, nose and mouth; returns whether the mouth is open."""
+    """Draw eyes, brows, nose and mouth; returns whether the mouth is open."""
     size, (brow, thick) = rng.uniform(.85, 1.25), rng.uniform(.04, .08, 2)
     iris, closed = pick(rng, EYES), rng.random() < .07
     for side in (-1, 1):
@@ -233,7 +230,7 @@ def face(rng, pen, skin, hair, feature):
 
 
 def glasses(rng, pen, feature):
-    """Clear glasses or sunglasses."""
+    """Draw clear glasses or sunglasses."""
     frame, dark = pick(rng, HAIRS), rng.random() < .4
     for x, y, narrow in (feature(-.5, -.1), feature(.5, -.1)):
         if dark:
@@ -243,7 +240,10 @@ def glasses(rng, pen, feature):
 
 
 def placements(rng, event, width, height):
-    """Boxes `[(x, y, w, h)]` of heads before tilting, with room for hair between them; an edge may cut one in eight."""
+    """Place heads: boxes `[(x, y, w, h)]` before they are tilted, with room for hair between them.
+
+    One in eight of the larger heads may reach over the edge of the photo.
+    """
     _, _, fewest, most, low, high = event
     placed = []
     for _ in range(rng.integers(fewest, most + 1)):
@@ -260,23 +260,17 @@ def placements(rng, event, width, height):
 
 
 def photo(rng, width, height, empty):
-    """One picture: its event, the RGB image, the rows `x y w h blur expression illumination invalid occlusion pose`."""
+    """Draw one photo, without people if `empty`: (event, RGB image, one row per face).
+
+    A row is x y w h blur expression illumination invalid occlusion pose, as in WIDER FACE.
+    """
     event = EVENTS[rng.integers(len(EVENTS))]
     canvas = background(rng, event[1], width, height)
     distractors(rng, canvas)
-    people = [
-        (
-            Pen(
-                canvas,
-                ((x + w / 2) * SUPER, (y + h / 2) * SUPER),
-                h / 2 * SUPER,
-                rng.triangular(-0.45, 0, 0.45),
-            ),
-            pick(rng, SKINS),
-        )
-        for x, y, w, h in ([] if empty else placements(rng, event, width, height))
-    ]
-    for pen, skin in people:  # all bodies first, so that none covers a face
+    people = [(Pen(canvas, ((x + w / 2) * SUPER, (y + h / 2) * SUPER), h / 2 * SUPER,
+                   rng.triangular(-.45, 0, .45)), pick(rng, SKINS))
+              for x, y, w, h in ([] if empty else placements(rng, event, width, height))]
+    for pen, skin in people:  # all bodies first, so that no body covers a face
         body(rng, pen, skin)
     heads = [head(rng, pen, skin) for pen, skin in people]
 
@@ -293,7 +287,10 @@ def photo(rng, width, height, empty):
 
 
 def draw_split(folder, split, count, size, seed):
-    """Draw `count` photos below `folder / split`, then their WIDER-style text, then their json; returns its counts."""
+    """Draw `count` photos into folder/split, and write their WIDER-style text and their json.
+
+    Returns the counts of wider_to_coco.py's `convert`.
+    """
     lines = []
     for index in tqdm(range(count), f"drawing {split}", disable=None):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -309,29 +306,27 @@ def draw_split(folder, split, count, size, seed):
 
 
 def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
-    """Draw `train` and `val` photos of `size` (width, height) into `folder`; returns `{split: counts}`.
+    """Draw a dataset of `train` + `val` photos of `size` (width, height) into `folder`: `{split: counts}`.
 
-    Raises InputError where `folder` holds a train.json or val.json that was not drawn by this script.
+    Raises InputError if `folder` has a train.json or val.json that this script did not write.
     """
     folder = Path(folder)
     for split in SPLITS:
         if (folder / f"{split}.json").exists() and not (folder / f"wider_{split}_bbx_gt.txt").exists():
             raise InputError(
-                f"{folder}/{split}.json: was not drawn by sample.py and stays, choose another folder"
-            )
+                f"{folder}/{split}.json: was not drawn by sample.py and stays, choose another folder")
     return {split: draw_split(folder, split, count, size, seed) for split, count in zip(SPLITS, (train, val))}
 
 
 @command
 def main(argv=None):
-    """Draw the two parts of the set."""
+    """Draw the training and the validation photos."""
     parser = new_parser(__doc__)
-    parser.add_argument("folder", help="where to draw, as data/sample")
-    parser.add_argument("--train", type=int, default=240, help="photos to train on (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=40, help="photos to validate on (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed draws other photos (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("folder", help="where to write, such as data/sample")
+    add("--train", type=int, default=240, help="photos to train on (default %(default)s)")
+    add("--val", type=int, default=40, help="photos to validate on (default %(default)s)")
+    add("--seed", type=int, default=0, help="another seed draws other photos (default %(default)s)")
     args = parser.parse_args(argv)
     if min(args.train, args.val) < 1 or args.seed < 0:
         raise InputError("--train and --val take 1 photo or more, --seed 0 or more")

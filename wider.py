@@ -1,7 +1,8 @@
-"""WIDER FACE's own files: the evaluator's ground truth (.mat) and folders of predictions, one text file per image.
+"""Read and write WIDER FACE's own files: the ground truth (.mat) and folders of predictions.
 
-An image is named `<event>/<image>` without its suffix, as in `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh`
-in pixels of the original image, float64, as in the files. Nothing here imports torch.
+A prediction folder has one text file per image. An image's name is `<event>/<image>` without the suffix, for
+example `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh` in pixels of the original image, float64, as
+in the files. This file does not import torch.
 """
 
 import io
@@ -23,17 +24,17 @@ LEVELS = ("easy", "medium", "hard")
 
 @dataclass
 class GroundTruth:
-    """The faces of WIDER FACE val; sorted by image, in file order within one."""
+    """The M faces on the I images of WIDER FACE val. Faces are sorted by image, in file order within one."""
     names: list         # [I] str, <event>/<image>
     image: np.ndarray   # [M] int64, the index of each face's image
     xywh: np.ndarray    # [M, 4] float64
-    kept: dict          # {level: [M] bool}, the faces that easy, medium and hard ask for
+    kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
 
 
 def read_ground_truth(folder=GROUND_TRUTH):
-    """Read wider_face_val.mat and the lists of the three levels beside it into `GroundTruth`.
+    """Read the ground truth in `folder`: wider_face_val.mat and the face lists of the three levels.
 
-    Raises InputError if a file is missing, saying where to get it, or if it is not what WIDER FACE distributes.
+    Raises InputError if a file is missing (the message says where to get it) or is not WIDER FACE's.
     """
     folder = Path(folder)
     val = _load_mat(folder / "wider_face_val.mat", "event_list", "file_list", "face_bbx_list")
@@ -41,8 +42,8 @@ def read_ground_truth(folder=GROUND_TRUTH):
     try:
         names = [f"{event[0][0]}/{file[0][0]}"
                  for event, files in zip(val["event_list"], val["file_list"]) for file in files[0]]
-        boxes = [np.asarray(box[0], np.float64).reshape(-1, 4) for event in val["face_bbx_list"]
-                 for box in event[0]]
+        boxes = [np.asarray(box[0], np.float64).reshape(-1, 4)
+                 for event in val["face_bbx_list"] for box in event[0]]
         faces = np.array([len(box) for box in boxes])
         kept = {level: _kept(gt_list, faces) for level, gt_list in lists.items()}
         if len(names) != len(boxes):
@@ -54,9 +55,10 @@ def read_ground_truth(folder=GROUND_TRUTH):
 
 
 def wider_names(path, file_names):
-    """The `<event>/<image>` names [J] of a COCO file's `file_name`s [J]: their last two parts without the suffix.
+    """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
 
-    `path` is the COCO file, for messages. Raises InputError if a name has no two such parts, or two are the same.
+    `path` is the COCO file, for error messages. Raises InputError if a name has fewer than two parts, or if
+    two names are equal.
     """
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
              for name in file_names]
@@ -65,18 +67,18 @@ def wider_names(path, file_names):
 
 
 def read_predictions(folder, ground_truth):
-    """Read `<folder>/<event>/<image>.txt` of each image: (Detections, names of images without a file).
+    """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    Detections are sorted by image, best first. Where a file lies says which image it is of, as in the
-    official code; its first line is not looked at. Raises InputError, with file and line, for what is not
-    five finite numbers per row.
+    Detections are sorted by image, best first. As in the official code, a file's path tells its image; the
+    first line of the file is not used. Raises InputError, with file and line, if a row is not five finite
+    numbers.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     paths, counts, rows, missing = [], [], [], []
     for name in ground_truth.names:
-        paths.append(f"{folder}/{name}.txt")  # 3,226 Path objects would cost more than reading the files
+        paths.append(f"{folder}/{name}.txt")  # strings: 3,226 Path objects take longer than reading the files
         try:
             lines = _rows(paths[-1], _read(paths[-1]))
         except FileNotFoundError:
@@ -86,25 +88,26 @@ def read_predictions(folder, ground_truth):
         rows += lines
     if len(missing) == len(paths):
         raise InputError(
-            f"{folder}: no predictions for WIDER FACE val, files such as {paths[0]} are expected"
-        )
+            f"{folder}: no predictions for WIDER FACE val, files such as {paths[0]} are expected")
 
-    values = _numbers(rows)  # all at once is fast; row by row only to find the one to name
+    values = _numbers(rows)  # all rows at once, for speed; one by one only to name a bad one
     if values is None:
-        raise InputError(next(f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
-                              for path, count in zip(paths, counts) if count
-                              for number, line in enumerate(_lines(_read(path)), 1)
-                              if number > 2 and line.strip() and _numbers([line]) is None))
+        raise InputError(next(
+            f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
+            for path, count in zip(paths, counts) if count
+            for number, line in enumerate(_lines(_read(path)), 1)
+            if number > 2 and line.strip() and _numbers([line]) is None))
     image = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
     return Detections(image, values[order, :4], values[order, 4]), missing
 
 
 def write_predictions(folder, names, detections):
-    """Write the official folder, `<folder>/<event>/<image>.txt` for each of `names` [I], also those without detections.
+    """Write predictions as the official evaluation expects them: `<folder>/<event>/<image>.txt`.
 
-    The Detections' images are indices into `names`. Digits are kept whole: read back, the predictions score
-    the same. Raises InputError for names that would lead elsewhere, before anything is written.
+    names `[I]` are all images; one without detections gets a file too. The image numbers of the Detections
+    are indices into `names`. All digits are written, so predictions score the same when read back. Raises
+    InputError for names that would lead out of `folder`, before anything is written.
     """
     _check_names(folder, names)
     image, score = detections.image, detections.score
@@ -120,7 +123,11 @@ def write_predictions(folder, names, detections):
 
 
 def _kept(gt_list, faces):
-    """A level's lists of face numbers, from 1 in each image, as flags over all faces [M]; `faces` [I] counts them."""
+    """Convert a level's lists of face numbers to a bool array `[M]` over all faces.
+
+    The lists count the faces of each image from 1. faces `[I]` is the number of faces per image. Raises
+    ValueError if the lists do not fit.
+    """
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
     image = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
     index = np.concatenate(numbers) - 1
@@ -132,41 +139,38 @@ def _kept(gt_list, faces):
 
 
 def _check_names(source, names):
-    """Every name is `<event>/<image>`, stays inside whatever folder it is put in, and is there once."""
+    """Check that every name is `<event>/<image>`, cannot lead out of a folder, and occurs once."""
     seen = set()
     for name in names:
         parts = name.split("/")
         if len(parts) != 2 or not all(map(_plain, parts)):
             raise InputError(
-                f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>"
-            )
+                f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>")
         if name in seen:
             raise InputError(f"{source}: {name!r} is there twice")
         seen.add(name)
 
 
 def _plain(part):
-    """Is it a name without meaning to any file system, and short enough for all?"""
-    return (part.isprintable() and not set(part) & set("\\:") and bool(part.strip(". "))
-            and len(part.encode()) < 200)
+    """Whether `part` is a safe name for one file or folder: printable, not special anywhere, not too long."""
+    return (part.isprintable() and not set(part) & set("\\:")
+            and bool(part.strip(". ")) and len(part.encode()) < 200)
 
 
 def _load_mat(path, *keys):
-    """The variables `keys` of a MATLAB file."""
+    """Read the variables `keys` of a MATLAB file: {key: array}. Raises InputError."""
     try:
         file = io.BytesIO(_read(path))
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
-            f"and unpack it under data, which gives {GROUND_TRUTH}"
-        ) from None
+            f"and unpack it under data, which gives {GROUND_TRUTH}") from None
     try:
         content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
-    except Exception as error:  # of a damaged file, scipy raises whatever it stumbles over
+    except Exception as error:  # scipy raises all kinds of errors for a damaged file
         raise InputError(
-            f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})"
-        ) from None
+            f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
 
 
 def _read(path):
@@ -178,17 +182,21 @@ def _read(path):
 
 
 def _lines(content):
+    """Split the bytes of a text file into lines."""
     return content.decode("utf-8-sig", "replace").rstrip().splitlines()
 
 
 def _rows(path, content):
-    """The lines of one prediction file after the image's name and the number of boxes; an empty file has none."""
+    """Return the box lines of a prediction file: those after the image's name and the number of boxes.
+
+    `content` is the file's bytes; an empty file has no boxes. Raises InputError if the number is wrong.
+    """
     lines = _lines(content)
     if not lines:
         return []
     rows = [line for line in lines[2:] if line.strip()]
     try:
-        count = float(lines[1])  # some write 5.0
+        count = float(lines[1])  # some tools write 5.0
     except (IndexError, ValueError):
         raise InputError(f"{path}:2: the number of boxes is expected in this line") from None
     if count != len(rows):
@@ -197,11 +205,10 @@ def _rows(path, content):
 
 
 def _numbers(rows):
-    """Lines of five finite numbers as [len(rows), 5], or None if some are not."""
+    """Parse lines of five finite numbers to an array `[len(rows), 5]`, or None if any line is bad."""
     try:
         values = np.loadtxt(rows, comments=None, ndmin=2) if rows else np.zeros((0, 5))
     except ValueError:
         return None
-    return (
-        values if values.shape == (len(rows), 5) and (np.abs(values) < 1e15).all() else None
-    )  # NaN < x is False
+    # NaN < x is False, so this refuses NaN too.
+    return values if values.shape == (len(rows), 5) and (np.abs(values) < 1e15).all() else None

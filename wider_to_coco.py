@@ -1,10 +1,12 @@
-"""Turns WIDER FACE's annotation text into COCO json, keeping every annotation and marking what cannot be learned.
+"""Convert WIDER FACE's annotation text to a COCO json.
 
-    python wider_to_coco.py data/wider_face_split/wider_face_train_bbx_gt.txt data/WIDER_train/images data/train.json
-    python wider_to_coco.py data/wider_face_split/wider_face_val_bbx_gt.txt data/WIDER_val/images data/val.json
+    text=data/wider_face_split
+    python wider_to_coco.py $text/wider_face_train_bbx_gt.txt data/WIDER_train/images data/train.json
+    python wider_to_coco.py $text/wider_face_val_bbx_gt.txt data/WIDER_val/images data/val.json
 
-File names in the output are relative to its folder, so the json and its photos move together. Annotations that are
-flagged invalid, or whose box is empty or outside the picture, get `"iscrowd": 1`: not trained on, known to evaluation.
+Every annotation is kept. Those that are flagged invalid, or whose box is empty or outside the picture, get
+`"iscrowd": 1`: training skips them and evaluation ignores them. File names in the output are relative to its
+folder, so the json and its photos can be moved together.
 """
 
 import os
@@ -23,24 +25,25 @@ ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pos
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
 NUMBERS = re.compile(r"[-+.eE\s]*\d[-+.\deE\s]*", re.ASCII)  # int() would accept "1_000", float() "nan"
 INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
-LARGEST = 10 ** 15  # of a coordinate or an area: read_annotations takes what is smaller
-LISTED = 20         # names of bad pictures in one message
+LARGEST = 10 ** 15  # coordinates and areas must be smaller, also for read_annotations
+LISTED = 20         # bad pictures named in one message
 
 
 def read_wider(path):
-    """`[(name, rows)]` of a WIDER FACE annotation file, in its order; each row holds the numbers of `COLUMNS`.
+    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order.
 
-    A byte order mark, CRLF and blank lines are accepted. A picture without faces is a count of 0, with or without the
-    row of zeros that the official files put behind it. Raises InputError with `file:line` for everything else.
+    A row is the ten numbers of `COLUMNS`. A byte order mark, CRLF and blank lines are accepted. A picture
+    without faces has the count 0; the row of zeros that follows it in the official files may be missing.
+    Raises InputError with `file:line` for any other format.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # universal newlines: CRLF ends a line like LF
+        text = path.read_text(encoding="utf-8-sig")  # universal newlines: CRLF becomes LF
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    # str.splitlines() would also cut at characters that may stand in a name
+    # Not str.splitlines(): it also splits at characters that may be part of a name.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{path}: lists no pictures")
@@ -51,50 +54,44 @@ def read_wider(path):
         name = _name(f"{path}:{number}", line)
         if name in first_line:
             raise InputError(
-                f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}"
-            )
+                f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}")
         first_line[name] = number
         if at + 1 == len(lines):
             raise InputError(f"{path}:{number}: the file ends after the name {name!r}, is it truncated?")
         count_line, count = lines[at + 1]
         if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
             raise InputError(
-                f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}"
-            )
+                f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}")
         rows = lines[at + 2:at + 2 + int(count)]
         at += 2 + len(rows)
         pictures.append((name, [_row(f"{path}:{n}", row, name, count, count_line) for n, row in rows]))
         if len(rows) < int(count):
             raise InputError(
                 f"{path}:{count_line}: {name!r} has {count} faces but the file ends after {len(rows)}, "
-                "is it truncated?"
-            )
+                "is it truncated?")
         if at < len(lines) and NUMBERS.fullmatch(lines[at][1]):
             place, extra = f"{path}:{lines[at][0]}", lines[at][1]
             if int(count) or any(_row(place, extra, name, count, count_line)):
                 raise InputError(
-                    f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})"
-                )
-            at += 1  # how the official train file writes a picture without faces
+                    f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})")
+            at += 1  # the row of zeros after a picture without faces, as in the official train file
     return pictures
 
 
 def _name(place, text):
-    """A picture's path, plain and inside the images folder."""
+    """Check a picture's name: a relative path that stays inside the images folder. Raises InputError."""
     name = PurePosixPath(text)
     if NUMBERS.fullmatch(text):
         raise InputError(
-            f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?"
-        )
+            f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?")
     if name.is_absolute() or PureWindowsPath(text).drive or {"\0", "\\"} & set(text) or ".." in name.parts:
         raise InputError(
-            f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'"
-        )
+            f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'")
     return str(name)
 
 
 def _row(place, text, name, count, count_line):
-    """The ten numbers of a face, ints where the text has ints."""
+    """Parse the ten numbers of a face, ints where the text has ints. Raises InputError."""
     tokens = text.split()
     if not NUMBERS.fullmatch(text) or len(tokens) != len(COLUMNS):
         raise InputError(f"{place}: a face's {len(COLUMNS)} numbers are expected, found {text[:60]!r} "
@@ -111,7 +108,10 @@ def _row(place, text, name, count, count_line):
 
 
 def picture_size(path):
-    """Read a picture's upright (width, height) from its header: None if there is no such file, else the error."""
+    """Read a picture's upright (width, height) from its header.
+
+    Returns None if there is no such file, and the InputError (not raised) if it is unreadable.
+    """
     if not os.path.isfile(path):
         return None
     try:
@@ -122,14 +122,16 @@ def picture_size(path):
 
 
 def read_sizes(pictures, images, jobs):
-    """`[(width, height)]` of the pictures below folder `images`. Raises InputError that names all that are missing."""
+    """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
+
+    Raises InputError if any is missing or unreadable; the message names up to 20.
+    """
     names = [name for name, _ in pictures]
     paths = [os.path.join(images, name) for name in names]
     with warnings.catch_warnings(), ThreadPool(jobs) as pool:
-        warnings.simplefilter("ignore")  # a large picture is no concern while only headers are read
-        sizes = list(
-            tqdm(pool.imap(picture_size, paths, chunksize=16), "image sizes", len(paths), disable=None)
-        )
+        warnings.simplefilter("ignore")  # about large pictures: harmless, as only headers are read
+        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16),
+                          "image sizes", len(paths), disable=None))
     bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
            "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
     if any(bad.values()):
@@ -140,7 +142,10 @@ def read_sizes(pictures, images, jobs):
 
 
 def clip(box, width, height):
-    """`xywh` cut to the picture, and what it is: inside, clipped, or (both as written) empty or outside."""
+    """Clip an xywh box to the picture: (box, "inside" or "clipped" or "empty" or "outside").
+
+    Empty boxes, and boxes outside the picture, are returned unchanged.
+    """
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return box, "empty"
@@ -152,7 +157,10 @@ def clip(box, width, height):
 
 
 def to_coco(pictures, sizes, prefix):
-    """COCO content of `pictures` with their `(width, height)`, names below `prefix`; and the counts of what was met."""
+    """Make the COCO content of `pictures` and their `sizes`: (content, counts of what was found).
+
+    `prefix` is the folder to put before each name.
+    """
     images, annotations = [], []
     met = dict.fromkeys(("invalid", "empty", "rows of zeros", "clipped", "outside"), 0)
     for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures, sizes), 1):
@@ -161,63 +169,50 @@ def to_coco(pictures, sizes, prefix):
             attributes = dict(zip(ATTRIBUTES, row[4:]))
             box, kind = clip(row[:4], width, height)
             invalid = attributes["invalid"] != 0
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "bbox": box,
-                    "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
-                    "iscrowd": int(invalid or kind in ("empty", "outside")),
-                    **attributes,
-                }
-            )
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
+                                "bbox": box, "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
+                                "iscrowd": int(invalid or kind in ("empty", "outside")), **attributes})
             met["invalid"] += invalid
             met["rows of zeros"] += not any(row)
             if kind != "inside":
                 met[kind] += 1
-    counts = {
-        "pictures": len(images),
-        "without annotation": sum(not rows for _, rows in pictures),
-        "annotations": len(annotations),
-        **met,
-        "marked iscrowd": sum(a["iscrowd"] for a in annotations),
-    }
+    counts = {"pictures": len(images), "without annotation": sum(not rows for _, rows in pictures),
+              "annotations": len(annotations), **met,
+              "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
 
 
 def convert(annotation, images, out, jobs=1):
-    """Write the text `annotation` about the folder `images` to the COCO file `out`; returns counts of what was met."""
+    """Convert the text file `annotation` and the folder `images` to the COCO file `out`.
+
+    Returns the counts of what was found. Raises InputError.
+    """
     annotation, images, out = Path(annotation), Path(images), Path(out)
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
         raise InputError(
-            f"{out}: is a folder or the annotation text itself, name another file for the output"
-        )
+            f"{out}: is a folder or the annotation text itself, name another file for the output")
     pictures = read_wider(annotation)
     sizes = read_sizes(pictures, images, jobs)
     prefix = os.path.relpath(images, out.parent)
-    if prefix.startswith(".."):  # ".." behind a symbolic link starts from the link's target
+    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
         prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))
     content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
-    del pictures  # a tenth of the peak at 100,000 photos
+    del pictures  # saves a tenth of the peak memory at 100,000 photos
     write_json(out, content)
     return counts
 
 
 @command
 def main(argv=None):
-    """Convert one annotation text, and say what was met in it."""
+    """Convert one annotation text, and print what was found in it."""
     parser = new_parser(__doc__)
-    parser.add_argument("annotation", help="WIDER FACE text, as wider_face_train_bbx_gt.txt")
-    parser.add_argument(
-        "images", help="folder of the pictures that the text names, as data/WIDER_train/images"
-    )
-    parser.add_argument("out", help="COCO json to write, as data/train.json")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="threads that read sizes (default: CPUs)"
-    )
+    add = parser.add_argument
+    add("annotation", help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
+    add("images", help="folder of the pictures named in the text, such as data/WIDER_train/images")
+    add("out", help="COCO json to write, such as data/train.json")
+    add("--jobs", type=int, default=os.cpu_count(), help="threads to read picture sizes (default: all cores)")
     args = parser.parse_args(argv)
     if not 1 <= args.jobs <= 256:
         raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")

@@ -1,10 +1,9 @@
-"""What the tests share: a small drawn dataset, a small network, and the folder of real data where it is."""
+"""Fixtures for all tests: a small drawn dataset, a small network, the folder of real data."""
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # of the processes that tests start; threads that wait for cores only disturb
+# For the processes that tests start: several threads each would only fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A folder with train.json (12 photos) and val.json (6)."""
+    """A folder with train.json (12 photos) and val.json (6 photos)."""
     folder = tmp_path_factory.mktemp("sample")
     draw_sample(folder, train=12, val=6, seed=0)
     return folder
@@ -25,25 +24,24 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real photos, weights and ground truth that may lie beside the repository."""
+    """The folder of real photos, weights and ground truth, if it is beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(
-            "no ../shared beside the repository: real photos, weights and WIDER ground truth are not here"
-        )
+            "no ../shared beside the repository: real photos, weights and WIDER ground truth are not here")
     return folder
 
 
 @pytest.fixture(scope="session")
 def small():
-    """An untrained network of 64 x 48 input and quarter width, in evaluation mode."""
+    """An untrained network with 64x48 input and width 0.25, in evaluation mode."""
     torch.manual_seed(0)
     return SSD(Config.scaled_from_300(64, 48, width=0.25)).eval()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of hard_world.py."""
+    """The folder of bad files that hard_world.py builds."""
     import hard_world
     folder = tmp_path_factory.mktemp("hard")
     hard_world.build(folder)
@@ -52,14 +50,14 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def world(built, monkeypatch):
-    """That folder as the working directory."""
+    """The folder of bad files, as the working directory."""
     monkeypatch.chdir(built)
     return built
 
 
 @pytest.fixture
 def refused(capsys):
-    """Run a script's main on arguments that must be refused: exit 2 and one line, which is returned."""
+    """Run a script's main on bad arguments: check for exit code 2, no traceback; return the last line."""
     def check(main, *arguments):
         with pytest.raises(SystemExit) as stop:
             main([str(argument) for argument in arguments])

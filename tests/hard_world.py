@@ -1,4 +1,4 @@
-"""A folder of everything that can be wrong: pictures, annotations, predictions, models, flag files."""
+"""Build a folder of files that are wrong in many ways: pictures, annotations, predictions, models, flags."""
 import importlib
 import json
 import os
@@ -21,26 +21,27 @@ from test_wider import write_ground_truth
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-TRAIN = "--size 64 --width 0.25 --batch-size 3 --repeat 1 --warmup 3 --lr 0.01 --min-face 0 --workers 0 --device cpu".split()
+TRAIN = ("--size 64 --width 0.25 --batch-size 3 --repeat 1 --warmup 3 --lr 0.01 --min-face 0 --workers 0 "
+         "--device cpu").split()
 NAN, INF = float("nan"), float("inf")
 
 
 class Hostile:
-    """Unpickled, it would make the file `ran`."""
+    """An object that creates the file `ran` when it is unpickled."""
 
     def __reduce__(self):
         return open, ("ran", "w")
 
 
 def png(width, height):
-    """A small file whose header promises a large picture."""
+    """Make a small PNG file whose header promises a picture of `width` x `height`."""
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
-UNREADABLE = {  # file: why not
+UNREADABLE = {  # file: part of the message
     "truncated.jpg": "truncated",
     "zero.jpg": "cannot identify",
     "text.jpg": "cannot identify",
@@ -54,7 +55,7 @@ UNREADABLE = {  # file: why not
     "long" * 99 + ".jpg": "no such picture",
     "\x1b[2J\n.jpg": "no such picture",
 }
-UNUSUAL = {
+UNUSUAL = {  # file: (width, height) once it is loaded
     "1x1.png": (1, 1),
     "1x10000.png": (1, 10000),
     "10000x1.jpg": (10000, 1),
@@ -69,7 +70,7 @@ UNUSUAL = {
 
 
 def draw_pictures(folder):
-    """The files of UNREADABLE and UNUSUAL."""
+    """Write the files of UNREADABLE and UNUSUAL."""
     folder.mkdir()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
     exif = Image.Exif()
@@ -83,52 +84,40 @@ def draw_pictures(folder):
     noise.convert("RGBA").save(folder / "alpha.webp")
     noise.convert("1").save(folder / "bits.png")
     noise.save(folder / "size.png")
-    for name in ("upright.jpg", "exif.jpg"):  # the second is annotated with its size before it is turned
+    for name in ("upright.jpg", "exif.jpg"):  # exif.jpg is annotated with its size before turning
         noise.save(folder / name, exif=exif)
     noise.resize((300, 200)).save(folder / "truncated.jpg")
     os.truncate(folder / "truncated.jpg", 9000)
-    for name, content in (
-        ("zero.jpg", b""),
-        ("text.jpg", b"no picture"),
-        ("bomb.png", png(50000, 50000)),
-        ("half.png", png(30, 20)),
-    ):
+    for name, content in (("zero.jpg", b""), ("text.jpg", b"no picture"),
+                          ("bomb.png", png(50000, 50000)), ("half.png", png(30, 20))):
         (folder / name).write_bytes(content)
     (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.jpg")
 
 
 def coco(**changes):
-    """Image 7 with one face, image 3 without, of category 2."""
-    return {
-        "images": [
-            {"id": 7, "file_name": "e/a.jpg", "width": 30, "height": 20},
-            {"id": 3, "file_name": "e/b.jpg"},
-        ],
-        "annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [1, 2, 30, 4]}],
-        "categories": [{"id": 2, "name": "face"}],
-    } | changes
+    """A COCO content: image 7 with one face, image 3 without, category 2; `changes` replace entries."""
+    return {"images": [{"id": 7, "file_name": "e/a.jpg", "width": 30, "height": 20},
+                       {"id": 3, "file_name": "e/b.jpg"}],
+            "annotations": [{"id": 5, "image_id": 7, "category_id": 2, "bbox": [1, 2, 30, 4]}],
+            "categories": [{"id": 2, "name": "face"}]} | changes
 
 
 def face(**changes):
+    """A list of one annotation of `coco`; `changes` replace its entries."""
     return [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]} | changes]
 
 
 def pictured(names):
-    """A face on each of the pictures `names`; those in the folder's list of wrong sizes get one."""
+    """A COCO content with one face on each of the pictures `names`; some are listed with a wrong size."""
     wrong = {"size.png": (20, 30), "exif.jpg": (30, 20)}
-    images = [
-        {"id": n, "file_name": f"pictures/{name}"}
-        | (dict(zip(("width", "height"), wrong[name])) if name in wrong else {})
-        for n, name in enumerate(names)
-    ]
-    return {
-        "images": images,
-        "annotations": [
-            {"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 1, 1]} for n in range(len(images))
-        ],
-        "categories": [{"id": 1, "name": "face"}],
-    }
+    images = [{"id": n, "file_name": f"pictures/{name}"}
+              | (dict(zip(("width", "height"), wrong[name])) if name in wrong else {})
+              for n, name in enumerate(names)]
+    return {"images": images,
+            "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 1, 1]}
+                            for n in range(len(images))],
+            "categories": [{"id": 1, "name": "face"}]}
 
 
 JSONS = {
@@ -161,24 +150,17 @@ JSONS = {
     "one": None,
     "bad": None,
     "flat": coco(images=[{"id": 7, "file_name": "a.jpg"}], annotations=face()),
-    "odd": coco(
-        annotations=[
-            dict(*face(), id=n, bbox=box)
-            for n, box in enumerate(
-                [[1, 2, 0, 4], [1, 2, -3, 4], [-9, 2, 5, 5], [100, 2, 5, 5], [-5, -5, 20, 20]]
-            )
-        ]
-    ),  # the last reaches outside only partly
+    "odd": coco(annotations=[  # the last box is only partly outside
+        dict(*face(), id=n, bbox=box) for n, box in enumerate(
+            [[1, 2, 0, 4], [1, 2, -3, 4], [-9, 2, 5, 5], [100, 2, 5, 5], [-5, -5, 20, 20]])]),
     "no-faces": coco(annotations=[]),
     "no-categories": {key: value for key, value in coco().items() if key != "categories"},
-    "persons": coco(
-        annotations=face(category_id=4) + face(id=2),
-        categories=[{"id": 4, "name": "person"}, {"id": 2, "name": "Face"}],
-    ),
+    "persons": coco(annotations=face(category_id=4) + face(id=2),
+                    categories=[{"id": 4, "name": "person"}, {"id": 2, "name": "Face"}]),
     "bom": "\ufeff" + json.dumps(coco()).replace(",", ",\r\n"),
     "pair": None,
     "r-none": [],
-    # results of evaluate.py, to be scored on good.json
+    # detections in COCO form, to be scored on good.json
     "r-list": {},
     "r-number": [1],
     "r-image": [{"image_id": 8, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}],
@@ -190,7 +172,7 @@ JSONS = {
 
 
 def draw_models(folder):
-    """Files that are no models of ours, each in its own way."""
+    """Write model files: one good, the others wrong, each in its own way."""
     good = checkpoint(SSD(Config.scaled_from_300(64, 48, width=0.25)))
     state, config = good["state_dict"], good["config"]
     contents = {
@@ -219,17 +201,14 @@ def draw_models(folder):
     def value(name, shape):
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
     for name, shape in (("relu", [1, 3, 48, 64]), ("vector", [5])):
-        graph = helper.make_graph(
-            [helper.make_node("Relu", ["x"], ["y"])], "g", [value("x", shape)], [value("y", shape)]
-        )
-        onnx.save(
-            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9),
-            folder / f"{name}.onnx",
-        )
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g",
+                                  [value("x", shape)], [value("y", shape)])
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9),
+                  folder / f"{name}.onnx")
 
 
 def build(folder):
-    """All the files that the table of test_hard_days.py names."""
+    """Write all files that the tests of test_hard_days.py and test_hard_runs.py use."""
     torch.manual_seed(0)
     draw_sample(folder, train=6, val=3, size=(160, 120))
     (folder / "e").mkdir()
@@ -238,11 +217,8 @@ def build(folder):
     draw_pictures(folder / "pictures")
     draw_models(folder)
     for name, content in JSONS.items():
-        content = {
-            "one": coco(images=coco()["images"][:1]),
-            "bad": pictured(UNREADABLE),
-            "pair": pictured(["zero.jpg", "1x1.png"]),
-        }.get(name, content)
+        content = {"one": coco(images=coco()["images"][:1]), "bad": pictured(UNREADABLE),
+                   "pair": pictured(["zero.jpg", "1x1.png"])}.get(name, content)
         (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     (folder / "binary.json").write_bytes(b"\xff\xfe\0")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\0")
@@ -257,22 +233,24 @@ def build(folder):
 
 
 def listing(folder):
+    """Everything in a folder, with the times of change of its files."""
     return {path: None if path.is_dir() else path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def arguments(script, words):
-    """The words of a case; train needs its small flags, and another folder than the default one."""
+    """Split the words of a case; for train.py, add small settings and --out."""
     words = words.split()
     defaults = (["--out", "new"] if "--out" not in words else []) if script == "train" else []
     return [*(TRAIN[4:] if script == "train" else []), *defaults, *words]
 
 
 def run(*words, **more):
-    return subprocess.run(
-        [sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, **more
-    )
+    """Run Python on `words` in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, words)], env=ENVIRONMENT,
+                          capture_output=True, text=True, **more)
 
 
 def accepted(capsys, script, *words):
+    """Run a script's main, which must succeed; returns what it printed."""
     importlib.import_module(script).main([str(word) for word in words])
     return capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Anchors: both conventions, their order, the coding of boxes and the matching of faces."""
+"""Tests of anchors.py: both kinds of anchors, their order, encode and decode, matching, the command."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ from model import HAND_DESIGNED, Config
 
 def test_rounded_anchors_follow_the_pixel_inclusive_convention():
     base = make_anchors(Config())[:9]
-    for (w, h), box in zip(HAND_DESIGNED, base.tolist()):  # Python's round is half to even too
+    for (w, h), box in zip(HAND_DESIGNED, base.tolist()):  # Python's round() is half to even, as torch's
         x1, x2, y1, y2 = (round(7.5 + sign * (side - 1) / 2) for side in (w, h) for sign in (-1, 1))
         assert box == [x1, y1, x2 + 1, y2 + 1]
     assert (base[0, 2:] - base[0, :2]).tolist() == [10, 15]
@@ -69,7 +69,7 @@ def inside(anchor, region):
 
 
 def slow_match(own, faces, ignored, crowd=None):
-    """The same rule, one anchor at a time, for one image."""
+    """The matching rule written out, one anchor at a time, for one image."""
     labels, assigned = [], []
     iou = box_iou(faces, own) if len(faces) else torch.zeros(0, len(own))
     best = {n: int(iou[n].argmax()) if iou[n].any() else None for n in range(len(faces)) if not ignored[n]}
@@ -169,9 +169,8 @@ def test_matching_reduces_no_integers(monkeypatch):
 
 def test_matching_without_faces():
     own = make_anchors(Config.scaled_from_300(64, 64))
-    labels, offsets = match(
-        own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long), 2
-    )
+    labels, offsets = match(own, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool),
+                            torch.zeros(0, dtype=torch.long), 2)
     assert labels.shape == (2, len(own)) and not labels.any() and not offsets.any()
 
 
@@ -200,28 +199,16 @@ def test_fit_finds_clusters():
     assert shape_iou(np.array([[10.0, 10]]), np.array([[20.0, 5]])).item() == pytest.approx(50 / 150)
 
 
+@pytest.mark.slow
 def test_command(sample, tmp_path, capsys, refused):
     module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
     out = capsys.readouterr().out
-    assert (
-        "hand-designed: mean best IoU" in out
-        and "--anchors" in out
-        and (tmp_path / "a.png").stat().st_size > 5000
-    )
+    assert ("hand-designed: mean best IoU" in out and "--anchors" in out
+            and (tmp_path / "a.png").stat().st_size > 5000)
     counts = []
     for least in ("0", "17", "30"):
-        module.main(
-            [
-                "--data",
-                str(sample / "train.json"),
-                "-k",
-                "2",
-                "--out",
-                str(tmp_path / "a.png"),
-                "--min-face",
-                least,
-            ]
-        )
+        module.main(["--data", str(sample / "train.json"), "-k", "2",
+                     "--out", str(tmp_path / "a.png"), "--min-face", least])
         counts.append(int(capsys.readouterr().out.split(" faces; ")[0].split()[-1]))
     sides = read_annotations(sample / "train.json").xywh[:, 2:].min(1)
     assert counts == [(sides >= least).sum() for least in (0, 17, 30)] and counts[0] > counts[2]

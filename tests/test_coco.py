@@ -1,4 +1,4 @@
-"""coco.py: what is read, what is refused and in which words, and results that survive the round trip."""
+"""Tests of coco.py: reading annotations, error messages, and results written and read back."""
 import json
 
 import numpy as np
@@ -9,18 +9,13 @@ from script import InputError, write_json
 
 
 def coco(**changes):
-    """A small COCO content: image 7 with faces, image 3 without."""
-    content = {
-        "images": [
-            {"id": 7, "file_name": "a.jpg", "width": 100, "height": 80},
-            {"id": 3, "file_name": "b.jpg"},
-        ],
-        "annotations": [
-            {"id": 5, "image_id": 7, "category_id": 2, "bbox": [10, 20, 30.5, 40], "area": 900, "iscrowd": 0},
-            {"id": 6, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]},
-        ],
-        "categories": [{"id": 2, "name": "face"}],
-    }
+    """A small COCO content: image 7 with two faces, image 3 without; `changes` replace entries."""
+    content = {"images": [{"id": 7, "file_name": "a.jpg", "width": 100, "height": 80},
+                          {"id": 3, "file_name": "b.jpg"}],
+               "annotations": [{"id": 5, "image_id": 7, "category_id": 2,
+                                "bbox": [10, 20, 30.5, 40], "area": 900, "iscrowd": 0},
+                               {"id": 6, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}],
+               "categories": [{"id": 2, "name": "face"}]}
     return content | changes
 
 
@@ -41,16 +36,10 @@ def face(**changes):
     return [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]} | changes]
 
 
-@pytest.mark.parametrize(
-    "bbox, more",
-    [
-        ([1, 2, 0, 4], {}),
-        ([1, 2, 3, -4], {}),
-        ([100, 2, 5, 5], {}),
-        ([-9, 2, 9, 5], {}),
-        ([1, 2, 3, 4], {"iscrowd": 1}),
-    ],
-)
+@pytest.mark.parametrize("bbox, more", [
+    ([1, 2, 0, 4], {}), ([1, 2, 3, -4], {}), ([100, 2, 5, 5], {}),
+    ([-9, 2, 9, 5], {}), ([1, 2, 3, 4], {"iscrowd": 1})
+])
 def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more):
     faces = read(tmp_path, coco(annotations=face(bbox=bbox, **more)))
     assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
@@ -79,35 +68,32 @@ def test_byte_order_mark(tmp_path):
     assert len(read(tmp_path, "\ufeff" + json.dumps(coco())).image) == 2
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[]", 'no list "images"'),
-        ({"images": []}, 'no list "annotations"'),
-        (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
-        (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
-        (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
-        (coco(images=["a"]), 'images[0] has no integer "id"'),
-        (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
-        (coco(annotations=face() * 2), "annotations[1] repeats id 1"),
-        (coco(annotations=face(id=None)), 'annotations[0] has no integer "id"'),
-        (coco(annotations=face(image_id=99)), "annotation 1 belongs to image 99"),
-        (coco(annotations=face(image_id=[7])), "annotation 1 belongs to image [7]"),
-        (coco(annotations=face(bbox=[1, 2, 3])), "bbox is [1, 2, 3], 4 finite numbers expected"),
-        (coco(annotations=face(bbox=[1, 2, 3, float("nan")])), "4 finite numbers expected"),
-        (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
-        (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
-        (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
-        *[(coco(annotations=face(iscrowd=value)), f"annotation 1: iscrowd is {value!r}, 0 or 1 expected")
+@pytest.mark.parametrize("content, message", [
+    ("{", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("[]", 'no list "images"'),
+    ({"images": []}, 'no list "annotations"'),
+    (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
+    (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
+    (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
+    (coco(images=["a"]), 'images[0] has no integer "id"'),
+    (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
+    (coco(annotations=face() * 2), "annotations[1] repeats id 1"),
+    (coco(annotations=face(id=None)), 'annotations[0] has no integer "id"'),
+    (coco(annotations=face(image_id=99)), "annotation 1 belongs to image 99"),
+    (coco(annotations=face(image_id=[7])), "annotation 1 belongs to image [7]"),
+    (coco(annotations=face(bbox=[1, 2, 3])), "bbox is [1, 2, 3], 4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, float("nan")])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
+    (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
+    *[(coco(annotations=face(iscrowd=value)), f"annotation 1: iscrowd is {value!r}, 0 or 1 expected")
       for value in ("0", "1", "", "no", 2, -1, 0.5, None, [], [1], {}, "a\nb", float("nan"))],
     (coco(annotations=face(area="big")), "area is big, a finite number expected"),
-        (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
-        (coco(categories=[]), "there are: none"),
-        (coco(categories="face"), "must be a list"),
-    ],
-)
+    (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
+    (coco(categories=[]), "there are: none"),
+    (coco(categories="face"), "must be a list")
+])
 def test_refused(tmp_path, content, message):
     with pytest.raises(InputError) as error:
         read(tmp_path, content)
@@ -144,11 +130,8 @@ def test_results_survive_the_round_trip(tmp_path):
 def test_refused_results(tmp_path):
     faces = read(tmp_path, coco())
     good = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
-    for change, message in (
-        ({"image_id": 8}, "image 8"),
-        ({"score": float("nan")}, "score is nan"),
-        ({"bbox": [1]}, "bbox is"),
-    ):
+    for change, message in (({"image_id": 8}, "image 8"),
+                            ({"score": float("nan")}, "score is nan"), ({"bbox": [1]}, "bbox is")):
         (tmp_path / "r.json").write_text(json.dumps([good, good | change]))
         with pytest.raises(InputError, match=message):
             read_results(tmp_path / "r.json", faces)

@@ -1,4 +1,4 @@
-"""Photos and faces on their way to a batch: every kind of picture, the augmentation, the order of an epoch."""
+"""Tests of data.py: reading, augmentation, batches, the order of an epoch, the command."""
 
 import json
 import shutil
@@ -12,23 +12,15 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 import data as module
-from data import (
-    FaceDataset,
-    TrainBatches,
-    collate,
-    distort_colours,
-    eval_batches,
-    make_loader,
-    random_view,
-    resize_view,
-)
+from data import (FaceDataset, TrainBatches, collate, distort_colours,
+                  eval_batches, make_loader, random_view, resize_view)
 from coco import read_annotations
 from pictures import load_picture
 from sample import draw_sample
 
 
 def dataset_of(folder, boxes, sizes, width=96, height=64, draw=None, **more):
-    """A FaceDataset of drawn photos: boxes[i] are the xywh boxes of photo i."""
+    """Draw photos and make a FaceDataset of them: boxes[i] are the xywh boxes of photo i."""
     images, annotations = [], []
     for n, (own, size) in enumerate(zip(boxes, sizes)):
         picture = Image.new("RGB", size, (10, 20, 30))
@@ -36,17 +28,15 @@ def dataset_of(folder, boxes, sizes, width=96, height=64, draw=None, **more):
             picture.paste((250, 40, 40), (x, y, x + w, y + h))
         picture.save(folder / f"{n}.png")
         images.append({"id": n + 1, "file_name": f"{n}.png", "width": size[0], "height": size[1]})
-        annotations += [
-            {"id": len(annotations) + k + 1, "image_id": n + 1, "category_id": 1, "bbox": list(box)}
-            for k, box in enumerate(own)
-        ]
+        annotations += [{"id": len(annotations) + k + 1, "image_id": n + 1,
+                         "category_id": 1, "bbox": list(box)} for k, box in enumerate(own)]
     (folder / "x.json").write_text(json.dumps({"images": images, "annotations": annotations,
                                                "categories": [{"id": 1, "name": "face"}]}))
     return FaceDataset(read_annotations(folder / "x.json"), width, height, **more)
 
 
 def red(picture):
-    """Where a picture `[3, H, W]` shows a drawn face, whatever was done to its colours."""
+    """Find the drawn faces (red) on a picture `[3, H, W]`, for any change of its colours: `[H, W]` bool."""
     r, g, b = picture.float()
     return (r > g + 40) & (r > b + 40)
 
@@ -62,10 +52,9 @@ def test_a_photo_as_it_is(tmp_path):
 
 
 def test_boxes_stay_on_their_faces_through_the_augmentation(tmp_path):
-    """The drawn faces are red rectangles: after any crop, expansion, flip and colours, box and red area must agree."""
-    dataset = dataset_of(
-        tmp_path, [[(60, 40, 80, 70)], [(150, 20, 30, 60)]], [(240, 200), (220, 240)], 128, 128
-    )
+    """Faces are drawn as red rectangles. After any augmentation, boxes and red areas must agree."""
+    dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)], [(150, 20, 30, 60)]],
+                         [(240, 200), (220, 240)], 128, 128)
     agreements = []
     for seed in range(200):
         item = dataset[seed % 2, (seed,)]
@@ -98,23 +87,20 @@ def test_the_seed_decides_the_augmentation(tmp_path):
 
 
 def test_views_follow_the_recipe():
-    rng, faces, size = (
-        np.random.default_rng(0),
-        np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]),
-        (400, 300),
-    )
+    rng, faces, size = (np.random.default_rng(0),
+                        np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]), (400, 300))
     centres = (faces[:, :2] + faces[:, 2:]) / 2
     for _ in range(600):
         x1, y1, x2, y2 = random_view(rng, size, faces)
         assert 0.1 * 400 <= x2 - x1 <= 800 + 1e-6 and 0.1 * 300 <= y2 - y1 <= 600 + 1e-6
         assert -400 <= x1 and x2 <= 800 and -300 <= y1 and y2 <= 600
         assert ((centres > (x1, y1)) & (centres < (x2, y2))).all(1).any()
-    view = random_view(rng, size, np.zeros((0, 4)))  # without faces: the whole canvas
+    view = random_view(rng, size, np.zeros((0, 4)))  # without faces it is always the whole canvas
     assert view[0] <= 0 and view[2] >= 400 and view[1] <= 0 and view[3] >= 300
 
 
 def textbook_colours(image, rng):
-    """SSD's photometric distortion, step by step, each rounded and clipped: colours in HSV, contrast before or after them."""
+    """SSD's photometric distortion in single steps, each rounded and clipped, with the colours in HSV."""
     coins, levels = rng.random(5) < 0.5, np.arange(256.0)
     def table(values):
         return values.round().clip(0, 255).astype(np.uint8).tolist()
@@ -129,7 +115,7 @@ def textbook_colours(image, rng):
 
 
 def straightforward(dataset, index, rng):
-    """A photo augmented in the textbook's order: decode, colours, and by torchvision zoom out, crop, resize, flip.
+    """Augment a photo step by step: decode, colours, then torchvision's zoom out, crop, resize, flip.
 
     Returns the picture `[3, H, W]` and the faces `[N, 4]` on it.
     """
@@ -139,14 +125,14 @@ def straightforward(dataset, index, rng):
     steps = [v2.RandomZoomOut(0, (1, 2), 0.5), *([v2.RandomIoUCrop(0.1, 1, 0.5, 2)] if len(faces) else []),
              v2.Resize((dataset.height, dataset.width)), v2.RandomHorizontalFlip()]
     picture, boxes = v2.Compose(steps)(tv_tensors.Image(image), boxes)
-    # Clamped, as rounding in Resize may leave a box a millionth outside, and the sanitizer drops those.
-    return picture, v2.SanitizeBoundingBoxes(labels_getter=None)(v2.ClampBoundingBoxes()(boxes)) if len(
-        boxes
-    ) else boxes
+    # Rounding in Resize may put a box a millionth outside the picture; the sanitizer would drop it.
+    return picture, (v2.SanitizeBoundingBoxes(labels_getter=None)(v2.ClampBoundingBoxes()(boxes))
+                     if len(boxes) else boxes)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_straightforward_order(tmp_path):
-    """Crop before decoding, colours last, a decoder that scales: the same face sizes, counts, places and colours come out."""
+    """data.py scales while decoding, crops early, distorts colours last: statistics must not change."""
     torch.manual_seed(0)
     draw_sample(tmp_path, train=12, val=1, size=(640, 480))
     dataset = FaceDataset(read_annotations(tmp_path / "train.json"), 96, 96)
@@ -161,7 +147,7 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
         boxes = torch.cat([faces for _, faces in shown]).double()
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
         pictures = torch.stack([picture for picture, _ in shown]).double()
-        lit = pictures.sum(1) > 30  # outside the black canvas
+        lit = pictures.sum(1) > 30  # not the black canvas
         statistics[name] = {
             "faces kept": len(boxes) / len(shown),
             "photos with faces": np.mean([len(faces) > 0 for _, faces in shown]),
@@ -185,24 +171,20 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
         assert float(statistics["ours"][key]) == pytest.approx(float(value), rel=0.1), (key, statistics)
 
 
+@pytest.mark.slow
 def test_colours_follow_the_recipe():
     rng = np.random.default_rng(0)
     grey = Image.new("RGB", (4, 4), (128, 128, 128))
     means = np.array([np.asarray(distort_colours(grey, rng)).mean() for _ in range(2000)])
-    assert np.mean(means == 128) == pytest.approx(0.25, abs=0.03)  # neither brightness nor contrast
-    assert (
-        means.min() > (128 - 33) * 0.49 and means.max() <= 255 and means.mean() == pytest.approx(128, abs=3)
-    )
+    assert np.mean(means == 128) == pytest.approx(0.25, abs=0.03)  # neither brightness nor contrast changed
+    assert (means.min() > (128 - 33) * 0.49 and means.max() <= 255
+            and means.mean() == pytest.approx(128, abs=3))
     colour = Image.new("RGB", (4, 4), (50, 150, 100))
     for distort in (distort_colours, textbook_colours):
-        hsv = np.array([np.asarray(distort(colour, rng).convert("HSV"))[0, 0] for _ in range(3000)]) * (
-            360 / 256,
-            1,
-            1,
-        )
-        assert np.quantile(hsv[:, 0], (0.05, 0.5, 0.95)) == pytest.approx(
-            (150 - 16, 150, 150 + 16), abs=6
-        )  # half stay, half turn by up to 18
+        hsv = np.array([np.asarray(distort(colour, rng).convert("HSV"))[0, 0]
+                        for _ in range(3000)]) * (360 / 256, 1, 1)
+        # half are unchanged, half are turned by up to 18 degrees
+        assert np.quantile(hsv[:, 0], (0.05, 0.5, 0.95)) == pytest.approx((150 - 16, 150, 150 + 16), abs=6)
         assert np.quantile(hsv[:, 1], (0.05, 0.5, 0.95)) == pytest.approx((98, 170, 240), abs=20)
         assert hsv[:, 2].mean() == pytest.approx(150, abs=6)
 
@@ -211,7 +193,7 @@ def test_colours_follow_the_recipe():
     "view", [(0, 0, 100, 80), (-50, -40, 150, 120), (10.5, 20.25, 40.75, 70.5), (-30, 10, 20, 200)]
 )
 def test_a_resized_view_shows_the_right_place(view):
-    """A picture whose colours tell the place: the middle of each output pixel must show its own place."""
+    """The colours of this picture encode the place, so each output pixel shows where it came from."""
     x, y = np.meshgrid(np.arange(100) * 2.5, np.arange(80) * 3.0)
     image = Image.fromarray(np.stack([x, y, x], 2).round().astype(np.uint8))
     inside, (left, top) = resize_view(image, view, 60, 60)
@@ -232,11 +214,8 @@ def test_small_and_crowd_faces_are_ignored(tmp_path):
 def test_collate_keeps_faces_with_their_images(tmp_path):
     dataset = dataset_of(tmp_path, [[(1, 2, 30, 40)], [], [(5, 6, 7, 8), (50, 60, 20, 20)]], [(100, 100)] * 3)
     batch = collate([dataset[n, None] for n in (2, 1, 0)])
-    assert (
-        batch.images.shape == (3, 3, 64, 96)
-        and batch.image.tolist() == [0, 0, 2]
-        and batch.index == [2, 1, 0]
-    )
+    assert (batch.images.shape == (3, 3, 64, 96)
+            and batch.image.tolist() == [0, 0, 2] and batch.index == [2, 1, 0])
     nothing = collate([dataset[1, None]])
     assert nothing.faces.shape == (0, 4) and nothing.image.shape == (0,)
 
@@ -248,11 +227,8 @@ def test_an_unreadable_photo_is_black_and_named(tmp_path):
     Image.new("RGB", (50, 100)).save(tmp_path / "2.png")
     batch = collate([dataset[n, None] for n in range(3)])
     assert not batch.images.any() and len(batch.faces) == 0
-    assert (
-        "cannot be read" in batch.errors[0]
-        and "no such picture" in batch.errors[1]
-        and "50x100" in batch.errors[2]
-    )
+    assert ("cannot be read" in batch.errors[0]
+            and "no such picture" in batch.errors[1] and "50x100" in batch.errors[2])
 
 
 @pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1)])
@@ -263,9 +239,8 @@ def test_processes_share_the_batches_of_one(world, batch):
         sampler.epoch = 3
     together = [sum((list(part) for part in group), []) for group in zip(*parts)]
     assert [sorted(group) for group in together] == [sorted(group) for group in whole]
-    assert len(list(whole)) == len(whole) == 5 and sorted(i for group in whole for i, _ in group) == sorted(
-        list(range(10)) * 2
-    )
+    assert (len(list(whole)) == len(whole) == 5
+            and sorted(i for group in whole for i, _ in group) == sorted(list(range(10)) * 2))
 
 
 def test_batches_can_be_resumed_and_differ_between_epochs():
@@ -309,41 +284,34 @@ def test_workers_change_nothing(sample):
         batches = TrainBatches(len(annotations.ids), 5)
         loads.append(list(make_loader(FaceDataset(annotations, 64, 64), batches, workers)))
     for one, two in zip(*loads, strict=True):
-        assert (
-            torch.equal(one.images, two.images)
-            and torch.equal(one.faces, two.faces)
-            and one.index == two.index
-        )
+        assert (torch.equal(one.images, two.images)
+                and torch.equal(one.faces, two.faces) and one.index == two.index)
 
 
 def test_command(sample, tmp_path, capsys, refused):
     for flags in ([], ["--augment"]):
-        module.main(
-            ["--data", str(sample / "train.json"), "--out", str(tmp_path / "g.png"), "--count", "4", *flags]
-        )
+        module.main(["--data", str(sample / "train.json"),
+                     "--out", str(tmp_path / "g.png"), "--count", "4", *flags])
         assert Image.open(tmp_path / "g.png").width > 1000 and "4 photos" in capsys.readouterr().out
         (tmp_path / "g.png").unlink()
     shutil.copy(sample / "val.json", tmp_path / "val.json")  # without its photos
-    assert "no such picture" in refused(
-        module.main, "--data", tmp_path / "val.json", "--out", tmp_path / "g.png"
-    )
+    assert "no such picture" in refused(module.main, "--data", tmp_path / "val.json",
+                                        "--out", tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
 
 
 def test_split_deals_out_photos_with_their_faces(sample, tmp_path, refused):
     flags = ["--data", sample / "train.json", "--out", tmp_path / "g.png", "--split"]
     module.main([str(word) for word in (*flags, 5, tmp_path / "a/train.json", tmp_path / "val.json")])
-    whole, train, val = (
-        read_annotations(path)
-        for path in (sample / "train.json", tmp_path / "a/train.json", tmp_path / "val.json")
-    )
+    whole, train, val = (read_annotations(path)
+                         for path in (sample / "train.json", tmp_path / "a/train.json",
+                                      tmp_path / "val.json"))
     kept_out = np.arange(len(whole.ids)) % 5 == 4
     for part, own in ((train, ~kept_out), (val, kept_out)):
         assert part.ids.tolist() == whole.ids[own].tolist() and (part.sizes == whole.sizes[own]).all()
         assert (part.xywh == whole.xywh[own[whole.image]]).all()
-        assert [part.file(n).resolve() for n in range(len(part.ids))] == [
-            whole.file(n).resolve() for n in np.flatnonzero(own)
-        ]
+        assert [part.file(n).resolve()
+                for n in range(len(part.ids))] == [whole.file(n).resolve() for n in np.flatnonzero(own)]
     for bad in ((1, "t.json", "v.json"), (99, "t.json", "v.json"), ("x", "t.json", "v.json")):
         assert "from 2 to" in refused(module.main, *flags, *bad)
     assert "two new files" in refused(module.main, *flags, 2, tmp_path / "t.json", sample / "train.json")

@@ -1,4 +1,4 @@
-"""From raw outputs to faces: postprocessing, scaling, any kind of picture as input."""
+"""Tests of detector.py: postprocessing, scaling to the picture, all kinds of input."""
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ def model_file(tmp_path_factory, small):
 
 
 def outputs(config, faces, scores):
-    """Raw outputs that say: `faces` `[N, 4]` with `scores`, each at an anchor of its own."""
+    """Make raw outputs that encode `faces` `[N, 4]` with `scores`, each at an anchor of its own."""
     anchors = make_anchors(config)
     logits, offsets = torch.zeros(1, len(anchors), 2), torch.zeros(1, len(anchors), 4)
     logits[..., 0] = 20
@@ -31,9 +31,8 @@ def outputs(config, faces, scores):
 def test_postprocess_finds_what_the_outputs_say():
     faces = torch.tensor([[10.0, 10, 30, 40], [11, 10, 31, 40], [60, 60, 90, 100], [200, 200, 340, 320]])
     found, = postprocess(*outputs(Config(), faces, [0.6, 0.9, 0.019, 0.3]))
-    torch.testing.assert_close(
-        found[:, :4], faces[[1, 3]], rtol=1e-4, atol=1e-3
-    )  # best first, one repeat and one weak left out
+    # best first, without the duplicate and the one with a low score
+    torch.testing.assert_close(found[:, :4], faces[[1, 3]], rtol=1e-4, atol=1e-3)
     assert found[:, 4].tolist() == pytest.approx([0.9, 0.3], rel=1e-4)
 
 
@@ -57,10 +56,8 @@ def test_to_picture_scales_and_clips():
 
 def test_a_larger_size_keeps_the_anchors_pixels(small):
     detector = TorchDetector(small, (128, 96))
-    assert (
-        torch.equal(detector.anchors[:9], TorchDetector(small).anchors[:9])
-        and len(detector.anchors) == 8 * 6 * 9
-    )
+    assert (torch.equal(detector.anchors[:9], TorchDetector(small).anchors[:9])
+            and len(detector.anchors) == 8 * 6 * 9)
     faces = detector(torch.randint(0, 255, (2, 3, 96, 128), dtype=torch.uint8))
     assert len(faces) == 2 and all(own.shape[1] == 5 for own in faces)
 

@@ -1,4 +1,4 @@
-"""What export.py writes: the same faces as PyTorch in every form, metadata, silence, and nothing where it differs."""
+"""Tests of export.py: the same faces as PyTorch in every form, the metadata, and what is refused."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ PICTURES = [photo(np.random.default_rng(n), width, height, False)[1] for n, (wid
 
 @pytest.fixture(scope="module")
 def lively(small):
-    """The small network with statistics of noise in its batch norms, so that its outputs differ from place to place."""
+    """The small network with batch-norm statistics of noise, so that outputs differ from place to place."""
     torch.manual_seed(0)
     network = copy.deepcopy(small).train()
     for _ in range(3):
@@ -48,18 +48,15 @@ def model_file(tmp_path_factory, lively):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, model_file):
-    """A generic export with IR, made by the command in a process of its own."""
+    """Run the command, a generic export with IR, in a process of its own: (the finished process, folder)."""
     folder = tmp_path_factory.mktemp("generic")
-    return subprocess.run(
-        [sys.executable, ROOT / "export.py", "--model", model_file, "--out", folder, "--ir"],
-        capture_output=True,
-        text=True,
-    ), folder
+    words = [sys.executable, ROOT / "export.py", "--model", model_file, "--out", folder, "--ir"]
+    return subprocess.run(words, capture_output=True, text=True), folder
 
 
 @pytest.fixture(scope="module")
 def graphs(done):
-    """build() with a memory: the exporter takes seconds, and most tests want the same three graphs."""
+    """Cache build(): the exporter takes seconds, and most tests need the same three graphs."""
     made, build = {("generic", (64, 48)): onnx.load(done[1] / "model.onnx")}, export.build
 
     def remember(model, head, size):
@@ -71,7 +68,7 @@ def graphs(done):
 
 @pytest.fixture
 def run(monkeypatch, graphs, model_file, tmp_path):
-    """Run export.py in this process with the remembered graphs; returns the folder."""
+    """Run export.py in this process with the cached graphs; returns the folder."""
     def command(*arguments):
         monkeypatch.setattr(export, "build", graphs)
         export.main(["--model", str(model_file), "--out", str(tmp_path), *map(str, arguments)])
@@ -80,12 +77,13 @@ def run(monkeypatch, graphs, model_file, tmp_path):
 
 
 def gap(detector, reference, least=0.05):
-    """Largest difference of boxes and scores on PICTURES."""
+    """The largest difference of boxes and of scores on PICTURES."""
     gaps = differences(detector, reference, PICTURES, least)
     assert len(gaps) > 20
     return gaps.max(0)
 
 
+@pytest.mark.slow
 def test_the_command_is_silent_and_complete(done):
     process, folder = done
     assert process.returncode == 0 and process.stderr == ""
@@ -94,6 +92,7 @@ def test_the_command_is_silent_and_complete(done):
     assert sorted(os.listdir(folder)) == ["model.bin", "model.onnx", "model.xml"]
 
 
+@pytest.mark.slow
 def test_generic_agrees_in_both_runtimes(done, lively):
     folder = done[1]
     for name in ("model.onnx", "model.xml"):
@@ -103,14 +102,14 @@ def test_generic_agrees_in_both_runtimes(done, lively):
     onnx.checker.check_model(graph, full_check=True)
     assert graph.opset_import[0].version == export.OPSET
     assert "/" not in str([entry.value for entry in graph.graph.node[0].metadata_props])
-    boxes, labels = open_network(folder / "model.onnx")(
-        np.random.default_rng(0).random((1, 3, 48, 64), np.float32)
-    )
+    noise = np.random.default_rng(0).random((1, 3, 48, 64), np.float32)
+    boxes, labels = open_network(folder / "model.onnx")(noise)
     assert boxes.shape == (len(labels), 5) and (labels == 0).all() and labels.dtype == np.int64
     assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= (64, 48, 64, 48)).all()
     assert (np.diff(boxes[:, 4]) <= 0).all() and len(boxes) <= 200
 
 
+@pytest.mark.slow
 def test_generic_without_faces(graphs, lively, tmp_path):
     graph = graphs(lively, "generic", (64, 48))
     for tensor in graph.graph.initializer:
@@ -121,6 +120,7 @@ def test_generic_without_faces(graphs, lively, tmp_path):
     assert boxes.shape == (0, 5) and labels.shape == (0,)
 
 
+@pytest.mark.slow
 def test_detection_output_agrees_with_unrounded_anchors(run, lively):
     folder, reference = run("--ir", "--head", "detection_output"), DetectionOutput(lively, rounded=False)
     for name in ("model.onnx", "model.xml"):
@@ -128,11 +128,12 @@ def test_detection_output_agrees_with_unrounded_anchors(run, lively):
         assert detector.network.runtime.startswith("OpenVINO")
         pixels, score = gap(detector, reference)
         assert pixels < 1e-3 and score < 1e-5
-    assert gap(detector, TorchDetector(lively))[0] > 0.1  # the conventions do differ
+    assert gap(detector, TorchDetector(lively))[0] > 0.1  # the test would see a wrong convention
     assert {node.op_type for node in onnx.load(folder / "model.onnx").graph.node if node.domain} == {
         "PriorBoxClustered", "DetectionOutput"}
 
 
+@pytest.mark.slow
 def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
     folder = run("--ir", "--head", "raw")
     images = np.random.default_rng(0).random((8, 3, 48, 64), np.float32)
@@ -154,6 +155,7 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
     assert len(metadata["decoding"].splitlines()) <= 10
 
 
+@pytest.mark.slow
 def test_metadata_round_trip(done, lively, model_file):
     folder = done[1]
     given, ir = (open_network(folder / name).metadata for name in ("model.onnx", "model.xml"))
@@ -161,21 +163,19 @@ def test_metadata_round_trip(done, lively, model_file):
     assert (given["head"], given["colour"], given["value_range"], given["layout"], given["size"]) == (
         "generic", "RGB", "0-1", "NCHW", "64x48")
     assert np.array_equal(json.loads(given["anchors"]), lively.config.anchors)
-    assert (given["source"], given["source_sha256"], given["source_epoch"]) == (
-        "small.pth",
-        file_hash(model_file),
-        "7",
-    )
+    assert (given["source"], given["source_sha256"],
+            given["source_epoch"]) == ("small.pth", file_hash(model_file), "7")
     assert (given["score_threshold"], given["nms_threshold"], given["top_k"]) == ("0.02", "0.45", "200")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["generic", "detection_output"])
 def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
     folder = run("--embed", "--head", head)
     detector = load_detector(folder / "model.xml")
     assert detector.size is None and detector.network.metadata["layout"] == "NHWC"
     plain = load_detector(folder / "model.onnx")
-    for picture in PICTURES:  # compared in pixels of the picture; resizing may differ by one level of 255
+    for picture in PICTURES:  # in pixels of the picture; resizing may differ by one level of 255
         ours, theirs = detect(detector, picture), detect(plain, picture)
         nearest = np.abs(ours[:20, None] - theirs).max(2).min(1)
         assert np.median(nearest) < 0.5 and ours[:, 2].max() > 0.6 * picture.width
@@ -184,6 +184,7 @@ def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
     assert output.shape[-1] == (5 if head == "generic" else 7)
 
 
+@pytest.mark.slow
 def test_fp16_is_half_the_size(done, run, lively):
     folder = run("--fp16")
     assert (folder / "model.bin").stat().st_size < 0.6 * (done[1] / "model.bin").stat().st_size
@@ -191,18 +192,17 @@ def test_fp16_is_half_the_size(done, run, lively):
     assert (np.quantile(gaps, 0.9, 0) < (1, 0.03)).all()
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_is_not_written(monkeypatch, run, graphs, model_file, tmp_path, refused):
     run("--ir")
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
     def tampered(*arguments):
         graph = graphs(*arguments)
-        weight = next(
-            tensor for tensor in graph.graph.initializer if tensor.name.endswith("cls_convs.0.3.weight")
-        )
-        weight.CopyFrom(
-            numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05), weight.name)
-        )
+        weight = next(tensor for tensor in graph.graph.initializer
+                      if tensor.name.endswith("cls_convs.0.3.weight"))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.05),
+                                                weight.name))
         return graph
     monkeypatch.setattr(export, "build", tampered)
     line = refused(export.main, "--model", model_file, "--out", tmp_path, "--ir")
@@ -217,50 +217,39 @@ def test_refusals(refused, model_file, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_int8_without_nncf_says_what_to_install(refused, monkeypatch, graphs, model_file, sample, tmp_path):
     monkeypatch.setattr(export, "build", graphs)
     monkeypatch.setitem(sys.modules, "nncf", None)
-    line = refused(
-        export.main, "--model", model_file, "--out", tmp_path, "--int8", "--data", sample / "val.json"
-    )
+    line = refused(export.main, "--model", model_file, "--out", tmp_path,
+                   "--int8", "--data", sample / "val.json")
     assert "requirements-int8.txt" in line and os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(
-    find_spec("nncf") is None, reason="NNCF is an extra: pip install -r requirements-int8.txt"
-)
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("nncf") is None,
+                    reason="NNCF is an extra: pip install -r requirements-int8.txt")
 def test_int8_quantises_every_convolution(monkeypatch, run, sample, capfd):
     import openvino as ov
-    monkeypatch.setitem(export.TOLERANCES, "INT8", (64, 1, 0.3, 0.9))  # an untrained network has no margins
+    monkeypatch.setitem(export.TOLERANCES, "INT8", (64, 1, 0.3, 0.9))  # loose: this network is untrained
     folder = run("--int8", "--data", sample / "val.json")
     captured = capfd.readouterr()
     assert captured.err == "" and len(captured.out.splitlines()) == 2
     model = openvino_core().read_model(folder / "model.xml")
     whole_numbers = [node for node in model.get_ops() if node.get_type_name() == "Constant"
                      and node.get_element_type() == ov.Type.i8]
-    convolutions = [
-        node for node in model.get_ops() if node.get_type_name() in ("Convolution", "GroupConvolution")
-    ]
+    convolutions = [node for node in model.get_ops()
+                    if node.get_type_name() in ("Convolution", "GroupConvolution")]
     assert len(whole_numbers) == len(convolutions) == 55
     assert open_network(folder / "model.xml").metadata["precision"] == "INT8"
 
 
+@pytest.mark.slow
 def test_the_released_network_exports_to_its_release(shared, tmp_path):
-    """Our detection_output IR of the released weights and the released IR give the same faces."""
+    """Our detection_output IR of the released weights gives the same faces as the released IR."""
     weights = shared / "weights/wider_face_tiny_ssd_075x.pth"
-    export.main(
-        [
-            "--model",
-            str(weights),
-            "--out",
-            str(tmp_path),
-            "--head",
-            "detection_output",
-            "--ir",
-            "--data",
-            str(shared / "data/webcam_val.json"),
-        ]
-    )
+    export.main(["--model", str(weights), "--out", str(tmp_path), "--head", "detection_output",
+                 "--ir", "--data", str(shared / "data/webcam_val.json")])
     reference = DetectionOutput(load_model(weights), rounded=False)
     pictures = [load_picture(path) for path in sorted((shared / "data/masks").iterdir())[:4]]
     released = load_detector(shared / "peers/face-detection-retail-0005.xml", colour="bgr", white=255)

@@ -1,4 +1,4 @@
-"""The counter: the published figures, and agreement with another counter."""
+"""Tests of flops.py: the published figures, and agreement with PyTorch's own counter."""
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +13,7 @@ def test_published_figures(width, parameters, convolution, everything):
     rows = flops.count(SSD(Config(width=width)), 300, 300)
     assert sum(row["convolution"] for row in rows) == convolution
     assert sum(row["all"] for row in rows) == everything
-    assert sum(row["parameters"] for row in rows) == parameters - 2  # the loss weights are no layer
+    assert sum(row["parameters"] for row in rows) == parameters - 2  # the two loss weights belong to no layer
 
 
 @pytest.mark.parametrize("width, size", [(0.5, (320, 240)), (1.3, (65, 130))])

@@ -1,7 +1,9 @@
-"""Generated input for every reader and for boxes on their way: never a traceback, never a NaN from what is finite.
+"""Fuzz tests: generated input for every reader, and for boxes from matching to metrics.
 
-python -m pytest tests/test_fuzz.py                  # a few seconds each, always the same input
-FUZZ=5000 python -m pytest tests/test_fuzz.py        # so many inputs for each test, new ones each time
+    python -m pytest tests/test_fuzz.py              # a few seconds per test, always the same input
+    FUZZ=5000 python -m pytest tests/test_fuzz.py    # 5,000 new inputs per test
+
+Nothing may end in a traceback, and finite input must never give NaN.
 """
 
 import copy
@@ -30,43 +32,17 @@ from pictures import load_picture
 from wider import GroundTruth, read_predictions
 from wider_to_coco import COLUMNS, read_wider, to_coco
 
+pytestmark = pytest.mark.slow
+
 COUNT = int(os.environ.get("FUZZ", 150))
 fuzz = settings(max_examples=COUNT, deadline=None, derandomize="FUZZ" not in os.environ, database=None,
                 suppress_health_check=list(HealthCheck))
 
-JUNK = st.sampled_from(
-    [
-        None,
-        True,
-        False,
-        "",
-        "face",
-        "7",
-        "\ud800",
-        "../../x",
-        -1,
-        0,
-        1,
-        2**63,
-        -(2**70),
-        10**400,
-        0.5,
-        1e15,
-        -1e300,
-        float("nan"),
-        float("inf"),
-        [],
-        [1],
-        [[1]],
-        [1, 2, 3],
-        [1, 2, 3, float("nan")],
-        {},
-        {"id": 1},
-    ]
-)
-NUMBER = st.one_of(
-    st.integers(-50, 150), st.floats(-60, 200), st.sampled_from([0, 1e-300, 1e-9, -1e14, 9.9e14])
-)
+JUNK = st.sampled_from([None, True, False, "", "face", "7", "\ud800", "../../x", -1, 0, 1,
+                        2**63, -(2**70), 10**400, 0.5, 1e15, -1e300, float("nan"), float("inf"),
+                        [], [1], [[1]], [1, 2, 3], [1, 2, 3, float("nan")], {}, {"id": 1}])
+NUMBER = st.one_of(st.integers(-50, 150), st.floats(-60, 200),
+                   st.sampled_from([0, 1e-300, 1e-9, -1e14, 9.9e14]))
 BOX = st.lists(NUMBER, min_size=4, max_size=4)
 
 
@@ -77,7 +53,7 @@ def folder(tmp_path_factory):
 
 @st.composite
 def documents(draw, valid):
-    """A valid JSON content with up to four of its values, anywhere, replaced by junk or removed, and its text perhaps cut."""
+    """Texts of valid JSON content with up to four values replaced by junk or removed; some are cut off."""
     content = {"root": copy.deepcopy(draw(valid))}
     for _ in range(draw(st.integers(0, 4))):
         place, key = content, "root"
@@ -94,61 +70,35 @@ def documents(draw, valid):
 
 @st.composite
 def cocos(draw):
-    """A valid COCO content."""
+    """Valid COCO contents."""
     ids = draw(st.lists(st.integers(-3, 9), max_size=4, unique=True))
-    images = [
-        {
-            "id": i,
-            "file_name": draw(st.sampled_from(["e/a.jpg", "b.png", "é/ü.jpg"])),
-            "width": draw(st.integers(0, 120)),
-            "height": draw(st.integers(0, 120)),
-        }
-        for i in ids
-    ]
-    annotations = [
-        {
-            "id": n,
-            "image_id": draw(st.sampled_from(ids)),
-            "category_id": draw(st.sampled_from([1, 1, 1, 2])),
-            "bbox": draw(BOX),
-            **draw(st.sampled_from([{}, {"area": 9}, {"iscrowd": 1}, {"iscrowd": 0, "area": 0.5}])),
-        }
-        for n in range(draw(st.integers(0, 6)) if ids else 0)
-    ]
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 2, "name": "person"}, {"id": 1, "name": "face"}],
-    }
+    images = [{"id": i, "file_name": draw(st.sampled_from(["e/a.jpg", "b.png", "é/ü.jpg"])),
+               "width": draw(st.integers(0, 120)), "height": draw(st.integers(0, 120))} for i in ids]
+    annotations = [{"id": n, "image_id": draw(st.sampled_from(ids)),
+                    "category_id": draw(st.sampled_from([1, 1, 1, 2])), "bbox": draw(BOX),
+                    **draw(st.sampled_from([{}, {"area": 9}, {"iscrowd": 1}, {"iscrowd": 0, "area": 0.5}]))}
+                   for n in range(draw(st.integers(0, 6)) if ids else 0)]
+    return {"images": images, "annotations": annotations,
+            "categories": [{"id": 2, "name": "person"}, {"id": 1, "name": "face"}]}
 
 
 def entries(ids):
-    return st.lists(
-        st.fixed_dictionaries(
-            {
-                "image_id": st.sampled_from(ids),
-                "category_id": st.just(1),
-                "bbox": BOX,
-                "score": st.one_of(NUMBER, st.sampled_from([0.5, 0.9])),
-            }
-        ),
-        max_size=8,
-    )
+    return st.lists(st.fixed_dictionaries({"image_id": st.sampled_from(ids),
+                                           "category_id": st.just(1), "bbox": BOX,
+                                           "score": st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))}),
+                    max_size=8)
 
 
 def all_finite(value):
-    """Is every number in nested dicts, lists and arrays finite?"""
+    """Whether every number in nested dicts, lists and arrays is finite."""
     if isinstance(value, dict):
         return all(map(all_finite, value.values()))
-    return (
-        all(map(all_finite, value))
-        if isinstance(value, (list, tuple))
-        else isinstance(value, str) or bool(np.isfinite(value).all())
-    )
+    return (all(map(all_finite, value)) if isinstance(value, (list, tuple))
+            else isinstance(value, str) or bool(np.isfinite(value).all()))
 
 
 def accepted(read):
-    """What `read` returns, None if it raises InputError; that must be one line."""
+    """Return what `read` returns, or None if it raises InputError. The message must be one line."""
     try:
         with np.errstate(divide="raise", invalid="raise"):
             return read()
@@ -159,7 +109,7 @@ def accepted(read):
 @fuzz
 @given(text=documents(cocos()), seed=st.integers(0, 99))
 def test_coco_annotations(folder, text, seed):
-    """What is accepted can be scored, trained on and written again."""
+    """Accepted annotations can be scored, trained on and written again."""
     (folder / "a.json").write_text(text)
     faces = accepted(lambda: read_annotations(folder / "a.json"))
     if faces is None:
@@ -171,10 +121,9 @@ def test_coco_annotations(folder, text, seed):
         own = slice(dataset.starts[index], dataset.starts[index + 1])
         assert np.isfinite(random_view(rng, (60, 40), dataset.faces[own][~dataset.ignored[own]])).all()
     chosen = rng.permutation(len(faces.image))
-    write_json(
-        folder / "r.json",
-        to_results(faces, Detections(faces.image[chosen], faces.xywh[chosen], rng.random(len(chosen)))),
-    )
+    write_json(folder / "r.json",
+               to_results(faces,
+                          Detections(faces.image[chosen], faces.xywh[chosen], rng.random(len(chosen)))))
     detections = read_results(folder / "r.json", faces)
     scores = accepted(lambda: score_faces(faces, detections)[0])
     assert all_finite(scores) and "AP50" in table(scores)
@@ -184,14 +133,9 @@ def test_coco_annotations(folder, text, seed):
 @given(text=documents(entries([7, 3])))
 def test_coco_results(folder, text):
     (folder / "good.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": 7, "file_name": "a"}, {"id": 3, "file_name": "b"}],
-                "categories": [{"id": 1, "name": "face"}],
-                "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [10, 10, 50, 50]}],
-            }
-        )
-    )
+        json.dumps({"images": [{"id": 7, "file_name": "a"}, {"id": 3, "file_name": "b"}],
+                    "categories": [{"id": 1, "name": "face"}],
+                    "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [10, 10, 50, 50]}]}))
     (folder / "x.json").write_text(text)
     faces = read_annotations(folder / "good.json")
     found = accepted(lambda: read_results(folder / "x.json", faces))
@@ -200,64 +144,38 @@ def test_coco_results(folder, text):
         assert all_finite(scores)
 
 
-WORDS = st.one_of(
-    st.integers(-20, 200).map(str),
-    st.sampled_from(["0", "1", "1.5", "1e3", "nan", "1e999", "-", "", "x", "\t", "٣", "9" * 30]),
-)
-NAMES = st.sampled_from(
-    [
-        "e/a.jpg",
-        "e/b.jpg",
-        "f/c.png",
-        "../x.jpg",
-        "/x.jpg",
-        "e/..",
-        "e",
-        " ",
-        "\0",
-        "\x1b[2J",
-        "é.jpg",
-        "1",
-        "C:/x",
-    ]
-)
+WORDS = st.one_of(st.integers(-20, 200).map(str),
+                  st.sampled_from(["0", "1", "1.5", "1e3", "nan", "1e999",
+                                   "-", "", "x", "\t", "٣", "9" * 30]))
+NAMES = st.sampled_from(["e/a.jpg", "e/b.jpg", "f/c.png", "../x.jpg", "/x.jpg",
+                         "e/..", "e", " ", "\0", "\x1b[2J", "é.jpg", "1", "C:/x"])
 
 
 @st.composite
 def wider_texts(draw):
-    """WIDER FACE's text, mostly valid, then with lines lost, doubled or replaced, and its end perhaps cut."""
+    """WIDER FACE texts, mostly valid, some with lines lost, doubled or replaced, or cut off."""
     lines = []
     for name in draw(st.lists(NAMES, max_size=4)):
-        rows = draw(
-            st.lists(
-                st.lists(WORDS, min_size=9, max_size=11).map(" ".join)
-                if draw(st.integers(0, 5)) == 0
-                else st.lists(st.integers(-20, 200).map(str), min_size=10, max_size=10).map(" ".join),
-                max_size=3,
-            )
-        )
+        rows = draw(st.lists(
+            st.lists(WORDS, min_size=9, max_size=11).map(" ".join) if draw(st.integers(0, 5)) == 0
+            else st.lists(st.integers(-20, 200).map(str), min_size=10, max_size=10).map(" ".join),
+            max_size=3))
         lines += [name, str(len(rows)), *(rows or draw(st.sampled_from([[], ["0 0 0 0 0 0 0 0 0 0"]])))]
     for _ in range(draw(st.integers(0, 2)) if lines and draw(st.booleans()) else 0):
         at = draw(st.integers(0, len(lines) - 1))
-        lines[at : at + 1] = draw(
-            st.sampled_from([[], [lines[at]] * 2, ["", lines[at]], [draw(WORDS)], [draw(NAMES)]])
-        ) or [""]
+        lines[at:at + 1] = draw(st.sampled_from([[], [lines[at]] * 2, ["", lines[at]],
+                                                   [draw(WORDS)], [draw(NAMES)]])) or [""]
     text = draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode("utf-8", "replace")
-    text = (
-        draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff"])) + text
-        if draw(st.integers(0, 4)) == 0
-        else text
-    )
+    text = (draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff"])) + text
+            if draw(st.integers(0, 4)) == 0 else text)
     return text[:draw(st.integers(0, len(text)))] if draw(st.integers(0, 9)) == 0 else text
 
 
 @fuzz
-@given(
-    text=st.one_of(wider_texts(), st.binary(max_size=200)),
-    sizes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=20, max_size=20),
-)
+@given(text=st.one_of(wider_texts(), st.binary(max_size=200)),
+       sizes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=20, max_size=20))
 def test_wider_annotations(folder, text, sizes):
-    """What is accepted becomes a COCO file that is accepted."""
+    """An accepted text becomes a COCO file that is accepted too."""
     (folder / "w.txt").write_bytes(text)
     pictures = accepted(lambda: read_wider(folder / "w.txt"))
     if pictures is None:
@@ -268,33 +186,25 @@ def test_wider_annotations(folder, text, sizes):
     assert len(read_annotations(folder / "w.json").image) == counts["annotations"]
 
 
-TRUTH = GroundTruth(
-    ["e/a", "e/b"],
-    np.array([0, 0, 1]),
-    np.array([[0, 0, 9, 9], [5, 5, 9, 9], [1, 1, 1, 1.0]]),
-    {level: np.array([True, level != "easy", False]) for level in ("easy", "medium", "hard")},
-)
+TRUTH = GroundTruth(["e/a", "e/b"], np.array([0, 0, 1]),
+                    np.array([[0, 0, 9, 9], [5, 5, 9, 9], [1, 1, 1, 1.0]]),
+                    {level: np.array([True, level != "easy", False]) for level in ("easy", "medium", "hard")})
 ROWS = st.lists(NUMBER, min_size=5, max_size=5).map(lambda row: " ".join(map(repr, row)))
 
 
 @st.composite
 def predictions(draw):
-    """A prediction file: mostly valid, or with bad rows and a bad number of them."""
-    rows = draw(
-        st.lists(ROWS if draw(st.integers(0, 4)) else st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
-    )
+    """Prediction files, mostly valid, some with bad rows or a wrong number of them."""
+    rows = draw(st.lists(ROWS if draw(st.integers(0, 4)) else st.lists(WORDS, max_size=6).map(" ".join),
+                         max_size=6))
     lines = ["e/a.jpg", draw(WORDS) if draw(st.integers(0, 7)) == 0 else str(len(rows)), *rows]
-    return (
-        draw(st.sampled_from(["\n", "\r\n", " \n", "\n\n" if draw(st.integers(0, 9)) == 0 else "\n"]))
-        .join(lines)
-        .encode()
-    )
+    end = draw(st.sampled_from(["\n", "\r\n", " \n", "\n\n" if draw(st.integers(0, 9)) == 0 else "\n"]))
+    return end.join(lines).encode()
 
 
 @fuzz
-@given(
-    files=st.lists(st.one_of(predictions(), predictions(), st.binary(max_size=60)), min_size=1, max_size=2)
-)
+@given(files=st.lists(st.one_of(predictions(), predictions(), st.binary(max_size=60)),
+                      min_size=1, max_size=2))
 def test_prediction_folders(folder, files):
     (folder / "e").mkdir(exist_ok=True)
     (folder / "e/b.txt").unlink(missing_ok=True)
@@ -310,7 +220,7 @@ def test_prediction_folders(folder, files):
 
 @st.composite
 def damaged(draw, good):
-    """One of the byte strings `good`, cut and with some bytes changed."""
+    """One of the byte strings `good`, with some bytes changed, and perhaps cut off."""
     content = bytearray(draw(st.sampled_from(good)))
     for _ in range(draw(st.integers(0, 6))):
         content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
@@ -324,20 +234,9 @@ def encoded(form, **more):
 
 
 @fuzz
-@given(
-    content=damaged(
-        [
-            encoded("JPEG"),
-            encoded("JPEG", progressive=True),
-            encoded("PNG"),
-            encoded("GIF"),
-            encoded("WEBP"),
-            encoded("BMP"),
-            encoded("TIFF", compression="tiff_lzw"),
-        ]
-    ),
-    scale=st.sampled_from([1, 0.3]),
-)
+@given(content=damaged([encoded("JPEG"), encoded("JPEG", progressive=True), encoded("PNG"), encoded("GIF"),
+                        encoded("WEBP"), encoded("BMP"), encoded("TIFF", compression="tiff_lzw")]),
+       scale=st.sampled_from([1, 0.3]))
 def test_damaged_pictures(folder, content, scale):
     (folder / "x.jpg").write_bytes(content)
     try:
@@ -356,10 +255,9 @@ def saved(small):
 @fuzz
 @given(content=st.data())
 def test_damaged_checkpoints(folder, saved, content):
-    """Bytes changed where the structure is, in the first and last ones, and cut."""
-    damage = content.draw(
-        damaged([b"\0"]) | st.tuples(st.integers(0, 5000), st.integers(0, 255), st.booleans())
-    )
+    """Change bytes near the beginning and the end, where the structure is, and cut the file off."""
+    damage = content.draw(damaged([b"\0"])
+                          | st.tuples(st.integers(0, 5000), st.integers(0, 255), st.booleans()))
     whole = bytearray(saved)
     if isinstance(damage, tuple):
         at, value, late = damage
@@ -377,52 +275,36 @@ SIDE = st.floats(-1e6, 1e6, width=32) | st.floats(-8, 80, width=32) | st.sampled
 
 
 @fuzz
-@given(
-    faces=arrays(np.float32, st.tuples(st.integers(0, 6), st.just(4)), elements=SIDE),
-    seed=st.integers(0, 999),
-    scale=st.sampled_from([0, 1, 1e3, 1e6]),
-)
+@given(faces=arrays(np.float32, st.tuples(st.integers(0, 6), st.just(4)), elements=SIDE),
+       seed=st.integers(0, 999), scale=st.sampled_from([0, 1, 1e3, 1e6]))
 def test_boxes_from_matching_to_metrics(faces, seed, scale):
-    """Faces through match, encode and loss with its gradient; outputs of any size through decode, NMS and the metrics."""
+    """Faces go through match, encode, loss and gradient; outputs through decode, NMS and metrics."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    faces, image, ignored = (
-        torch.from_numpy(faces),
-        torch.randint(0, 2, (len(faces),)),
-        torch.rand(len(faces)) < 0.3,
-    )
+    faces, image, ignored = (torch.from_numpy(faces), torch.randint(0, 2, (len(faces),)),
+                             torch.rand(len(faces)) < 0.3)
     labels, targets = match(ANCHORS, faces, ignored, image, 2)
     assert targets.isfinite().all() and set(labels.unique().tolist()) <= {-1, 0, 1}
     logits, offsets = (scale * torch.randn(2, len(ANCHORS), n) for n in (2, 4))
-    logits, offsets, weights = (
-        logits.requires_grad_(),
-        offsets.requires_grad_(),
-        torch.zeros(2, requires_grad=True),
-    )
+    logits, offsets, weights = (logits.requires_grad_(), offsets.requires_grad_(),
+                                torch.zeros(2, requires_grad=True))
     losses = torch.stack(multibox_loss(logits, offsets, labels, targets, weights, batch_divisor(labels)))
     losses[0].backward()
     assert losses.isfinite().all() and all(part.grad.isfinite().all() for part in (logits, offsets, weights))
 
-    ordered = torch.cat(
-        [torch.minimum(faces[:, :2], faces[:, 2:]), torch.maximum(faces[:, :2], faces[:, 2:]) + 1], 1
-    )[None]  # [1, N, 4]
+    ordered = torch.cat([torch.minimum(faces[:, :2], faces[:, 2:]),
+                         torch.maximum(faces[:, :2], faces[:, 2:]) + 1], 1)[None]  # [1, N, 4]
     coded = encode(ordered, ANCHORS[:1])
     assert coded.isfinite().all() and decode(coded, ANCHORS[:1]).isfinite().all()
 
-    found = [
-        to_picture(own, (64, 48), (320, 200))
-        for own in postprocess(logits.detach(), offsets.detach(), ANCHORS)
-    ]
-    assert all(
-        len(own) <= TOP and all_finite(own) and (own[:, :4] >= 0).all() and (own[:, 2:4] <= (320, 200)).all()
-        for own in found
-    )
+    found = [to_picture(own, (64, 48), (320, 200))
+             for own in postprocess(logits.detach(), offsets.detach(), ANCHORS)]
+    assert all(len(own) <= TOP and all_finite(own) and (own[:, :4] >= 0).all()
+               and (own[:, 2:4] <= (320, 200)).all() for own in found)
     stacked, image = np.concatenate(found), np.repeat([0, 1], [len(own) for own in found])
     xywh = np.concatenate([stacked[:, :2], stacked[:, 2:4] - stacked[:, :2]], 1)
-    gt_image, gt_xywh = (
-        rng.integers(0, 2, len(faces)),
-        np.concatenate([faces[:, :2], faces[:, 2:] - faces[:, :2]], 1),
-    )
+    gt_image, gt_xywh = (rng.integers(0, 2, len(faces)),
+                         np.concatenate([faces[:, :2], faces[:, 2:] - faces[:, :2]], 1))
     truth = gt_image, gt_xywh, rng.random(len(faces)) < 0.2
     with np.errstate(divide="raise", invalid="raise"):
         numbers, _ = metrics.coco_ap(*truth, np.abs(gt_xywh[:, 2:].prod(1)), image, xywh, stacked[:, 4])
@@ -431,19 +313,15 @@ def test_boxes_from_matching_to_metrics(faces, seed, scale):
     assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
 
 
-DETECTED = st.lists(
-    st.tuples(st.integers(0, 3), BOX, st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))), max_size=12
-)
+DETECTED = st.lists(st.tuples(st.integers(0, 3), BOX, st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))),
+                    max_size=12)
 
 
 @fuzz
-@given(
-    truth=st.lists(st.tuples(st.integers(0, 3), BOX, st.booleans()), max_size=10),
-    detections=DETECTED,
-    copies=st.integers(0, 10),
-)
+@given(truth=st.lists(st.tuples(st.integers(0, 3), BOX, st.booleans()), max_size=10),
+       detections=DETECTED, copies=st.integers(0, 10))
 def test_metrics(truth, detections, copies):
-    """Any finite boxes, with detections that are exactly on faces among them."""
+    """Any finite boxes; some detections lie exactly on faces."""
     detections = detections + [(image, box, 0.5) for image, box, _ in truth[:copies]]
     def column(rows, n, shape):
         return np.array([row[n] for row in rows], float).reshape(len(rows), *shape)
@@ -462,18 +340,11 @@ def test_metrics(truth, detections, copies):
 @fuzz
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_batches_of_any_company(counts, seed):
-    """However faces fall on the photos of a batch, each photo's targets are those it has alone."""
+    """A photo has the same targets in any batch as it has alone."""
     rng = np.random.default_rng(seed)
-    items = [
-        Item(
-            n,
-            torch.zeros(3, 48, 64, dtype=torch.uint8),
-            np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32),
-            rng.random(count) < 0.3,
-            (64, 48),
-        )
-        for n, count in enumerate(counts)
-    ]
+    items = [Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8),
+                  np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32),
+                  rng.random(count) < 0.3, (64, 48)) for n, count in enumerate(counts)]
     together = collate(items)
     labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items))
     for item, own_labels, own_targets in zip(items, labels, targets):

@@ -1,6 +1,6 @@
-"""What the scripts say when the world is not as expected: one table of case, message and exit code.
+"""Tests of bad input to every script: one table of cases and messages.
 
-Every refused case must exit with 2 and one line, without a traceback, and leave the folder as it was.
+Every refused case must exit with code 2 and one line, without a traceback, and leave the folder unchanged.
 """
 import importlib
 import sys
@@ -10,6 +10,8 @@ import pytest
 import data
 from script import InputError
 from hard_world import REPOSITORY, UNREADABLE, accepted, arguments, listing, run
+
+pytestmark = pytest.mark.slow
 
 CASES = [  # script, arguments, part of the message; all exit with 2
     # annotations
@@ -27,11 +29,8 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("train", "--data nul.json", "has no file_name that could be a file's"),
     ("train", "--data endless.json", "has no file_name that could be a file's"),
     ("train", "--data train.json --val unknown.json", "unknown.json: annotation 1 belongs to image 99"),
-    (
-        "train",
-        "--data train.json nan.json",
-        "nan.json: entry 1: bbox is [1, 2, 3, nan], 4 finite numbers expected",
-    ),
+    ("train", "--data train.json nan.json",
+     "nan.json: entry 1: bbox is [1, 2, 3, nan], 4 finite numbers expected"),
     ("anchors", "--data inf.json", "4 finite numbers expected"),
     ("anchors", "--data string.json", "bbox is [1, 2, '3', 4]"),
     ("anchors", "--data short.json", "4 finite numbers expected"),
@@ -51,12 +50,9 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("wider_to_coco", "wider_val_bbx_gt.txt e x.json", "missing ("),
     ("wider_to_coco", "wider_val_bbx_gt.txt absent x.json", "absent: no such folder of pictures"),
     ("wider_to_coco", "good.json e x.json", "good.json:1: the file ends after the name"),
-    # pictures (the others are below)
-    (
-        "evaluate",
-        "--data bad.json --model good.pth --workers 0",
-        f"{len(UNREADABLE)} photos could not be used",
-    ),
+    # pictures (more are in test_hard_runs.py)
+    ("evaluate", "--data bad.json --model good.pth --workers 0",
+     f"{len(UNREADABLE)} photos could not be used"),
     ("evaluate", "--data good.json --model good.pth --workers 0 --worst 0", "--worst must be at least 1"),
     ("detect", "nowhere.jpg --model good.pth", "nowhere.jpg: no such file"),
     ("detect", "run --model good.pth", "run: no such file, nor a folder or pattern with pictures"),
@@ -74,22 +70,13 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("evaluate", "--data good.json --model hostile.pth", "hostile.pth: refused, it holds more than tensors"),
     ("train", "--data good.json --load-from hostile.pth", "hostile.pth: refused, it holds more than tensors"),
     ("train", "--data good.json --resume hostile.pth", "hostile.pth: refused, it holds more than tensors"),
-    (
-        "train",
-        "--data good.json --pretrained hostile.pth",
-        "hostile.pth: not torchvision's MobileNetV2 weights",
-    ),
-    (
-        "train",
-        "--data good.json --pretrained tensor.pth",
-        "tensor.pth: not torchvision's MobileNetV2 weights",
-    ),
+    ("train", "--data good.json --pretrained hostile.pth",
+     "hostile.pth: not torchvision's MobileNetV2 weights"),
+    ("train", "--data good.json --pretrained tensor.pth",
+     "tensor.pth: not torchvision's MobileNetV2 weights"),
     ("train", "--data good.json --pretrained absent.pth", "absent.pth"),
-    (
-        "train",
-        "--data good.json --resume foreign-run.pth",
-        "nothing to resume; start from it with --load-from",
-    ),
+    ("train", "--data good.json --resume foreign-run.pth",
+     "nothing to resume; start from it with --load-from"),
     ("train", "--data good.json --resume good.pth", "nothing to resume; start from it with --load-from"),
     ("train", "--data good.json --load-from other.pth", "other.pth: not a checkpoint of this detector"),
     ("export", "--model other.pth", "other.pth: not a checkpoint of this detector"),
@@ -116,36 +103,21 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("evaluate", "--data good.json --predictions r-nan.json", "score is nan, a finite number expected"),
     ("evaluate", "--data good.json --predictions r-box.json", "4 finite numbers expected"),
     ("evaluate", "--data good.json --predictions r-score.json", "score is True"),
-    (
-        "evaluate",
-        "--wider hostile --predictions predictions",
-        "'../.._1' is not the name of a WIDER FACE image",
-    ),
+    ("evaluate", "--wider hostile --predictions predictions",
+     "'../.._1' is not the name of a WIDER FACE image"),
     ("evaluate", "--wider broken --predictions predictions", "wider_hard_val.mat: not a MATLAB file"),
     ("evaluate", "--wider absent --predictions predictions", "wider_face_val.mat: no such file; download"),
-    (
-        "evaluate",
-        "--data flat.json --predictions r-good.json --wider-out x",
-        "'a' is not the name of a WIDER FACE image",
-    ),
+    ("evaluate", "--data flat.json --predictions r-good.json --wider-out x",
+     "'a' is not the name of a WIDER FACE image"),
     # outputs
-    (
-        "evaluate",
-        "--data good.json --predictions r-good.json --out good.json/x.json",
-        "good.json: File exists",
-    ),
-    (
-        "evaluate",
-        "--data good.json --predictions r-good.json --json e",
-        "e: is a folder, a file is to be written there",
-    ),
+    ("evaluate", "--data good.json --predictions r-good.json --out good.json/x.json",
+     "good.json: File exists"),
+    ("evaluate", "--data good.json --predictions r-good.json --json e",
+     "e: is a folder, a file is to be written there"),
     ("evaluate", "--data good.json --predictions r-good.json --out /proc/x.json", "/proc/x.json: "),
     ("evaluate", "--data good.json --predictions r-good.json --wider-out good.json", "good.json/e"),
-    (
-        "evaluate",
-        "--data good.json --predictions r-good.json --plot x.what",
-        "'x.what' is no name for a picture",
-    ),
+    ("evaluate", "--data good.json --predictions r-good.json --plot x.what",
+     "'x.what' is no name for a picture"),
     ("data", "--data good.json --out x.what", "'x.what' is no name for a picture"),
     ("data", "--data good.json --out good.json/x.png", "good.json: "),
     ("anchors", "--data good.json -k 1 --out good.json/x.png", "good.json: "),
@@ -167,11 +139,8 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("train", "--data good.json --momentum -1", "--momentum must be in [0, 1)"),
     ("train", "--data good.json --weight-decay nan", "--weight-decay 0 or more"),
     ("train", f"--data good.json --seed {2**70}", "--seed below 2 to the 32"),
-    (
-        "train",
-        "--data good.json --anchors nanx3",
-        "anchors: 1 to 100 expected, with sides of at least a pixel",
-    ),
+    ("train", "--data good.json --anchors nanx3",
+     "anchors: 1 to 100 expected, with sides of at least a pixel"),
     ("train", "--data good.json --width 0.01", "width 0.01: between 0.0625 and 8 expected"),
     ("train", "--data good.json --learning-rate 1", "unrecognized arguments: --learning-rate"),
     ("train", "@absent.txt", "absent.txt"),
@@ -192,7 +161,7 @@ def test_refused(world, refused, monkeypatch, script, words, message):
     before = listing(world)
     line = refused(importlib.import_module(script).main, *arguments(script, words))
     assert message in line and line.startswith(f"{script}.py: ")
-    assert listing(world) == before  # nothing written, whole or half; above all not the file `ran`
+    assert listing(world) == before  # nothing was written, and the hostile pickle did not run
 
 
 LIGHT = {"evaluate", "sample", "wider_to_coco"}  # these start without torch
@@ -207,33 +176,19 @@ def test_refused_as_a_process(world, script, words, message):
 
 
 def test_many_processes_report_what_all_of_them_met_once(world):
-    done = run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        REPOSITORY / "evaluate.py",
-        "--data",
-        "cut.json",
-    )
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               REPOSITORY / "evaluate.py", "--data", "cut.json")
     assert done.returncode and done.stderr.count("cut.json: not JSON") == 1
 
 
-@pytest.mark.parametrize(
-    "error, line",
-    [
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "a loading process was killed",
-        ),
-        (RuntimeError("CUDA out of memory. Tried to allocate 1 GiB"), "out of memory: lower --batch-size"),
-        (MemoryError(), "out of memory: lower --batch-size"),
-        (MemoryError("Unable to allocate 7 PiB"), "out of memory: lower"),
-        (InputError("a\nb\x1b[2J: bad"), r"a\x0ab\x1b[2J: bad"),
-        (PermissionError(13, "Permission denied", "x.json"), "x.json: Permission denied"),
-    ],
-)
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a loading process was killed"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 1 GiB"), "out of memory: lower --batch-size"),
+    (MemoryError(), "out of memory: lower --batch-size"),
+    (MemoryError("Unable to allocate 7 PiB"), "out of memory: lower"),
+    (InputError("a\nb\x1b[2J: bad"), r"a\x0ab\x1b[2J: bad"),
+    (PermissionError(13, "Permission denied", "x.json"), "x.json: Permission denied")
+])
 def test_a_machine_that_gives_up_is_one_line(refused, monkeypatch, error, line):
     monkeypatch.setattr(data, "read_annotations", lambda path: exec("raise error", {"error": error}))
     assert line in refused(data.main)

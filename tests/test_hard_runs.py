@@ -1,4 +1,4 @@
-"""What the scripts do in a world that is not as expected: unusual pictures, signals, killed processes, other runs."""
+"""Tests of runs under bad conditions: unusual pictures, signals, killed processes, other runs."""
 
 import importlib
 import json
@@ -21,31 +21,22 @@ import evaluate
 import train
 from coco import read_annotations
 from script import InputError
-from hard_world import (
-    ENVIRONMENT,
-    REPOSITORY,
-    TRAIN,
-    UNREADABLE,
-    UNUSUAL,
-    accepted,
-    arguments,
-    listing,
-    pictured,
-    run,
-)
+from hard_world import (ENVIRONMENT, REPOSITORY, TRAIN, UNREADABLE, UNUSUAL,
+                        accepted, arguments, listing, pictured, run)
 from pictures import load_picture
+
+pytestmark = pytest.mark.slow
 
 # Pictures
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pictures_are_accepted(world, tmp_path, capsys, name):
-    """In every script, with the augmentation too, and upright."""
+    """Every script takes them and sees them upright, also with augmentation."""
     (world / "u.json").write_text(json.dumps(pictured([name])))
     assert load_picture(f"pictures/{name}").size == UNUSUAL[name]
     accepted(capsys, "detect", f"pictures/{name}", "--model", "good.pth", "--out", tmp_path / "d")
-    assert "1 photos" in accepted(
-        capsys, "evaluate", "--data", "u.json", "--model", "good.pth", "--workers", 0
-    )
+    assert "1 photos" in accepted(capsys, "evaluate", "--data", "u.json",
+                                  "--model", "good.pth", "--workers", 0)
     dataset = data.FaceDataset(read_annotations("u.json"), 64, 48)
     for seed in (None, *((n,) for n in range(40))):
         item = dataset[0, seed]
@@ -74,9 +65,8 @@ def test_training_goes_on_past_all_unreadable_pictures(world, tmp_path, capsys, 
     flags = [*TRAIN, "--data", "train.json", "bad.json", "--epochs", 1, "--out"]
     out = accepted(capsys, "train", *flags, tmp_path / "r", "--max-unreadable", len(UNREADABLE))
     named = [line for line in out.splitlines() if line.startswith("unreadable: ")]
-    assert len(named) == len(UNREADABLE) and all(
-        any(why in line for line in named) for why in UNREADABLE.values()
-    )
+    assert (len(named) == len(UNREADABLE)
+            and all(any(why in line for line in named) for why in UNREADABLE.values()))
     line = refused(train.main, *flags, tmp_path / "s", "--max-unreadable", len(UNREADABLE) - 1)
     assert f"{len(UNREADABLE)} photos could not be used (--max-unreadable" in line
     assert torch.load(tmp_path / "s/last.pth", weights_only=True)["epoch"] == 0
@@ -86,21 +76,15 @@ def test_evaluation_and_detection_with_unreadable_pictures(world, tmp_path, caps
     flags = ["--data", "mixed.json", "--model", "good.pth", "--workers", 0]
     (world / "mixed.json").write_text(json.dumps(pictured([*UNREADABLE, *UNUSUAL])))
     line = refused(evaluate.main, *flags, "--out", tmp_path / "r.json")
-    assert (
-        f"{len(UNREADABLE)} photos could not be used" in line
-        and "--skip-unreadable" in line
-        and not (tmp_path / "r.json").exists()
-    )
+    assert (f"{len(UNREADABLE)} photos could not be used" in line
+            and "--skip-unreadable" in line and not (tmp_path / "r.json").exists())
     assert f"{len(UNUSUAL)} photos, {len(UNUSUAL)} faces" in accepted(
-        capsys, "evaluate", *flags, "--skip-unreadable"
-    )
+        capsys, "evaluate", *flags, "--skip-unreadable")
     names = sorted(p.name for p in (world / "pictures").iterdir())
-    line = refused(
-        importlib.import_module("detect").main, "pictures", "--model", "good.pth", "--out", tmp_path / "d"
-    )
-    assert (
-        f"{len(names) - len(UNUSUAL) - 2} of {len(names)} failed" in line
-    )  # two are wrong only in size.json
+    line = refused(importlib.import_module("detect").main, "pictures",
+                   "--model", "good.pth", "--out", tmp_path / "d")
+    # two of them are readable; only their annotated size is wrong
+    assert f"{len(names) - len(UNUSUAL) - 2} of {len(names)} failed" in line
     assert len(json.loads((tmp_path / "d/detections.json").read_text())) == len(UNUSUAL) + 2
 
 
@@ -115,41 +99,18 @@ def test_a_picture_without_a_picture_name_is_drawn(world, tmp_path, capsys):
 ONE = ["--data", "one.json", "--epochs", 1]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--epochs", 0],
-        ["--batch-size", 50],
-        ["--workers", 2],
-        ["--val", "one.json"],
-        ["--val", "no-photos.json"],
-        ["--repeat", 3, "--no-augment"],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("flags", [
+    ["--epochs", 0], ["--batch-size", 50], ["--workers", 2], ["--val", "one.json"],
+    ["--val", "no-photos.json"], ["--repeat", 3, "--no-augment"]], ids=str)
 def test_one_photo(world, tmp_path, capsys, flags):
     assert "finished" in accepted(capsys, "train", *TRAIN, *ONE, "--out", tmp_path / "r", *flags)
 
 
 def test_fewer_photos_than_processes(world, tmp_path):
-    """One of the two is unreadable: the first process names it, whichever met it."""
-    done = run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "3",
-        REPOSITORY / "train.py",
-        *TRAIN,
-        "--data",
-        "pair.json",
-        "--val",
-        "one.json",
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "r",
-    )
+    """One photo is unreadable: the first process names it, even if another one loaded it."""
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3",
+               REPOSITORY / "train.py", *TRAIN, "--data", "pair.json",
+               "--val", "one.json", "--epochs", 1, "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished 1 epochs" in done.stdout and done.stdout.count("unreadable: pictures/zero.jpg") == 1
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 1
@@ -172,11 +133,10 @@ INTERRUPTED = {  # script: the function in which the signal arrives, arguments
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("script", INTERRUPTED)
 def test_interrupted(world, monkeypatch, capsys, script, number, code):
-    """In training also while it runs, see test_train.py and below."""
+    """A signal ends every script. For the training loop, see below and test_train.py."""
     module, (function, words) = importlib.import_module(script), INTERRUPTED[script]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # train.py, in this process before, has changed it
+    # train.py, run earlier in this process, has replaced the handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(module, function, lambda *_, **__: os.kill(os.getpid(), number))
     before = listing(world)
     with pytest.raises(SystemExit) as stop:
@@ -189,20 +149,12 @@ def test_interrupted(world, monkeypatch, capsys, script, number, code):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_signal_reaches_all_processes_of_a_run(world, tmp_path, number, code):
-    """As Ctrl-C in a terminal does: workers too. That is saved; SIGTERM to all may leave the checkpoint before."""
-    words = [
-        *map(str, (*TRAIN, "--workers", 2, "--data", "train.json", "--epochs", 500, "--out", tmp_path / "r"))
-    ]
-    process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "train.py", *words],
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    """As with Ctrl-C in a terminal, the workers get the signal too. There is a checkpoint afterwards."""
+    words = [*TRAIN, "--workers", "2", "--data", "train.json", "--epochs", "500", "--out", tmp_path / "r"]
+    process = subprocess.Popen([sys.executable, REPOSITORY / "train.py", *words], env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     for line in process.stdout:
-        if line.startswith("epoch 2/"):  # the first is saved by then
+        if line.startswith("epoch 2/"):  # the first epoch is saved by then
             break
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
@@ -218,36 +170,24 @@ def test_a_killed_worker_in_training(world, tmp_path, capsys, refused, monkeypat
     flags = [*TRAIN, "--data", "train.json", "--out", tmp_path / "r", "--workers", 1]
     accepted(capsys, "train", *flags, "--epochs", 1)
     before = (tmp_path / "r/last.pth").read_bytes()
-    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)  # the worker, forked, has it
+    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)  # the worker is forked and inherits it
     assert "a loading process was killed" in refused(train.main, *flags, "--epochs", 2, "--resume")
     assert (tmp_path / "r/last.pth").read_bytes() == before
 
 
 def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)
-    line = refused(
-        evaluate.main,
-        "--data",
-        "good.json",
-        "--model",
-        "good.pth",
-        "--workers",
-        1,
-        "--out",
-        tmp_path / "r.json",
-    )
+    line = refused(evaluate.main, "--data", "good.json", "--model", "good.pth",
+                   "--workers", 1, "--out", tmp_path / "r.json")
     assert "a loading process was killed" in line and not (tmp_path / "r.json").exists()
 
 
 def test_two_runs_in_one_folder(world, tmp_path, capsys, refused):
-    """The second is refused; one that was killed leaves no lock behind."""
-    code = "import sys, checkpoints, pathlib; lock = checkpoints.claim(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "r"],
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    """A second run is refused; a killed run leaves no lock behind."""
+    code = ("import sys, checkpoints, pathlib; lock = checkpoints.claim(pathlib.Path(sys.argv[1])); "
+            "print(flush=True); sys.stdin.read()")
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "r"], env=ENVIRONMENT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()
     flags = [*TRAIN, *ONE, "--out", tmp_path / "r"]
     assert "another run is writing there" in refused(train.main, *flags)
@@ -267,14 +207,10 @@ def test_a_log_of_something_else_is_not_continued(world, tmp_path, capsys, refus
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(world, refused):
-    for script, words in (
-        ("train", "--data one.json --out new"),
-        ("detect", "e/a.jpg --model good.pth"),
-        ("evaluate", "--data one.json --model good.pth"),
-    ):
-        assert "--device cuda: not available here" in refused(
-            importlib.import_module(script).main, *words.split(), "--device", "cuda"
-        )
+    for script, words in (("train", "--data one.json --out new"), ("detect", "e/a.jpg --model good.pth"),
+                          ("evaluate", "--data one.json --model good.pth")):
+        assert "--device cuda: not available here" in refused(importlib.import_module(script).main,
+                                                              *words.split(), "--device", "cuda")
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -290,13 +226,8 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_a_port_in_use(world, refused, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        for name, value in (
-            ("RANK", "0"),
-            ("LOCAL_RANK", "0"),
-            ("WORLD_SIZE", "2"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", port),
-        ):
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, value)
         line = refused(train.main, *TRAIN, *ONE, "--out", "new")
     assert "the processes cannot meet" in line and port in line and not Path("new").exists()
@@ -304,15 +235,9 @@ def test_a_port_in_use(world, refused, monkeypatch):
 
 def test_a_million_detections_on_one_photo(world, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    some = json.dumps(
-        [
-            {"image_id": 7, "category_id": 2, "bbox": box, "score": score}
-            for box, score in zip(
-                rng.uniform(0, 30, (1000, 4)).round(1).tolist(), rng.random(1000).round(4).tolist()
-            )
-        ]
-    )[1:-1]
+    some = json.dumps([{"image_id": 7, "category_id": 2, "bbox": box, "score": score}
+                       for box, score in zip(rng.uniform(0, 30, (1000, 4)).round(1).tolist(),
+                                             rng.random(1000).round(4).tolist())])[1:-1]
     (tmp_path / "r.json").write_text(f"[{','.join([some] * 1000)}]")
-    assert "1,000,000 detections" in accepted(
-        capsys, "evaluate", "--data", "good.json", "--predictions", tmp_path / "r.json"
-    )
+    assert "1,000,000 detections" in accepted(capsys, "evaluate", "--data", "good.json",
+                                              "--predictions", tmp_path / "r.json")

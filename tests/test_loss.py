@@ -1,4 +1,4 @@
-"""The loss: equal to the formula written out, finite on ordinary empty batches, and pointing the right way."""
+"""Tests of loss.py: equal to the formula written out, finite without faces, gradients of the right sign."""
 
 import math
 
@@ -19,7 +19,7 @@ def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
 
 
 def slow(logits, offsets, labels, targets):
-    """Class and box loss, image by image."""
+    """The class and box loss written out, image by image."""
     class_sum = box_sum = 0.0
     for z, d, y, t in zip(logits.double(), offsets.double(), labels, targets.double()):
         cost = [-F.log_softmax(z[a], 0)[int(y[a] == 1)].item() for a in range(len(y))]
@@ -43,12 +43,12 @@ def test_equals_the_formula(arguments):
     assert class_loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert box_loss.item() == pytest.approx(expected[1], rel=1e-5)
     assert total.item() == pytest.approx(
-        math.exp(-0.3) * expected[0] + 0.15 + math.exp(0.7) * expected[1] - 0.35, rel=1e-5
-    )
+        math.exp(-0.3) * expected[0] + 0.15 + math.exp(0.7) * expected[1] - 0.35, rel=1e-5)
 
 
-def gradients(logits, offsets, labels, targets, weights=torch.zeros(2)):
-    leaves = [t.clone().requires_grad_() for t in (logits, offsets, weights)]
+def gradients(logits, offsets, labels, targets, weights=(0.0, 0.0)):
+    """The loss and its gradients by logits, offsets and loss weights."""
+    leaves = [t.clone().requires_grad_() for t in (logits, offsets, torch.tensor(weights))]
     total, *_ = multibox_loss(leaves[0], leaves[1], labels, targets, leaves[2], batch_divisor(labels))
     total.backward()
     return total, [leaf.grad for leaf in leaves]
@@ -74,16 +74,14 @@ def test_permuting_anchors_or_images_changes_nothing():
     weights, order, rows = torch.zeros(2), torch.randperm(200), torch.tensor([2, 0, 1])
     losses = multibox_loss(*inputs, weights, batch_divisor(inputs[2]))
     for shuffled in ([t[:, order] for t in inputs], [t[rows] for t in inputs]):
-        torch.testing.assert_close(
-            torch.stack(losses), torch.stack(multibox_loss(*shuffled, weights, batch_divisor(shuffled[2])))
-        )
+        torch.testing.assert_close(torch.stack(losses),
+                                   torch.stack(multibox_loss(*shuffled, weights, batch_divisor(shuffled[2]))))
 
 
 def test_bfloat16_outputs_are_computed_in_float32():
     logits, offsets, labels, targets = case()
-    half = multibox_loss(
-        logits.bfloat16(), offsets.bfloat16(), labels, targets, torch.zeros(2), batch_divisor(labels)
-    )
+    half = multibox_loss(logits.bfloat16(), offsets.bfloat16(), labels,
+                         targets, torch.zeros(2), batch_divisor(labels))
     assert all(loss.dtype == torch.float32 for loss in half)
     full = multibox_loss(logits, offsets, labels, targets, torch.zeros(2), batch_divisor(labels))
     torch.testing.assert_close(torch.stack(half), torch.stack(full), rtol=0.02, atol=0)
@@ -98,17 +96,14 @@ def test_extreme_logits_stay_finite():
 def test_distillation_is_0_at_the_teacher_and_lets_scores_of_labelled_faces_go():
     logits, offsets, labels, _ = case(positives=0.2)
     divisor = batch_divisor(labels)
-    assert torch.stack(
-        distillation_loss(logits, offsets, logits, offsets, confidence(logits), labels, divisor)
-    ).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert torch.stack(distillation_loss(logits, offsets, logits, offsets, confidence(logits), labels,
+                                         divisor)).tolist() == pytest.approx([0, 0], abs=1e-6)
     moved = logits.clone().requires_grad_(), (offsets + 1).requires_grad_()
-    sum(
-        distillation_loss(moved[0] * 1.5, moved[1], logits, offsets, confidence(logits), labels, divisor)
-    ).backward()
+    sum(distillation_loss(moved[0] * 1.5, moved[1], logits, offsets,
+                          confidence(logits), labels, divisor)).backward()
     assert not moved[0].grad[labels == 1].any() and moved[0].grad[labels != 1].any(-1).all()
-    assert (moved[1].grad.any(-1) == (confidence(logits) > 0)).all() and (
-        confidence(logits) > 0
-    ).any()  # boxes wherever it saw a face
+    # boxes are pulled wherever the teacher saw a face
+    assert (moved[1].grad.any(-1) == (confidence(logits) > 0)).all() and (confidence(logits) > 0).any()
 
 
 @pytest.mark.parametrize("moved", [0.01, -3.0])
@@ -128,14 +123,13 @@ def test_the_teacher_counts_from_a_score_of_a_half_on_and_wholly_from_nine_tenth
 
 
 def test_a_confident_teacher_sets_the_box_and_what_it_sees_is_no_background_beside_faces():
-    logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(
-        3, 5, 2
-    )  # confident of the first three
+    # The teacher sees faces at the first three anchors.
+    logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(3, 5, 2)
     offsets = torch.arange(20.0).view(5, 4).expand(3, 5, 4)
     labels = torch.tensor([[1, 0, -1, 1, 0], [0, 0, 0, 0, 0], [0, 0, -1, 0, 0]])
     labels, targets, weight = soft_targets(labels, torch.full((3, 5, 4), -1.0), logits, offsets,
                                            torch.tensor([True, False, True]))
-    # There is no face on the second photo, an ignored one on the third.
+    # The second photo has no face, the third has only an ignored one.
     assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, 0, 0, 0], [-1, -1, -1, 0, 0]]
     expected = [1, (1 / (1 + math.exp(-1)) - 0.5) / 0.4, 1, 0, 0]
     assert weight[0].tolist() == pytest.approx(expected)

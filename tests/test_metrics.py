@@ -1,4 +1,4 @@
-"""metrics.py: equal to pycocotools and to the official WIDER code, and what must hold for any detections."""
+"""Tests of metrics.py: equality with pycocotools and the official WIDER code, invariants, worked examples."""
 import contextlib
 import io
 
@@ -14,16 +14,20 @@ SEEDS = st.integers(0, 2 ** 32 - 1)
 
 
 def random_boxes(rng, count, step):
-    """Boxes [count, 4] on a grid of `step` pixels, of all COCO sizes; a coarse grid makes many overlaps equal."""
+    """Random boxes `[count, 4]` of all COCO sizes, on a grid of `step` pixels.
+
+    A coarse grid makes many overlaps equal.
+    """
     size = np.exp(rng.uniform(np.log(8), np.log(160), (count, 1))) * rng.uniform(0.7, 1.4, (count, 2))
     boxes = np.hstack((rng.uniform(0, 120, (count, 2)), size))
     return np.maximum(np.round(boxes / step), [0, 0, 1, 1]) * step if step else boxes
 
 
 def random_set(seed, pictures=6, most=14, apart=0):
-    """Faces and detections near them, some twice or nowhere, with ties of scores and overlaps: `coco_ap`'s arguments.
+    """Random arguments for `coco_ap`: faces, and detections near them.
 
-    Each face lies `apart` pixels further to the right than the one before.
+    Some faces are found twice, some not at all; scores and overlaps have ties. Each face lies `apart` pixels
+    further to the right than the one before.
     """
     rng = np.random.default_rng(seed)
     step = rng.choice([0, 1, 8, 20])
@@ -31,9 +35,8 @@ def random_set(seed, pictures=6, most=14, apart=0):
     gt_image = np.repeat(ids, rng.integers(0, most, pictures))
     gt_xywh = random_boxes(rng, len(gt_image), step)
     gt_xywh[:, 0] += apart * np.arange(len(gt_image))
-    gt_area = (
-        gt_xywh[:, 2] * gt_xywh[:, 3] * rng.choice([1, 0.6], len(gt_image))
-    )  # of a mask, less than the box
+    # areas can be those of masks, smaller than the box
+    gt_area = gt_xywh[:, 2] * gt_xywh[:, 3] * rng.choice([1, 0.6], len(gt_image))
     copies = np.repeat(np.arange(len(gt_image)), rng.integers(0, 4, len(gt_image)))
     shift = rng.normal(0, rng.choice([0, 0.02, 0.1]), (len(copies), 4)) * gt_xywh[copies][:, [2, 3, 2, 3]]
     near = gt_xywh[copies] + (np.round(shift / step) * step if step else shift)
@@ -50,25 +53,22 @@ def random_set(seed, pictures=6, most=14, apart=0):
 
 
 def pycocotools_numbers(gt_image, gt_xywh, crowd, gt_area, dt_image, dt_xywh, dt_score):
-    """The 12 numbers and the precision at IoU 0.5 and 0.75 [2, 101], by pycocotools."""
+    """The 12 numbers, and the precision at IoU 0.5 and 0.75 `[2, 101]`, computed by pycocotools."""
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):
         faces = coco.COCO()
         faces.dataset = {
-            "images": [{"id": int(i)} for i in np.union1d(gt_image, dt_image)],
-            "categories": [{"id": 1}],
+            "images": [{"id": int(i)} for i in np.union1d(gt_image, dt_image)], "categories": [{"id": 1}],
             "annotations": [
                 {"id": n, "image_id": int(i), "category_id": 1, "bbox": b, "area": a, "iscrowd": int(c)}
-                for n, (i, b, a, c) in enumerate(zip(gt_image, gt_xywh.tolist(), gt_area, crowd), 1)
-            ],
-        }
+                for n, (i, b, a, c) in enumerate(zip(gt_image, gt_xywh.tolist(), gt_area, crowd), 1)]}
         faces.createIndex()
         detections = [{"image_id": int(i), "category_id": 1, "bbox": b, "score": s}
                       for i, b, s in zip(dt_image, dt_xywh.tolist(), dt_score)]
         if detections:
             detections = faces.loadRes(detections)
-        else:  # loadRes needs one
+        else:  # loadRes needs at least one detection
             detections = coco.COCO()
             detections.dataset = {**faces.dataset, "annotations": []}
             detections.createIndex()
@@ -94,6 +94,7 @@ def test_coco_equals_pycocotools_on_crowds_areas_and_ties(seed):
     assert_as_pycocotools(random_set(seed))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_coco_equals_pycocotools_beyond_100_detections_per_image(seed):
@@ -111,7 +112,7 @@ def test_coco_equals_pycocotools_without_faces_or_detections():
     assert set(coco_ap(*faces, [], [], [])[0].values()) <= {0.0, -1.0}
 
 
-# What must hold for COCO, whatever the detections.
+# Invariants of the COCO numbers, for any detections
 
 def distinct_scores(seed):
     *rest, dt_score = random_set(seed)
@@ -123,12 +124,13 @@ def distinct_scores(seed):
 def test_coco_order_does_not_matter_when_scores_differ(seed):
     gt_image, gt_xywh, crowd, gt_area, dt_image, dt_xywh, dt_score = arguments = distinct_scores(seed)
     rng = np.random.default_rng(seed)
-    ids = rng.permutation(1000)  # other ids: the images come in another order
+    ids = rng.permutation(1000)  # other ids change the order of the images
     d = rng.permutation(len(dt_score))
     permuted = ids[gt_image], gt_xywh, crowd, gt_area, ids[dt_image[d]], dt_xywh[d], dt_score[d]
     assert coco_ap(*permuted)[0] == coco_ap(*arguments)[0]
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(SEEDS)
 def test_coco_monotone_changes_of_the_scores_do_not_matter(seed):
@@ -153,9 +155,8 @@ def test_perfect_detections_of_separate_faces_give_one(seed):
     rng = np.random.default_rng(seed)
     count = rng.integers(1, 60)
     image = rng.integers(0, 9, count)
-    xywh = np.column_stack(
-        (np.arange(count) * 300, rng.uniform(0, 50, count), rng.uniform(8, 200, (count, 2)))
-    )
+    xywh = np.column_stack((np.arange(count) * 300, rng.uniform(0, 50, count),
+                            rng.uniform(8, 200, (count, 2))))
     score = np.round(rng.uniform(size=count), 1)
     numbers, _ = coco_ap(image, xywh, np.zeros(count), xywh[:, 2] * xywh[:, 3], image, xywh, score)
     averages = [number for name, number in numbers.items() if name not in ("AR1", "AR10") and number != -1]
@@ -168,10 +169,11 @@ def test_perfect_detections_of_separate_faces_give_one(seed):
     assert (best.precision, best.recall, best.f1, best.false_per_picture) == (1, 1, 1, 0)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(SEEDS)
 def test_detecting_everything_twice_never_raises_ap(seed):
-    # Of faces that overlap, COCO would give the copy the second one; apart, a copy has nothing left to find.
+    # The faces are apart: where two overlap, COCO would match the copy to the second one.
     gt_image, gt_xywh, crowd, gt_area, *detections = random_set(seed, apart=1000)
     twice = [np.concatenate((values, values)) for values in detections]
     once, again = (coco_ap(gt_image, gt_xywh, crowd, gt_area, *d)[0] for d in (detections, twice))
@@ -180,20 +182,16 @@ def test_detecting_everything_twice_never_raises_ap(seed):
     assert all(again[size] <= once[size] + 1e-12 for size in once)
 
 
-# AP by face size and operating points, by hand.
+# AP by face size and operating points, worked out by hand
 
 def test_size_ap_by_hand():
     gt_image = [1, 1, 2, 2]
-    gt_xywh = [
-        [0, 0, 50, 50],
-        [200, 0, 20, 80],
-        [0, 0, 100, 120],
-        [300, 300, 200, 200],
-    ]  # sizes 50, 20, 100, a crowd
+    # faces of size 50, 20 and 100, and a crowd region
+    gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]
     ignored = [False, False, False, True]
     detections = [  # image, box, score
         (1, [0, 0, 50, 50], 0.9),        # finds the face of 50
-        (1, [0, 0, 50, 40], 0.8),        # the same once more: false
+        (1, [0, 0, 50, 40], 0.8),        # the same face again: false
         (1, [200, 0, 20, 80], 0.7),      # finds the face of 20
         (2, [400, 0, 60, 90], 0.6),      # false, and of size 60
         (2, [310, 310, 40, 40], 0.55),   # lies on the crowd region: ignored
@@ -201,9 +199,9 @@ def test_size_ap_by_hand():
     ]
     arguments = gt_image, gt_xywh, ignored, *zip(*detections)
     result = size_ap(*arguments)
-    assert result[0] == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)  # precision 1/1, 2/3, 3/5 at the three finds
+    assert result[0] == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)  # precision at the three hits
     assert result[30] == pytest.approx((1 + 2 / 4) / 2)         # the face of 20 and its detection are ignored
-    assert result[60] == pytest.approx(1)                       # so are those of 50 and the false one of 60
+    assert result[60] == pytest.approx(1)                       # so are the face of 50 and the false one
     assert result[100] == -1                                    # no face is larger than 100
     assert size_ap(*arguments, sizes=(99,)) == {99: pytest.approx(1)}
 
@@ -217,8 +215,8 @@ def test_mistakes_by_hand():
     gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]
     dt_xywh = [[400, 0, 40, 90], [0, 0, 50, 40], [310, 310, 40, 40], [0, 0, 50, 50]]
     missed, false = mistakes([1, 1, 2, 2], gt_xywh, [0, 0, 0, 1], [2, 1, 2, 1], dt_xywh, [0.6, 0.3, 0.5, 0.9])
-    assert missed.tolist() == [False, True, True, False]  # the crowd region is none to be found
-    assert false.tolist() == [True, True, False, False]   # nothing there; a face found better already
+    assert missed.tolist() == [False, True, True, False]  # a crowd region is never missed
+    assert false.tolist() == [True, True, False, False]   # nothing there; a face that is already found
 
 
 @SETTINGS
@@ -232,31 +230,26 @@ def test_mistakes_add_up_to_the_operating_point(seed):
 
 
 def test_size_ap_looks_only_at_the_best_face_of_a_detection():
-    # The second detection's best face is taken already: false, although it has IoU 0.6 with the free one.
+    # The best face of the second detection is taken: it is false, although its IoU with the other is 0.6.
     gt_xywh = [[0, 0, 100, 100], [25, 0, 100, 100]]
     dt_xywh = [[0, 0, 100, 100], [0, 0, 98, 100]]
     assert size_ap([1, 1], gt_xywh, [0, 0], [1, 1], dt_xywh, [0.9, 0.8], (0,)) == {0: pytest.approx(0.5)}
-    assert coco_ap([1, 1], gt_xywh, [0, 0], [1e4, 1e4], [1, 1], dt_xywh, [0.9, 0.8])[0][
-        "AP50"
-    ] == pytest.approx(1)
+    assert coco_ap([1, 1], gt_xywh, [0, 0], [1e4, 1e4], [1, 1],
+                   dt_xywh, [0.9, 0.8])[0]["AP50"] == pytest.approx(1)
 
 
 def test_size_ap_prefers_a_face_to_the_crowd_region_around_it():
-    assert size_ap([1, 1], [[0, 0, 500, 500], [0, 0, 50, 50]], [1, 0], [1], [[0, 0, 50, 40]], [1], (0,)) == {
-        0: 1
-    }
+    assert size_ap([1, 1], [[0, 0, 500, 500], [0, 0, 50, 50]], [1, 0],
+                   [1], [[0, 0, 50, 40]], [1], (0,)) == {0: 1}
 
 
 def test_best_f1_shows_equal_scores_together():
-    xywh = [
-        [100 * n, 0, 10, 10] for n in range(6)
-    ]  # three faces, the first two detected, and three false detections
+    # three faces, the first two detected, and three false detections
+    xywh = [[100 * n, 0, 10, 10] for n in range(6)]
     arguments = [1] * 3, [xywh[0], xywh[1], xywh[5]], [0] * 3, [1] * 5, xywh[:5]
     best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.5, 0.5], pictures=1)[-1]
-    assert (best.score, best.f1) == (
-        0.9,
-        0.5,
-    )  # F1 with the second alone would be 0.8, but it is never shown alone
+    # F1 with the second alone would be 0.8, but it is never shown alone
+    assert (best.score, best.f1) == (0.9, 0.5)
     best = operating_points(*arguments, [0.9, 0.5, 0.5, 0.4, 0.4], pictures=1)[-1]
     assert (best.score, best.precision, best.recall, best.false_per_picture) == (0.5, 2 / 3, 2 / 3, 1)
 
@@ -264,18 +257,17 @@ def test_best_f1_shows_equal_scores_together():
 def test_nothing_at_all():
     nothing = [], [], [], [], []
     assert size_ap([], *nothing) == {0: -1, 30: -1, 60: -1, 100: -1}
-    assert [(p.precision, p.recall, p.f1) for p in operating_points([], *nothing, pictures=3)] == [
-        (0, 0, 0)
-    ] * 4
+    assert [(p.precision, p.recall, p.f1)
+            for p in operating_points([], *nothing, pictures=3)] == [(0, 0, 0)] * 4
     assert wider_ap([], [], {"easy": []}, [], [], [])["easy"].ap == -1
     assert wider_ap([1], [[0, 0, 9, 9]], {"easy": [True]}, [], [], [])["easy"].ap == 0
     assert size_ap([1], [[0, 0, 9, 9]], [0], [], [], [])[0] == 0
 
 
-# WIDER FACE
+# WIDER FACE AP
 
 def official_wider_ap(gt_image, gt_xywh, kept, dt_image, dt_xywh, dt_score):
-    """The official evaluation of one level as its code goes, box by box and threshold by threshold."""
+    """The official evaluation of one level, written out box by box and threshold by threshold."""
     low, high = min([1, *dt_score]), max([0, *dt_score])
     norm = [(s - low) / (high - low) if high > low else 1 for s in dt_score]
     proposals, found, faces = np.zeros(1000), np.zeros(1000), 0
@@ -317,10 +309,10 @@ def pixel_iou(a, b):
 def test_wider_equals_the_official_code(seed):
     rng = np.random.default_rng(seed)
     gt_image, gt_xywh, _, _, *detections = random_set(seed, pictures=4, most=7)
-    gt_xywh[rng.uniform(size=len(gt_xywh)) < 0.05, 2:] = 0  # such rows are there, flagged invalid
+    gt_xywh[rng.uniform(size=len(gt_xywh)) < 0.05, 2:] = 0  # WIDER FACE has such rows, flagged invalid
     kept = rng.uniform(size=len(gt_image)) < rng.choice([0.3, 0.9], len(gt_image))
     if len(gt_image):
-        kept[gt_image == gt_image[0]] = False  # an image that the level has no face of
+        kept[gt_image == gt_image[0]] = False  # an image without faces of this level
     result = wider_ap(gt_image, gt_xywh, {"some": kept, "all": np.ones_like(kept)}, *detections)
     for level, flags in (("some", kept), ("all", np.ones_like(kept))):
         if flags.any():
@@ -336,12 +328,12 @@ def test_wider_by_hand():
     gt_xywh = [[0, 0, 9, 9], [50, 0, 9, 9], [0, 50, 9, 9]]
     kept = {"easy": [True, False, True]}
     dt_xywh = [
-        [0, 0, 9, 9],
-        [0, 0, 9, 9],
-        [50, 0, 9, 9],  # finds a face, finds it again, on one of no interest
-        [90, 90, 9, 9],
-        [0, 50, 9, 9],
-    ]              # false, finds a face
+        [0, 0, 9, 9],    # finds a face
+        [0, 0, 9, 9],    # the same face again
+        [50, 0, 9, 9],   # on a face of another level: ignored
+        [90, 90, 9, 9],  # false
+        [0, 50, 9, 9],   # finds a face
+    ]
     curve = wider_ap([1, 1, 2], gt_xywh, kept, [1, 1, 1, 2, 2], dt_xywh, [1, 0.9, 0.8, 0.7, 0])["easy"]
     assert curve.ap == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
     assert (curve.recall[[0, 500, 999]] == [0.5, 0.5, 1]).all()
@@ -350,9 +342,8 @@ def test_wider_by_hand():
 
 def test_wider_counts_both_end_pixels():
     gt, kept = [[0, 0, 9, 9]], {"easy": [True]}
-    assert (
-        wider_ap([1], gt, kept, [1], [[0, 0, 9, 4]], [1])["easy"].ap == 1
-    )  # 10 x 5 pixels of 10 x 10, IoU 0.5
+    # 10 x 5 pixels of 10 x 10: IoU 0.5
+    assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 4]], [1])["easy"].ap == 1
     assert wider_ap([1], gt, kept, [1], [[0, 0, 9, 3.9]], [1])["easy"].ap == 0
     assert size_ap([1], gt, [False], [1], [[0, 0, 9, 4]], [1])[0] == 0  # 4/9 in continuous coordinates
 
@@ -360,11 +351,12 @@ def test_wider_counts_both_end_pixels():
 def test_wider_edges():
     gt, kept = [[0, 0, 9, 9]], {"easy": [True]}
     curve = wider_ap([1], gt, kept, [1, 1], [[0, 0, 9, 9], [50, 0, 9, 9]], [0, 0])["easy"]
-    assert curve.ap == 0.5 and (curve.precision == 0.5).all()  # equal scores all count as 1
-    # Of faces with equal IoU the first counts.
+    assert curve.ap == 0.5 and (curve.precision == 0.5).all()  # if all scores are equal, each becomes 1
+    # Of two faces with equal IoU, the first is taken.
     assert wider_ap([1, 1], gt * 2, {"easy": [True, False]}, [1], gt, [1])["easy"].ap == 1
     assert wider_ap([1, 1], gt * 2, {"easy": [False, True]}, [1], gt, [1])["easy"].ap == 0
-    # An image without any box does not make its detections count,
+    # Detections on an image without any box do not count.
     assert wider_ap([1], gt, kept, [1, 2], [[0, 0, 9, 9]] * 2, [0.5, 1])["easy"].ap == 1
-    kept = {"easy": [True, False]}  # one with a box of no interest does.
+    # On an image that only has boxes of other levels, they do.
+    kept = {"easy": [True, False]}
     assert wider_ap([1, 2], gt * 2, kept, [1, 2], [[0, 0, 9, 9], [50, 0, 9, 9]], [0.5, 1])["easy"].ap == 0.5

@@ -1,4 +1,4 @@
-"""The network: its size, its shapes, and every kind of file it can start from."""
+"""Tests of model.py: number of parameters, shapes, and every kind of weight file."""
 import os
 import pickle
 import subprocess
@@ -39,7 +39,7 @@ def test_rows_are_cells_row_major_with_the_anchor_fastest():
     assert changed == [[1, 0], [1, 1], [2, 0], [2, 1]]  # its 3 x 3 neighbourhood
     last = model.bbox_head.cls_convs[0][3]
     last.weight.data.zero_()
-    last.bias.data = torch.arange(18.0)  # then outputs are 9 anchors of 2 classes each
+    last.bias.data = torch.arange(18.0)  # the outputs are 9 anchors x 2 classes
     logits, _ = model(torch.rand(1, 3, 48, 64))
     assert torch.equal(logits[0], torch.arange(18.0).view(9, 2).repeat(3 * 4, 1))
 
@@ -91,20 +91,17 @@ def test_a_batch_gives_what_single_images_give(small):
     together = small(images)
     alone = [small(image[None]) for image in images]
     for n in (0, 1):
-        torch.testing.assert_close(
-            together[n], torch.cat([outputs[n] for outputs in alone]), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(together[n], torch.cat([outputs[n] for outputs in alone]),
+                                   rtol=1e-5, atol=1e-5)
 
 
 def test_initial_values(small):
     model = SSD(small.config)
     assert not model.loss_weights.any()
-    assert not any(
-        module.bias.any() for module in model.bbox_head.modules() if isinstance(module, torch.nn.Conv2d)
-    )
-    weight = (
-        SSD().backbone.features[16].conv[6].weight.detach()
-    )  # Kaiming, fan out: deviation sqrt(2 / outputs)
+    assert not any(module.bias.any() for module in model.bbox_head.modules()
+                   if isinstance(module, torch.nn.Conv2d))
+    # Kaiming initialisation, fan out: standard deviation sqrt(2 / outputs)
+    weight = SSD().backbone.features[16].conv[6].weight.detach()
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
     weight = SSD().bbox_head.reg_convs[0][3].weight.detach()  # Xavier, uniform up to sqrt(6 / (inputs + outputs))
     bound = (6 / sum(weight.shape[:2])) ** 0.5
@@ -133,7 +130,7 @@ def test_new_models_scale_their_anchors():
 
 
 def test_official_layout(tmp_path):
-    """An official snapshot has no configuration of ours: the shapes tell the width."""
+    """A checkpoint of the reference has no Config of ours; the width is known from the shapes."""
     model = SSD(Config(width=1.0))
     torch.save({"meta": {"config": "text"}, "state_dict": model.state_dict()}, tmp_path / "x.pth")
     assert load_model(tmp_path / "x.pth").config == Config(width=1.0)
@@ -163,11 +160,8 @@ def test_files_that_are_no_checkpoint(tmp_path, small):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             load_model(tmp_path / name)
-    for name, content in (
-        ("list", [1]),
-        ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}),
-        ("none", {}),
-    ):
+    for name, content in (("list", [1]), ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}),
+                          ("none", {})):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=name):
             load_model(tmp_path / name)
@@ -361,16 +355,15 @@ def test_load_weights_tells_what_did_not_fit(tmp_path, small):
     torch.save(checkpoint(small), tmp_path / "x.pth")
     fewer = SSD(Config(64, 48, 0.25, HAND_DESIGNED[:4]))
     unfit = load_weights(fewer, tmp_path / "x.pth")
-    assert unfit == [
-        f"bbox_head.{branch}_convs.0.3.{kind}" for branch in ("reg", "cls") for kind in ("weight", "bias")
-    ]
+    assert unfit == [f"bbox_head.{branch}_convs.0.3.{kind}"
+                     for branch in ("reg", "cls") for kind in ("weight", "bias")]
     assert torch.equal(fewer.backbone.features[5].conv[0].weight, small.backbone.features[5].conv[0].weight)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.75, 0.5])
 def test_imagenet_weights_are_cut_to_width(tmp_path, width):
     source = mobilenet_v2(weights=None)
-    for module in source.modules():  # statistics that are not the defaults
+    for module in source.modules():  # give the statistics other values than the defaults
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
     torch.save(source.state_dict(), tmp_path / "imagenet.pth")

@@ -1,25 +1,17 @@
-"""Every kind of picture file loads upright as RGB, and what is drawn is where it should be."""
+"""Tests of pictures.py: all kinds of files load upright as RGB, and boxes are drawn in the right place."""
 import numpy as np
 import pytest
 from PIL import Image
 
 from script import InputError
-from pictures import (
-    FACE,
-    ORIENTATION,
-    contact_sheet,
-    decode_picture,
-    draw_faces,
-    load_picture,
-    open_picture,
-    upright_size,
-)
+from pictures import (FACE, ORIENTATION, contact_sheet, decode_picture,
+                      draw_faces, load_picture, open_picture, upright_size)
 
-RAMP = np.add.outer(np.arange(40) * 2, np.arange(60) * 2).astype(np.uint8)  # 60 x 40, dark top left
+RAMP = np.add.outer(np.arange(40) * 2, np.arange(60) * 2).astype(np.uint8)  # 60x40, dark at the top left
 
 
 def save(path, image, **more):
-    """Write and load it again; the size that its header tells must be that of the loaded picture."""
+    """Save a picture and load it again; checks that the size read from the header is right."""
     image.save(path, **more)
     loaded = load_picture(path)
     with open_picture(path) as opened:
@@ -43,21 +35,14 @@ def save(path, image, **more):
 def test_all_kinds_load_as_rgb(tmp_path, name, image):
     loaded = save(tmp_path / name, image)
     assert loaded.mode == "RGB" and loaded.size == (60, 40)
-    assert np.abs(np.asarray(loaded).astype(int) - RAMP[..., None]).max() <= 12  # lossy kinds are among them
+    assert np.abs(np.asarray(loaded).astype(int) - RAMP[..., None]).max() <= 12  # some formats are lossy
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     upright = Image.fromarray(RAMP).convert("RGB")
-    undo = {
-        2: "FLIP_LEFT_RIGHT",
-        3: "ROTATE_180",
-        4: "FLIP_TOP_BOTTOM",
-        5: "TRANSPOSE",
-        6: "ROTATE_90",
-        7: "TRANSVERSE",
-        8: "ROTATE_270",
-    }
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+            5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -84,9 +69,8 @@ def test_broken_files_are_one_clear_line(tmp_path, content):
 
 
 def test_a_truncated_jpeg_is_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(
-        tmp_path / "x.jpg"
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3),
+                                                      np.uint8)).save(tmp_path / "x.jpg")
     whole = (tmp_path / "x.jpg").read_bytes()
     (tmp_path / "x.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="truncated"):
@@ -101,11 +85,8 @@ def test_drawn_boxes_are_where_the_faces_are():
 
 
 def test_a_contact_sheet_holds_every_picture():
-    sheet = contact_sheet(
-        [Image.new("RGB", size, "white") for size in [(10, 20), (300, 200), (1, 1), (5, 1), (40, 40)]],
-        columns=2,
-        side=50,
-    )
+    sheet = contact_sheet([Image.new("RGB", size, "white")
+                           for size in [(10, 20), (300, 200), (1, 1), (5, 1), (40, 40)]], columns=2, side=50)
     assert sheet.size == (108, 162)
     for x, y in ((27, 27), (81, 27), (27, 81), (81, 81), (27, 135)):
         assert sheet.getpixel((x, y)) == (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Exported models as detectors: conventions of others' models, what is refused, evaluate.py and detect.py on them."""
+"""Tests of exported models as detectors: input conventions, errors, evaluate.py and detect.py with them."""
 
 import copy
 import json
@@ -21,36 +21,31 @@ from runtimes import open_network, openvino_core
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small):
-    """small.pth, its generic export, and an embedded IR of it in a folder of its own."""
+    """A folder with small.pth, its generic export in plain/, and its embedded IR in embedded/."""
     torch.manual_seed(0)
-    network = copy.deepcopy(small).train()  # with statistics of noise its outputs differ from place to place
+    network = copy.deepcopy(small).train()  # batch-norm statistics of noise, for varied outputs
     network(torch.rand(16, 3, 48, 64))
     folder = tmp_path_factory.mktemp("exported")
     torch.save(checkpoint(network), folder / "small.pth")
     with pytest.MonkeyPatch.context() as patch:
         for name, flags in (("plain", ["--ir"]), ("embedded", ["--embed"])):
             export.main(["--model", str(folder / "small.pth"), "--out", str(folder / name), *flags])
-            patch.setattr(
-                export, "build", lambda *_: onnx.load(folder / "plain/model.onnx")
-            )  # building takes seconds
+            # Building the graph takes seconds, so use the one that is there.
+            patch.setattr(export, "build", lambda *_: onnx.load(folder / "plain/model.onnx"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A model of others: its DetectionOutput-like rows say the mean of each input channel."""
+    """A model not written by export.py: its detection rows contain the mean of each input channel."""
     import openvino as ov
     node = helper.make_node
     nodes = [node("ReduceMean", ["data", "axes"], ["means"], keepdims=0),          # [1, 3]
              node("Concat", ["start", "means", "end"], ["row"], axis=1),           # image, label, score, box
              node("Concat", ["row", "stop"], ["rows"], axis=0), node("Reshape", ["rows", "shape"], ["out"])]
-    rows = {
-        "axes": np.array([2, 3]),
-        "start": np.float32([[0, 1, 0.5, 0.25]]),
-        "end": np.zeros((1, 0), np.float32),
-        "stop": np.float32([[-1, 0, 0, 0, 0, 0, 0]]),
-        "shape": np.array([1, 1, 2, 7]),
-    }
+    rows = {"axes": np.array([2, 3]), "start": np.float32([[0, 1, 0.5, 0.25]]),
+            "end": np.zeros((1, 0), np.float32),
+            "stop": np.float32([[-1, 0, 0, 0, 0, 0, 0]]), "shape": np.array([1, 1, 2, 7])}
     info = helper.make_tensor_value_info
     graph = helper.make_graph(nodes, "foreign", [info("data", TensorProto.FLOAT, [1, 3, 40, 20])],
                               [info("out", TensorProto.FLOAT, [1, 1, 2, 7])],
@@ -58,9 +53,8 @@ def foreign(tmp_path_factory):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     folder = tmp_path_factory.mktemp("foreign")
     onnx.save(model, folder / "foreign.onnx")
-    ov.save_model(
-        openvino_core().read_model(folder / "foreign.onnx"), folder / "foreign.xml", compress_to_fp16=False
-    )
+    ov.save_model(openvino_core().read_model(folder / "foreign.onnx"),
+                  folder / "foreign.xml", compress_to_fp16=False)
     return folder
 
 
@@ -71,17 +65,16 @@ def test_conventions_of_others(foreign, name):
                                  ("bgr", 255, (204, 102, 51))):
         detector = load_detector(foreign / name, colour=colour, white=white)
         assert detector.size == (20, 40)
-        (faces,) = detector(
-            picture
-        )  # one row, its box 0-1 of width 20 and height 40, the rest stops at image -1
-        np.testing.assert_allclose(
-            faces, [[0.25 * 20, means[0] * 40, means[1] * 20, means[2] * 40, 0.5]], rtol=1e-6
-        )
+        # one face, its box scaled from 0-1 to 20x40; the row with image -1 ends the list
+        (faces,) = detector(picture)
+        np.testing.assert_allclose(faces, [[0.25 * 20, means[0] * 40, means[1] * 20, means[2] * 40, 0.5]],
+                                   rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_model_takes_must_be_known_once(foreign, folder, refused):
     line = refused(detect.main, "no.jpg", "--model", foreign / "foreign.onnx")
-    assert "no.jpg" in line  # pictures are looked for first
+    assert "no.jpg" in line  # missing pictures are reported first
     arguments = ("--data", "x.json", "--model")
     assert "x.json" in refused(evaluate.main, *arguments, folder / "plain/model.xml")
     for kwargs, reason in (({}, "--colour"), ({"colour": "rgb"}, "--range")):
@@ -93,6 +86,7 @@ def test_what_a_model_takes_must_be_known_once(foreign, folder, refused):
         load_detector(folder / "small.pth", colour="rgb", white=1)
 
 
+@pytest.mark.slow
 def test_refusals(folder, tmp_path):
     def refused(path, match, **kwargs):
         with pytest.raises(evaluate.InputError, match=match) as error:
@@ -110,6 +104,7 @@ def test_refusals(folder, tmp_path):
     refused(folder / "embedded/model.xml", "takes pictures of any size", size=(96, 96))
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_same_table(folder, sample, capsys, tmp_path):
     def ap(model):
         evaluate.main(["--data", str(sample / "val.json"), "--model", str(model), "--workers", "0", "--json",
@@ -121,51 +116,50 @@ def test_evaluate_prints_the_same_table(folder, sample, capsys, tmp_path):
     assert ap(folder / "embedded/model.xml") == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
     picture = next(sample.rglob("*.jpg"))
-    detect.main(
-        [str(picture), "--model", str(folder / "embedded/model.xml"), "--out", str(tmp_path), "--score", "0"]
-    )
+    detect.main([str(picture), "--model", str(folder / "embedded/model.xml"),
+                 "--out", str(tmp_path), "--score", "0"])
     (entry,) = json.loads((tmp_path / "detections.json").read_text())
     width, height = Image.open(picture).size
     boxes = np.array([face["box"] for face in entry["faces"]])
     assert len(boxes) and boxes[:, 2].max() > 0.8 * width and (boxes <= (width, height, width, height)).all()
 
 
+@pytest.mark.slow
 def test_batches_of_a_generic_model_go_one_by_one(folder):
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8))
     detector = load_detector(folder / "plain/model.xml", threads=1)
-    for together, alone in zip(
-        detector(pictures), (detector(picture[None])[0] for picture in pictures), strict=True
-    ):
+    for together, alone in zip(detector(pictures),
+                               (detector(picture[None])[0] for picture in pictures), strict=True):
         np.testing.assert_array_equal(together, alone)
         assert together.dtype == np.float32 and (np.diff(together[:, 4]) <= 0).all()
 
 
+@pytest.mark.slow
 def test_openvino_computes_in_float32(folder):
     compiled = open_network(folder / "plain/model.xml", threads=1).compiled
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
+@pytest.mark.slow
 def test_benchmark_lists_every_model(folder, capsys):
-    models = [
-        str(folder / name)
-        for name in ("small.pth", "plain/model.onnx", "plain/model.xml", "embedded/model.xml")
-    ]
+    models = [str(folder / name)
+              for name in ("small.pth", "plain/model.onnx", "plain/model.xml", "embedded/model.xml")]
     benchmark.main(["latency", *models, "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        "1 thread, f32, 1 interleaved rounds" in lines[0]
-        and [line.split()[0] for line in lines[2:]] == models
-    )
+    assert ("1 thread, f32, 1 interleaved rounds" in lines[0]
+            and [line.split()[0] for line in lines[2:]] == models)
     assert " 1.000 " in lines[2]
     benchmark.main(["pictures", *models[2:], "--rounds", "1"])
     assert "resized inside" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_released_ir(shared, tmp_path):
-    """The release takes BGR in 0-255 and finds the faces there are; the wrong convention finds fewer."""
+    """The released IR takes BGR in 0-255 and finds the faces; with a wrong convention it finds fewer."""
     released = shared / "peers/face-detection-retail-0005.xml"
     data = shared / "data/webcam_val.json"
     recall = {}

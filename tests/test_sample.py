@@ -1,4 +1,4 @@
-"""sample.py: the drawn dataset is the same on every run, varied, and what its files say."""
+"""Tests of sample.py: the same arguments draw the same photos, photos vary, and boxes fit the faces."""
 import json
 from pathlib import Path
 
@@ -20,9 +20,8 @@ def sample(tmp_path_factory):
 
 
 def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -32,6 +31,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert content(tmp_path / "a")["train.json"] != content(tmp_path / "c")["train.json"]
 
 
+@pytest.mark.slow
 def test_a_smaller_sample_begins_a_larger_one(sample, tmp_path):
     draw_sample(tmp_path, train=3, val=1)
     small, large = content(tmp_path), content(sample)
@@ -44,7 +44,7 @@ def test_photos_faces_and_photos_without(sample):
         faces = read_annotations(sample / f"{split}.json")
         assert len(faces.names) == count and all(faces.file(n).is_file() for n in range(count))
         assert len(np.unique(faces.names)) == count
-        assert count - len(np.unique(faces.image)) == count // 10  # one in ten is empty
+        assert count - len(np.unique(faces.image)) == count // 10  # one in ten photos has no faces
         assert not faces.ignored.any()
     assert np.bincount(read_annotations(sample / "train.json").image).max() >= 5
 
@@ -69,11 +69,11 @@ def test_faces_do_not_hide_each_other(sample):
 
 
 def test_boxes_hold_faces(sample):
-    """Skin is redder than blue; of the boxes nearly all are, moved by half a photo far fewer."""
+    """Skin has more red than blue. Nearly all boxes show that; boxes moved by half a photo rarely do."""
     faces = read_annotations(sample / "train.json")
 
     def skin(index, x, y, w, h):
-        middle = int(x + w / 4), int(y + h / 8), int(x + w * 3 / 4), int(y + h / 2)  # where no mask is
+        middle = int(x + w / 4), int(y + h / 8), int(x + w * 3 / 4), int(y + h / 2)  # above any mask
         pixels = np.asarray(Image.open(faces.file(index)).crop(middle), int)
         return np.median(pixels[..., 0] - pixels[..., 2]) > 8
     small = [(n, box) for n, box in zip(faces.image, faces.xywh) if box[2] < 80]

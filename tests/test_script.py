@@ -1,4 +1,4 @@
-"""script.py: files that appear whole or not at all, flag types, exit codes."""
+"""Tests of script.py: files written whole or not at all, flag types, exit codes."""
 import errno
 import os
 import signal
@@ -12,10 +12,8 @@ from script import InputError, command, parse_size, whole_file, write_json
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     (tmp_path / "x.txt").write_text("old")
-    for error, seen in (
-        (KeyError("x"), KeyError),
-        (OSError(errno.ENOSPC, "No space left on device"), InputError),
-    ):
+    for error, seen in ((KeyError("x"), KeyError),
+                        (OSError(errno.ENOSPC, "No space left on device"), InputError)):
         with pytest.raises(seen):
             with whole_file(tmp_path / "x.txt") as temporary:
                 temporary.write_text("half")
@@ -53,21 +51,17 @@ def test_no_sizes(text):
     ("open('absent/file')", 2, "tool.py: absent/file: No such file or directory"),
     ("raise KeyboardInterrupt", 130, "interrupted"),
     ("import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, ""),
-    ("raise ZeroDivisionError", 1, "ZeroDivisionError"),  # a bug of ours stays a traceback
+    ("raise ZeroDivisionError", 1, "ZeroDivisionError"),  # our own bugs keep their traceback
 ])
 def test_exit_codes(tmp_path, body, code, line):
     (tmp_path / "tool.py").write_text(
-        f"from script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "tool.py"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )
+        f"from script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n")
+    done = subprocess.run([sys.executable, tmp_path / "tool.py"], capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert (done.returncode, done.stderr.strip().splitlines()[-1:]) == (code, [line] if line else [])
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(f"{sys.executable} flops.py | head -1", shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("layer")

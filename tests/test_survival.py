@@ -1,4 +1,4 @@
-"""Runs that are killed, restarted and short of disk: nothing is lost, nothing half-written.
+"""Tests of training runs that are killed, restarted, or run out of disk space.
 
     python -m pytest tests/test_survival.py                 # a few kills
     KILLS=30 python -m pytest tests/test_survival.py -s     # as many as you like
@@ -16,67 +16,34 @@ import torch
 
 from model import load_model
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", 3))
-FLAGS = [
-    "--size",
-    "64",
-    "--width",
-    "0.25",
-    "--batch-size",
-    "3",
-    "--repeat",
-    "1",
-    "--warmup",
-    "3",
-    "--lr",
-    "0.01",
-    "--min-face",
-    "0",
-    "--workers",
-    "1",
-    "--device",
-    "cpu",
-    "--save-every",
-    "2",
-    "--ema",
-    "0.9",
-]
+FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1",
+         "--warmup", "3", "--lr", "0.01", "--min-face", "0", "--workers", "1",
+         "--device", "cpu", "--save-every", "2", "--ema", "0.9"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(sample, out, *more):
-    return [
-        sys.executable,
-        "train.py",
-        *FLAGS,
-        "--data",
-        sample / "train.json",
-        "--out",
-        out,
-        *map(str, more),
-    ]
+    return [sys.executable, "train.py", *FLAGS,
+            "--data", sample / "train.json", "--out", out, *map(str, more)]
 
 
 def test_killed_at_random_moments(sample, tmp_path):
-    """SIGKILL, whenever: the last checkpoint loads and resumes, and the end is that of an undisturbed run, to the bit."""
+    """After SIGKILL at any moment, a run resumes and ends with the same bits as an undisturbed run."""
     epochs, kills, rng = max(6, 2 * KILLS), 0, random.Random(0)
-    subprocess.run(
-        command(sample, tmp_path / "whole", "--epochs", epochs),
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-    )
+    subprocess.run(command(sample, tmp_path / "whole", "--epochs", epochs),
+                   env=ENVIRONMENT, check=True, capture_output=True)
     out = tmp_path / "killed"
     while kills < KILLS:
         resume = ["--resume"] if (out / "last.pth").exists() else []
-        process = subprocess.Popen(
-            command(sample, out, "--epochs", epochs, *resume), env=ENVIRONMENT, stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command(sample, out, "--epochs", epochs, *resume),
+                                   env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         before = (out / "last.pth").stat().st_mtime_ns if resume else 0
-        while process.poll() is None and not (
-            (out / "last.pth").exists() and (out / "last.pth").stat().st_mtime_ns > before
-        ):
-            time.sleep(0.01)  # let each attempt make some way, or this takes for ever
+        while process.poll() is None and not ((out / "last.pth").exists()
+                                              and (out / "last.pth").stat().st_mtime_ns > before):
+            time.sleep(0.01)  # each attempt must get a little further, or this never ends
         time.sleep(rng.random() * 0.3)
         if process.poll() is None:
             process.kill()
@@ -86,13 +53,11 @@ def test_killed_at_random_moments(sample, tmp_path):
         assert process.returncode in (0, -9)
         if process.returncode == 0:
             break
-    subprocess.run(
-        command(sample, out, "--epochs", epochs, "--resume"), env=ENVIRONMENT, check=True, capture_output=True
-    )
+    subprocess.run(command(sample, out, "--epochs", epochs, "--resume"),
+                   env=ENVIRONMENT, check=True, capture_output=True)
     print(f"{kills} kills survived")
-    whole, killed = (
-        torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "killed")
-    )
+    whole, killed = (torch.load(tmp_path / name / "last.pth", weights_only=True)
+                     for name in ("whole", "killed"))
     assert kills > 0 and killed["step"] == whole["step"]
     for part in ("state_dict", "ema"):
         assert all(torch.equal(whole[part][key], killed[part][key]) for key in whole[part])
@@ -101,7 +66,7 @@ def test_killed_at_random_moments(sample, tmp_path):
 
 
 def test_torchrun_restarts_a_killed_worker(sample, tmp_path):
-    """A worker that kills itself once: torchrun starts all again, and the run goes on from its checkpoint by itself."""
+    """A worker kills itself once. torchrun restarts all, and the run continues from its checkpoint."""
     script = tmp_path / "once.py"
     script.write_text(f"""import os, signal, sys
 sys.path.insert(0, {os.getcwd()!r})
@@ -115,65 +80,37 @@ train.Trainer.update = deadly
 train.main(sys.argv[1:])
 """)
     flags = command(sample, tmp_path / "r", "--epochs", 4)[2:]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "--max-restarts",
-            "3",
-            script,
-            *flags,
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "2", "--max-restarts", "3", script, *flags], env=ENVIRONMENT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "from epoch" in done.stdout and "finished 4 epochs" in done.stdout
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 8
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(sample, tmp_path):
-    """A limit on the size of files stands for the full disk: the same write fails, and no root is needed."""
+    """A limit on the file size makes the write fail as on a full disk, and needs no root."""
     out = tmp_path / "r"
     subprocess.run(command(sample, out, "--epochs", 1), env=ENVIRONMENT, check=True, capture_output=True)
     before = (out / "last.pth").read_bytes()
-    limited = [
-        "bash",
-        "-c",
-        f"ulimit -f {len(before) // 2048}; trap '' XFSZ; exec \"$@\"",
-        "limited",
-    ]  # blocks of 1 KiB, half the file
-    done = subprocess.run(
-        [*limited, *command(sample, out, "--epochs", 2, "--resume")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    # in blocks of 1 KiB: half the size of the checkpoint
+    limited = ["bash", "-c", f"ulimit -f {len(before) // 2048}; trap '' XFSZ; exec \"$@\"", "limited"]
+    done = subprocess.run([*limited, *command(sample, out, "--epochs", 2, "--resume")],
+                          env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "last.pth: File too large; not written, what was there is kept" in done.stderr.splitlines()[-1]
-    assert (out / "last.pth").read_bytes() == before and [
-        name for name in os.listdir(out) if name.startswith(".")
-    ] == [".lock"]
+    assert ((out / "last.pth").read_bytes() == before
+            and [name for name in os.listdir(out) if name.startswith(".")] == [".lock"])
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None or os.geteuid() != 0, reason="a tmpfs of one's own needs root and unshare"
-)
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0,
+                    reason="mounting a tmpfs needs root and unshare")
 def test_a_really_full_disk(sample, tmp_path):
     script = f'mount -t tmpfs -o size=1200k tmpfs {tmp_path} && "$@"; code=$?; ls -a {tmp_path}/r; exit $code'
-    done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script, "full", *command(sample, tmp_path / "r", "--epochs", 1)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script, "full",
+                           *command(sample, tmp_path / "r", "--epochs", 1)], env=ENVIRONMENT,
+                          capture_output=True, text=True)
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip(f"no tmpfs may be mounted here: {done.stderr.splitlines()[0]}")
-    assert (
-        done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert (done.returncode == 2 and "No space left on device" in done.stderr
+            and "Traceback" not in done.stderr)

@@ -1,4 +1,4 @@
-"""Training: the schedule, what a run leaves behind, resuming bit for bit, and processes that follow one another."""
+"""Tests of train.py: schedule, files of a run, exact resuming, starting points, several processes."""
 
 import gc
 import json
@@ -19,26 +19,8 @@ from coco import read_annotations
 from loss import batch_divisor, multibox_loss
 from model import SSD, Config, checkpoint, load_model
 
-SMALL = [
-    "--size",
-    "64",
-    "--width",
-    "0.25",
-    "--batch-size",
-    "5",
-    "--repeat",
-    "1",
-    "--warmup",
-    "3",
-    "--lr",
-    "0.01",
-    "--min-face",
-    "0",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1",
+         "--warmup", "3", "--lr", "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
 
 
 def run(out, sample, *flags):
@@ -50,38 +32,20 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize(
-    "step, epoch, expected",
-    [
-        (0, 0, 0.05 / 3),
-        (600, 0, 0.05 * 2 / 3),
-        (1200, 3, 0.05),
-        (5000, 39, 0.05),
-        (5000, 40, 0.005),
-        (5000, 54, 0.005),
-        (5000, 55, 5e-4),
-        (9999, 69, 5e-5),
-        (600, 40, 0.005 * 2 / 3),
-    ],
-)
+@pytest.mark.parametrize("step, epoch, expected", [
+    (0, 0, 0.05 / 3), (600, 0, 0.05 * 2 / 3), (1200, 3, 0.05), (5000, 39, 0.05), (5000, 40, 0.005),
+    (5000, 54, 0.005), (5000, 55, 5e-4), (9999, 69, 5e-5), (600, 40, 0.005 * 2 / 3)
+])
 def test_learning_rate(step, epoch, expected):
     assert train.lr_at(step, epoch, 0.05, [40, 55, 65], 1200) == pytest.approx(expected)
 
 
 def test_defaults_are_the_recipe():
     args = train.parse_args(["--data", "x.json"])
-    assert (
-        args.epochs,
-        args.batch_size,
-        args.lr,
-        args.milestones,
-        args.warmup,
-        args.repeat,
-        args.momentum,
-        args.weight_decay,
-        args.min_face,
-        args.out,
-    ) == (70, 65, 0.05, [40, 55, 65], 1200, 2, 0.9, 5e-4, 17, "runs/face")
+    assert (args.epochs, args.batch_size, args.lr, args.milestones, args.warmup) == (
+        70, 65, 0.05, [40, 55, 65], 1200)
+    assert (args.repeat, args.momentum, args.weight_decay, args.min_face, args.out) == (
+        2, 0.9, 5e-4, 17, "runs/face")
 
 
 def test_recipes_are_flag_files_and_later_flags_override():
@@ -104,16 +68,17 @@ def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
     assert best.config == Config.scaled_from_300(64, 64, 0.25)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(sample, tmp_path):
     run(tmp_path / "r", sample, "--epochs", 8, "--no-augment", "--lr", "0.05", "--clip", "10")
-    losses = [
-        json.loads(line)["class_loss"] for line in (tmp_path / "r/log.jsonl").read_text().splitlines()[1:]
-    ]
+    losses = [json.loads(line)["class_loss"]
+              for line in (tmp_path / "r/log.jsonl").read_text().splitlines()[1:]]
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(sample, tmp_path):
-    """2 + 2 epochs are 4 epochs: weights, averages and momentum to the last bit, with augmentation and workers."""
+    """2 + 2 epochs equal 4 epochs, to the last bit of weights, averages and momentum."""
     flags = ["--ema", "0.9", "--workers", "1", "--milestones", "2"]
     whole = run(tmp_path / "whole", sample, "--epochs", 4, *flags)
     run(tmp_path / "parts", sample, "--epochs", 2, *flags)
@@ -125,6 +90,7 @@ def test_resuming_is_exact(sample, tmp_path):
     assert [line["epoch"] for line in log if "epoch" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, monkeypatch, number, code):
     whole = run(tmp_path / "whole", sample, "--epochs", 2)
@@ -144,15 +110,13 @@ def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, mon
     assert (saved["epoch"], saved["done"], saved["step"]) == (1, 5, 4)
     parts = run(tmp_path / "parts", sample, "--epochs", 2, "--resume")
     assert same(whole["state_dict"], parts["state_dict"]) and parts["step"] == 6
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
-    ]
-    assert [[line["loss"] for line in run if "epoch" in line] for run in lines][0] == [
-        line["loss"] for line in lines[1] if "epoch" in line
-    ]
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "parts")]
+    losses = [[line["loss"] for line in run if "epoch" in line] for run in lines]
+    assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_an_epoch_of_which_all_is_done_ends_and_one_of_other_photos_begins_anew(sample, tmp_path, capsys):
     last = run(tmp_path / "r", sample, "--epochs", 0)
     torch.save(last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth")  # of 12, in batches of 5
@@ -165,6 +129,7 @@ def test_an_epoch_of_which_all_is_done_ends_and_one_of_other_photos_begins_anew(
     assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_at_its_final_rate(sample, tmp_path):
     run(tmp_path / "r", sample, "--epochs", 2, "--milestones", 1)
     run(tmp_path / "r", sample, "--epochs", 3, "--milestones", 1, "--resume")
@@ -175,23 +140,14 @@ def test_starting_from_weights(sample, tmp_path, capsys):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     last = run(tmp_path / "same", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--size", "96x64")
     own = torch.load(tmp_path / "x.pth", weights_only=True)
-    assert last["config"] == own["config"] | {"input_width": 96} and same(
-        last["state_dict"], own["state_dict"]
-    )
-    run(
-        tmp_path / "other",
-        sample,
-        "--load-from",
-        tmp_path / "x.pth",
-        "--epochs",
-        0,
-        "--anchors",
-        "10x15",
-        "20x30",
-    )
+    assert (last["config"] == own["config"] | {"input_width": 96}
+            and same(last["state_dict"], own["state_dict"]))
+    run(tmp_path / "other", sample, "--load-from", tmp_path / "x.pth",
+        "--epochs", 0, "--anchors", "10x15", "20x30")
     assert "4 tensors did not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_anchors_given_for_300_are_scaled_to_the_input_whatever_the_start(sample, tmp_path):
     flags = ["--anchors", "10x15", "20x30", "--epochs"]
     last = run(tmp_path / "new", sample, *flags, 0)
@@ -201,32 +157,19 @@ def test_anchors_given_for_300_are_scaled_to_the_input_whatever_the_start(sample
     run(tmp_path / "from", sample, "--load-from", tmp_path / "new/last.pth", *flags, 0)
     assert load_model(tmp_path / "from/last.pth").config.anchors == expected
     run(tmp_path / "larger", sample, "--load-from", tmp_path / "new/last.pth", "--epochs", 0, "--size", "128")
-    assert load_model(tmp_path / "larger/last.pth").config.anchors == expected  # a checkpoint's own are kept
+    assert load_model(tmp_path / "larger/last.pth").config.anchors == expected  # those of the checkpoint
 
 
+@pytest.mark.slow
 def test_distillation_forgets_less(sample, tmp_path):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     start, moved = load_model(tmp_path / "x.pth"), {}
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for weight in (0, 10):
-        run(
-            tmp_path / f"{weight}",
-            sample,
-            "--load-from",
-            tmp_path / "x.pth",
-            "--epochs",
-            2,
-            "--distill",
-            weight,
-            weight,
-            "--freeze-bn",
-            "--clip",
-            10,
-        )
-        scores = [
-            model(images)[0].softmax(-1)[..., 1]
-            for model in (start, load_model(tmp_path / f"{weight}/last.pth"))
-        ]
+        run(tmp_path / f"{weight}", sample, "--load-from", tmp_path / "x.pth",
+            "--epochs", 2, "--distill", weight, weight, "--freeze-bn", "--clip", 10)
+        scores = [model(images)[0].softmax(-1)[..., 1]
+                  for model in (start, load_model(tmp_path / f"{weight}/last.pth"))]
         moved[weight] = (scores[0] - scores[1]).abs().mean().item()
     assert moved[10] < 0.8 * moved[0]
 
@@ -241,6 +184,7 @@ def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused
     assert (tmp_path / "s/last.pth").exists()
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_is_used(sample, tmp_path):
     last = run(tmp_path / "r", sample, "--epochs", 1, "--ema", "0.9", "--val", sample / "val.json")
     assert not same(last["ema"], last["state_dict"])
@@ -264,14 +208,16 @@ def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, dec
         average, before = now["ema"], now
 
 
+@pytest.mark.slow
 def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     last = run(tmp_path / "r", sample, "--load-from", tmp_path / "x.pth", "--epochs", 1, "--freeze-bn")
     assert not last["state_dict"]["backbone.bn_first.running_mean"].any()
 
 
+@pytest.mark.slow
 def test_no_loading_process_outlives_a_run(sample, tmp_path):
-    gc.disable()  # a cycle, as that of any exception's traceback, may keep main's variables for as long as it likes
+    gc.disable()  # the run must end its workers even if a reference cycle keeps main's variables alive
     try:
         run(tmp_path / "r", sample, "--epochs", 1, "--workers", 2)
         assert torch.multiprocessing.active_children() == []
@@ -279,12 +225,12 @@ def test_no_loading_process_outlives_a_run(sample, tmp_path):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_photos_without_faces_are_ordinary(sample, tmp_path):
     content = json.loads((sample / "train.json").read_text()) | {"annotations": []}
     (sample / "no-faces.json").write_text(json.dumps(content))
-    train.main(
-        [*SMALL, "--data", str(sample / "no-faces.json"), "--out", str(tmp_path / "r"), "--epochs", "2"]
-    )
+    train.main([*SMALL, "--data", str(sample / "no-faces.json"),
+                "--out", str(tmp_path / "r"), "--epochs", "2"])
     assert json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])["class_loss"] > 0
 
 
@@ -302,14 +248,12 @@ def test_refused(sample, tmp_path, refused):
     assert "input_width is 64, not 96" in refused(train.main, *common, "--resume", "--size", "96")
     assert "exists" in refused(train.main, *common, "--resume", tmp_path / "other.pth")
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "weights.pth")
-    assert "--load-from" in refused(
-        train.main, *common[:-1], tmp_path / "new", "--resume", tmp_path / "weights.pth"
-    )
+    assert "--load-from" in refused(train.main, *common[:-1], tmp_path / "new",
+                                    "--resume", tmp_path / "weights.pth")
     assert "no checkpoint to resume" in refused(train.main, *common[:-1], tmp_path / "new", "--resume")
     assert "not available here" in refused(train.main, *common[:-1], tmp_path / "new", "--device", "xla")
-    assert "no such file" in refused(
-        train.main, "--data", tmp_path / "absent.json", "--out", tmp_path / "new"
-    )
+    assert "no such file" in refused(train.main, "--data", tmp_path / "absent.json",
+                                     "--out", tmp_path / "new")
     assert "at least 1" in refused(train.main, "--batch-size", "0")
     assert "sides of at least a pixel" in refused(train.main, *common[:-1], tmp_path / "new", "--size", "24")
     assert "works on GPUs only" in refused(train.main, *common[:-1], tmp_path / "new", "--sync-bn")
@@ -319,21 +263,12 @@ def test_refused(sample, tmp_path, refused):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_photos(sample, tmp_path, refused):
-    line = refused(
-        train.main,
-        *SMALL,
-        "--data",
-        sample / "train.json",
-        "--out",
-        tmp_path / "r",
-        "--epochs",
-        9,
-        "--lr",
-        "1e30",
-    )
+    line = refused(train.main, *SMALL, "--data", sample / "train.json",
+                   "--out", tmp_path / "r", "--epochs", 9, "--lr", "1e30")
     assert "not finite" in line and "indices [" in line
 
 
+@pytest.mark.slow
 def test_unreadable_photos_within_and_beyond_the_budget(sample, tmp_path, capsys, refused):
     content = json.loads((sample / "train.json").read_text())
     for image in content["images"][:2]:
@@ -346,7 +281,7 @@ def test_unreadable_photos_within_and_beyond_the_budget(sample, tmp_path, capsys
 
 
 def batch_gradients(rank, world, folder, port):
-    """Gradients of one batch of 6 photos shared by `world` processes, batch norms in evaluation mode, to a file."""
+    """Save the gradients of one batch of 6 photos, shared by `world` processes; batch norm in eval mode."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -356,18 +291,16 @@ def batch_gradients(rank, world, folder, port):
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model
     dataset = FaceDataset(read_annotations(f"{folder}/train.json"), 64, 64)
     batch = collate([dataset[index, (7, index)] for index in range(rank, 6, world)])
-    labels, targets = match(
-        make_anchors(raw_model.config), batch.faces, batch.ignored, batch.image, len(batch.images)
-    )
+    labels, targets = match(make_anchors(raw_model.config), batch.faces,
+                            batch.ignored, batch.image, len(batch.images))
     logits, offsets = model(batch.images.float() / 255)
-    multibox_loss(logits, offsets, labels, targets, raw_model.loss_weights, batch_divisor(labels))[
-        0
-    ].backward()
-    torch.save(
-        {name: p.grad for name, p in raw_model.named_parameters()}, f"{folder}/gradients-{world}-{rank}.pth"
-    )
+    multibox_loss(logits, offsets, labels, targets, raw_model.loss_weights,
+                  batch_divisor(labels))[0].backward()
+    torch.save({name: p.grad for name, p in raw_model.named_parameters()},
+               f"{folder}/gradients-{world}-{rank}.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_gradients_of_one(sample):
     batch_gradients(0, 1, sample, 0)
     torch.multiprocessing.spawn(batch_gradients, (2, str(sample), 29517 + os.getpid() % 1000), nprocs=2)
@@ -378,42 +311,23 @@ def test_two_processes_compute_the_gradients_of_one(sample):
     assert all(gradient.any() for name, gradient in one.items() if name.startswith("bbox_head"))
 
 
+@pytest.mark.slow
 def test_torchrun(sample, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "train.py",
-            *SMALL,
-            "--data",
-            sample / "train.json",
-            "--val",
-            sample / "val.json",
-            "--epochs",
-            "1",
-            "--out",
-            tmp_path / "r",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "2", "train.py", *SMALL, "--data", sample / "train.json",
+                           "--val", sample / "val.json", "--epochs", "1", "--out", tmp_path / "r"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "12 photos" in done.stdout and "2 batches of 5 x 2 processes" in done.stdout
-    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 2 and load_model(
-        tmp_path / "r/best.pth"
-    )
+    assert (torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 2
+            and load_model(tmp_path / "r/best.pth"))
 
 
+@pytest.mark.slow
 def test_tensorboard(sample, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 1, "--tensorboard")
     events = EventAccumulator(str(tmp_path / "r"))
     events.Reload()
-    assert {"loss", "lr", "AP50"} <= set(events.Tags()["scalars"]) and set(events.Tags()["images"]) == {
-        "training",
-        "validation",
-    }
+    assert ({"loss", "lr", "AP50"} <= set(events.Tags()["scalars"])
+            and set(events.Tags()["images"]) == {"training", "validation"})

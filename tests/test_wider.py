@@ -1,4 +1,4 @@
-"""wider.py: the official files as they are met, and our own predictions written and read back."""
+"""Tests of wider.py: the official files, real prediction files, and our own written and read back."""
 import os
 import subprocess
 import sys
@@ -13,14 +13,8 @@ from script import InputError
 from metrics import wider_ap
 from test_metrics import assert_as_pycocotools
 from coco import Detections
-from wider import (
-    GROUND_TRUTH,
-    GroundTruth,
-    read_ground_truth,
-    read_predictions,
-    wider_names,
-    write_predictions,
-)
+from wider import (GROUND_TRUTH, GroundTruth, read_ground_truth,
+                   read_predictions, wider_names, write_predictions)
 
 OFFICIAL = Path(__file__).parent.parent / "../shared/data/wider_eval"
 NAMES = ["0--Parade/0_Parade_1", "0--Parade/0_Parade_2", "1--Handshaking/1_Handshaking_7"]
@@ -28,9 +22,8 @@ NAMES = ["0--Parade/0_Parade_1", "0--Parade/0_Parade_2", "1--Handshaking/1_Hands
 
 @pytest.fixture
 def truth():
-    return GroundTruth(
-        NAMES, np.array([0, 2]), np.array([[0, 0, 9, 9], [5, 5, 9, 9.0]]), {"easy": np.ones(2, bool)}
-    )
+    return GroundTruth(NAMES, np.array([0, 2]), np.array([[0, 0, 9, 9], [5, 5, 9, 9.0]]),
+                       {"easy": np.ones(2, bool)})
 
 
 def put(folder, name, content):
@@ -40,7 +33,7 @@ def put(folder, name, content):
 
 
 def cells(values):
-    """A column of MATLAB cells."""
+    """Make a column of MATLAB cells."""
     column = np.empty((len(values), 1), object)
     for row, value in enumerate(values):
         column[row, 0] = value
@@ -48,7 +41,7 @@ def cells(values):
 
 
 def write_ground_truth(folder, events=("a", "b"), boxes=(2, 1), kept=((1, 2), ())):
-    """Two events of one image each, in the structure of the official .mat files."""
+    """Write a small ground truth in the structure of the official .mat files."""
     rows = [np.arange(4 * n, dtype=np.int32).reshape(n, 4) for n in boxes]
     savemat(folder / "wider_face_val.mat", {
         "event_list": cells(events), "file_list": cells([cells([f"{e}_1"]) for e in events]),
@@ -64,19 +57,15 @@ def test_ground_truth_structure(tmp_path):
     write_ground_truth(tmp_path)
     truth = read_ground_truth(tmp_path)
     assert truth.names == ["a/a_1", "b/b_1"]
-    assert truth.image.tolist() == [0, 0, 1] and truth.xywh.tolist() == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
-        [0, 1, 2, 3],
-    ]
+    assert (truth.image.tolist() == [0, 0, 1]
+            and truth.xywh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]])
     assert {level: kept.tolist() for level, kept in truth.kept.items()} == dict.fromkeys(
         ("easy", "medium", "hard"), [True, True, False])
 
 
 def test_missing_ground_truth_says_where_to_get_it(tmp_path):
-    with pytest.raises(
-        InputError, match=rf"no such file; download .* eval_tools .*WIDERFACE .*{GROUND_TRUTH}"
-    ):
+    with pytest.raises(InputError,
+                       match=rf"no such file; download .* eval_tools .*WIDERFACE .*{GROUND_TRUTH}"):
         read_ground_truth(tmp_path)
     write_ground_truth(tmp_path)
     (tmp_path / "wider_hard_val.mat").unlink()
@@ -85,18 +74,10 @@ def test_missing_ground_truth_says_where_to_get_it(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"kept": ((3,), ())},
-        {"kept": ((0,), ())},
-        {"kept": ((1,),)},
-        {"boxes": (2,)},
-        {"events": ("..", "b")},
-        {"events": ("/etc", "b")},
-        {"events": ("a", "a")},
-    ],
-)
+@pytest.mark.parametrize("wrong", [
+    {"kept": ((3,), ())}, {"kept": ((0,), ())}, {"kept": ((1,),)}, {"boxes": (2,)},
+    {"events": ("..", "b")}, {"events": ("/etc", "b")}, {"events": ("a", "a")}
+])
 def test_wrong_ground_truth_is_refused(tmp_path, wrong):
     write_ground_truth(tmp_path, **wrong)
     with pytest.raises(InputError):
@@ -114,17 +95,14 @@ def test_damaged_ground_truth_is_refused(tmp_path, damage):
 
 # Predictions
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "0_Parade_1\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",
-        "0--Parade/0_Parade_1.jpg\n2\n1 2 3 4 0.5 \n5 6 7 8 0.25 \n\n",  # trailing blanks, as RetinaFace writes
-        "0_Parade_1.jpg\r\n2\r\n1.0 2.0 3.0 4.0 5e-1\r\n5 6 7 8 .25",  # CRLF, no end of the last line
-        "\ufeff0_Parade_1\n2.0\n  1 2\t3 4  0.5\n5 6 7 8 0.25\n",  # a byte order mark, tabs
-        "0_Parade_1\n2\n5 6 7 8 0.25\n1 2 3 4 0.5\n",  # not sorted
-        b"\xff\xfe photo\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",  # a name in another encoding
-    ],
-)
+@pytest.mark.parametrize("content", [
+    "0_Parade_1\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",
+    "0--Parade/0_Parade_1.jpg\n2\n1 2 3 4 0.5 \n5 6 7 8 0.25 \n\n",  # trailing blanks, as RetinaFace writes
+    "0_Parade_1.jpg\r\n2\r\n1.0 2.0 3.0 4.0 5e-1\r\n5 6 7 8 .25",  # CRLF, no end of the last line
+    "\ufeff0_Parade_1\n2.0\n  1 2\t3 4  0.5\n5 6 7 8 0.25\n",     # a byte order mark, tabs
+    "0_Parade_1\n2\n5 6 7 8 0.25\n1 2 3 4 0.5\n",                  # not sorted
+    b"\xff\xfe photo\n2\n1 2 3 4 0.5\n5 6 7 8 0.25\n",            # a name in another encoding
+])
 def test_predictions_as_they_are_met(tmp_path, truth, content):
     put(tmp_path, NAMES[0], content)
     put(tmp_path, NAMES[1], "0_Parade_2\n0\n")
@@ -137,9 +115,8 @@ def test_predictions_as_they_are_met(tmp_path, truth, content):
 def test_missing_files_are_named_and_equal_scores_stay_in_order(tmp_path, truth):
     put(tmp_path, NAMES[2], "x\n3\n1 0 9 9 0.5\n2 0 9 9 0.75\n3 0 9 9 0.5\n")
     found, missing = read_predictions(tmp_path, truth)
-    assert (
-        missing == NAMES[:2] and found.image.tolist() == [2, 2, 2] and found.xywh[:, 0].tolist() == [2, 1, 3]
-    )
+    assert (missing == NAMES[:2] and found.image.tolist() == [2, 2, 2]
+            and found.xywh[:, 0].tolist() == [2, 1, 3])
 
 
 @pytest.mark.parametrize("content, message", [
@@ -205,33 +182,14 @@ def test_predictions_written_and_read_back_are_the_same(tmp_path, truth):
 
 
 def one(box, score):
-    """One detection on the first image."""
+    """Make one detection, on the first image."""
     return Detections(np.zeros(1, np.int64), np.array([box], float), np.array([score], float))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../x",
-        "../../a/x",
-        "/etc/x",
-        "/x",
-        "a/..",
-        "a/.",
-        "./x",
-        "a/b/x",
-        "x",
-        "",
-        "a/",
-        "a/ ",
-        "a\\b/x",
-        "C:/x",
-        "a/x\0",
-        "a/x\n1",
-        "a/\ud800",
-        "a/" + "x" * 300,
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "../x", "../../a/x", "/etc/x", "/x", "a/..", "a/.", "./x", "a/b/x", "x", "",
+    "a/", "a/ ", "a\\b/x", "C:/x", "a/x\0", "a/x\n1", "a/\ud800", "a/" + "x" * 300
+])
 def test_hostile_names_are_refused_before_anything_is_written(tmp_path, name):
     folder = tmp_path / "out"
     with pytest.raises(InputError, match="is not the name of a WIDER FACE image") as error:
@@ -280,6 +238,7 @@ def test_official_ground_truth(official):
     assert kept == {"easy": 7211, "medium": 13319, "hard": 31958}
 
 
+@pytest.mark.slow
 def test_official_ap_of_published_predictions_also_when_written_by_us(official, predictions, tmp_path):
     found, missing = predictions
     assert len(found.score) == 297333 and missing == []
@@ -293,13 +252,11 @@ def test_official_ap_of_published_predictions_also_when_written_by_us(official, 
     assert numbers(read_predictions(tmp_path, official)[0]) == expected
 
 
+@pytest.mark.slow
 def test_coco_numbers_of_published_predictions_equal_pycocotools(official, predictions):
     image, xywh, score = predictions[0].image, predictions[0].xywh, predictions[0].score
-    gt, dt = (
-        official.image % 20 == 0,
-        image % 20 == 0,
-    )  # all images agree as well, but pycocotools takes half a minute
+    # One image in 20: pycocotools takes half a minute for all (they agree as well).
+    gt, dt = official.image % 20 == 0, image % 20 == 0
     area = official.xywh[gt, 2] * official.xywh[gt, 3]
-    assert_as_pycocotools(
-        (official.image[gt], official.xywh[gt], area == 0, area, image[dt], xywh[dt], score[dt])
-    )
+    assert_as_pycocotools((official.image[gt], official.xywh[gt], area == 0,
+                           area, image[dt], xywh[dt], score[dt]))

@@ -1,4 +1,4 @@
-"""wider_to_coco.py: every quirk of WIDER FACE's text, and what is refused."""
+"""Tests of wider_to_coco.py: every quirk of WIDER FACE's text, and what is refused."""
 import json
 import lzma
 import os
@@ -18,7 +18,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared/data/wider_eval/wider_face_
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder `images` with a.jpg and b.jpg, 100 x 80, below the event e."""
+    """A folder with images/e/a.jpg and images/e/b.jpg, both 100x80."""
     (tmp_path / "images/e").mkdir(parents=True)
     for name in "ab":
         Image.new("L", (100, 80)).save(tmp_path / f"images/e/{name}.jpg")
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def run(folder, text, *options):
-    """The COCO content that `text` becomes."""
+    """Convert `text` and return the COCO content."""
     content = text if isinstance(text, bytes) else text.encode()
     (folder / "wider.txt").write_bytes(content)
     main([str(folder / "wider.txt"), str(folder / "images"), str(folder / "out.json"), *options])
@@ -46,38 +46,30 @@ def test_a_face_keeps_its_box_and_its_six_attributes(folder, capsys):
         "id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 12, 20, 24], "area": 480, "iscrowd": 0,
         "blur": 1, "expression": 0, "illumination": 1, "invalid": 0, "occlusion": 2, "pose": 1}]
     report = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
-    assert report == {
-        "pictures": "2",
-        "without annotation": "1",
-        "annotations": "1",
-        "invalid": "0",
-        "empty": "0",
-        "rows of zeros": "0",
-        "clipped": "0",
-        "outside": "0",
-        "marked iscrowd": "0",
-    }
+    assert report == {"pictures": "2", "without annotation": "1", "annotations": "1",
+                      "invalid": "0", "empty": "0", "rows of zeros": "0",
+                      "clipped": "0", "outside": "0", "marked iscrowd": "0"}
 
 
 @pytest.mark.parametrize("row, bbox, area, iscrowd", [
-    ("-5 -6 20 30 0 0 0 0 0 0", [0, 0, 15, 24], 360, 0),                  # reaches out at the top left
-    ("90 70 20 30 0 0 0 0 0 0", [90, 70, 10, 10], 100, 0),                # and at the bottom right
+    ("-5 -6 20 30 0 0 0 0 0 0", [0, 0, 15, 24], 360, 0),                  # partly outside at the top left
+    ("90 70 20 30 0 0 0 0 0 0", [90, 70, 10, 10], 100, 0),                # partly outside at the bottom right
     ("-9 -9 999999999 999999999 0 0 0 0 0 0", [0, 0, 100, 80], 8000, 0),  # huge
-    ("100 5 20 30 0 0 0 0 0 0", [100, 5, 20, 30], 600, 1),                # begins where the picture ends
-    ("-30 5 30 30 0 0 0 0 0 0", [-30, 5, 30, 30], 900, 1),                # ends where the picture begins
+    ("100 5 20 30 0 0 0 0 0 0", [100, 5, 20, 30], 600, 1),                # outside, touching the right edge
+    ("-30 5 30 30 0 0 0 0 0 0", [-30, 5, 30, 30], 900, 1),                # outside, touching the left edge
     ("100 0 99999999999 99999999999 0 0 0 0 0 0", [100, 0, 99999999999, 99999999999], 10 ** 15 - 1, 1),
     ("5 5 0 9 0 0 0 0 0 0", [5, 5, 0, 9], 0, 1),                          # empty
     ("5 5 -4 -9 0 0 0 0 0 0", [5, 5, -4, -9], 0, 1),                      # reversed
     (ZEROS, [0, 0, 0, 0], 0, 1),                                          # val's four pictures without faces
     ("5 5 4 9 0 0 0 1 0 0", [5, 5, 4, 9], 36, 1),                         # flagged invalid
-    ("90 5 20 9 0 0 0 1 0 0", [90, 5, 10, 9], 90, 1),                     # flagged invalid, and reaches out
+    ("90 5 20 9 0 0 0 1 0 0", [90, 5, 10, 9], 90, 1),                     # flagged invalid and partly outside
     ("1.5 2.25 4 8.5 0 0 0 0 0 0", [1.5, 2.25, 4, 8.5], 34, 0),           # fractions
 ])
 def test_unusual_boxes_are_kept(folder, row, bbox, area, iscrowd):
     coco = run(folder, lines("e/a.jpg", "1", row))
     (face,) = coco["annotations"]
     assert (face["bbox"], face["area"], face["iscrowd"]) == (bbox, area, iscrowd)
-    faces = read_annotations(folder / "out.json")  # readable by the other scripts, with the same mark
+    faces = read_annotations(folder / "out.json")  # the other scripts read it, with the same flag
     assert faces.ignored.tolist() == [bool(iscrowd)]
 
 
@@ -85,8 +77,8 @@ def test_unusual_boxes_are_kept(folder, row, bbox, area, iscrowd):
     b"\xef\xbb\xbf" + lines("e/a.jpg", "1", FACE, "e/b.jpg", "0", ZEROS).encode(),
     lines("e/a.jpg", "1", FACE, "e/b.jpg", "0", ZEROS).replace("\n", "\r\n"),
     lines("", "e/a.jpg", "", "1", "  ", FACE, "", "e/b.jpg", "0", ZEROS, "", ""),
-    lines("e/a.jpg", "1", FACE.replace(" ", "\t"), "e/b.jpg", "0"),         # 0 without its row of zeros
-    lines("e/a.jpg ", " 1", FACE, "./e//b.jpg", "0", ZEROS).rstrip("\n"),   # no end of line at the end
+    lines("e/a.jpg", "1", FACE.replace(" ", "\t"), "e/b.jpg", "0"),         # no row of zeros
+    lines("e/a.jpg ", " 1", FACE, "./e//b.jpg", "0", ZEROS).rstrip("\n"),   # no newline at the end
 ], ids=["byte order mark", "CRLF", "blank lines", "tabs", "untidy names"])
 def test_untidy_text_is_accepted(folder, text):
     coco = run(folder, text)
@@ -100,67 +92,47 @@ REFUSED = {  # case: (text, part of the message)
     "not text": (b"\xff\xd8\xff\xe0", "wider.txt: not UTF-8 text (byte 0)"),
     "utf-16": ("e/a.jpg".encode("utf-16"), "not UTF-8 text"),
     "truncated after a name": (
-        lines("e/a.jpg", "1", FACE, "e/b.jpg"),
-        "wider.txt:4: the file ends after the name",
-    ),
+        lines("e/a.jpg", "1", FACE, "e/b.jpg"), "wider.txt:4: the file ends after the name"),
     "truncated in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
     "truncated in a row": (
-        lines("e/a.jpg", "1", "10 12 20 2"),
-        "wider.txt:3: a face's 10 numbers are expected",
-    ),
+        lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
     "more rows than counted": (
-        lines("e/a.jpg", "1", FACE, FACE),
-        "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'",
-    ),
+        lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'"),
     "two rows too many": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
     "a face counted as 0": (lines("e/a.jpg", "0", FACE), "wider.txt:3: a row beyond the 0 faces"),
     "fewer rows than counted": (
         lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE),
-        "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'",
-    ),
+        "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'"),
     "no count": (lines("e/a.jpg", FACE), "wider.txt:2: the number of faces of 'e/a.jpg' is expected"),
     "negative count": (lines("e/a.jpg", "-1", FACE), "wider.txt:2: the number of faces"),
     "fractional count": (lines("e/a.jpg", "1.0", FACE), "wider.txt:2: the number of faces"),
     "absurd count": (lines("e/a.jpg", "9" * 5000, FACE), "wider.txt:2: the number of faces"),
     "large count": (
-        lines("e/a.jpg", "999999999", FACE),
-        "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file",
-    ),
+        lines("e/a.jpg", "999999999", FACE), "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file"),
     "no name": (lines("1", FACE), "wider.txt:1: a picture's name is expected"),
     "word in a row": (
-        lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers are expected",
-    ),
+        lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
     "nan": (
         lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers are expected",
-    ),
+        "wider.txt:3: a face's 10 numbers are expected"),
     "infinity": (lines("e/a.jpg", "1", "1e999 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a number is too large"),
     "5,000 digits": (lines("e/a.jpg", "1", "9" * 5000 + FACE[2:]), "wider.txt:3: a number is too large"),
     "underscore": (
         lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers are expected",
-    ),
+        "wider.txt:3: a face's 10 numbers are expected"),
     "other digits": (
-        lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers",
-    ),
+        lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
     "bare signs": (lines("e/a.jpg", "1", "- . e + 0 0 0 0 0 0"), "wider.txt:3: not a number"),
     "fractional attribute": (lines("e/a.jpg", "1", "1 2 3 4 0 0.5 0 0 0 0"), "wider.txt:3: blur, expression"),
     "eleven numbers": (lines("e/a.jpg", "1", FACE + " 0"), "wider.txt:3: a face's 10 numbers are expected"),
     "duplicate picture": (
         lines("e/a.jpg", "0", ZEROS, "e/a.jpg", "1", FACE),
-        "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1",
-    ),
+        "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1"),
     "duplicate, written otherwise": (
-        lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"),
-        "wider.txt:4: picture 'e/a.jpg'",
-    ),
+        lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"), "wider.txt:4: picture 'e/a.jpg'"),
     "traversal": (lines("../../e/a.jpg", "1", FACE), "wider.txt:1: '../../e/a.jpg' is not plainly inside"),
     "traversal inside": (
-        lines("e/../e/a.jpg", "1", FACE),
-        "wider.txt:1: 'e/../e/a.jpg' is not plainly inside",
-    ),
+        lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
     "absolute": (lines("/etc/a.jpg", "1", FACE), "wider.txt:1: '/etc/a.jpg' is not plainly inside"),
     "drive": (lines("C:/e/a.jpg", "1", FACE), "wider.txt:1: 'C:/e/a.jpg' is not plainly inside"),
     "backslash": (lines("e\\a.jpg", "1", FACE), "wider.txt:1: 'e\\\\a.jpg' is not plainly inside"),
@@ -178,10 +150,8 @@ def test_refused(folder, capsys, text, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("wider_to_coco.py: ")
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "images",
-        "wider.txt",
-    ]  # nothing written, whole or half
+    # nothing was written
+    assert sorted(p.name for p in folder.iterdir()) == ["images", "wider.txt"]
 
 
 @pytest.mark.parametrize("case, message", [
@@ -208,14 +178,13 @@ def test_wrong_arguments(folder, capsys, monkeypatch, case, message):
 def test_all_missing_and_unreadable_pictures_are_listed(folder, capsys):
     (folder / "images/e/empty.jpg").touch()
     (folder / "images/e/text.jpg").write_text("not a picture")
-    os.mkfifo(folder / "images/e/pipe.jpg")  # opened it would wait for ever
+    os.mkfifo(folder / "images/e/pipe.jpg")  # opening it would block for ever
     names = ["a", "gone", "empty", "text", "pipe", *(f"none{n}" for n in range(30))]
     with pytest.raises(SystemExit):
         run(folder, lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS))))
     error = capsys.readouterr().err
-    assert (
-        "of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error and ", ...)" in error
-    )
+    assert ("of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error
+            and ", ...)" in error)
     assert "2 unreadable ('e/empty.jpg', 'e/text.jpg')" in error and error.count("\n") == 1
 
 
@@ -250,12 +219,13 @@ def test_names_are_relative_to_the_output(folder, monkeypatch):
     monkeypatch.chdir(folder)
     for out, name in (("out.json", "images/e/a.jpg"), ("new/sub/out.json", "../../images/e/a.jpg"),
                       ("images/out.json", "e/a.jpg"), ("images/e/out.json", "../e/a.jpg"),
-                      ("link/out.json", "../../images/e/a.jpg")):  # from where the link leads
+                      ("link/out.json", "../../images/e/a.jpg")):  # relative to where the link leads
         main(["wider.txt", "images", out, "--jobs", "2"])
         faces = read_annotations(out)
         assert faces.names == [name] and faces.file(0).is_file()
 
 
+@pytest.mark.slow
 def test_the_real_validation_text(tmp_path):
     if not REAL.exists():
         pytest.skip(f"{REAL} is not there (WIDER FACE's validation text, xz)")
@@ -269,7 +239,7 @@ def test_the_real_validation_text(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(blank, target)
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             shutil.copy(blank, target)
     main([str(text), str(tmp_path / "images"), str(tmp_path / "val.json")])
     coco = json.loads((tmp_path / "val.json").read_text())
