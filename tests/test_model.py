@@ -1,9 +1,11 @@
 """The network: its size, its shapes, and every kind of file it can start from."""
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -281,6 +283,22 @@ def test_compressed_parts_are_refused_whatever_size_they_claim(tmp_path, plain):
             member.file_size = member.compress_size
         archive._didModify = True
     assert "compressed" in refusal(tmp_path / "x.pth")
+
+
+def test_parts_that_lie_in_one_another_are_refused(tmp_path):
+    """Each of 50 members holds the next with its header: sound by itself, and together 50 times the file."""
+    body, directory = bytes(100_000), []
+    for n in range(50):
+        name, sizes = b"x/data/%02d" % n, (zlib.crc32(body), len(body), len(body))
+        body = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, *sizes, len(name), 0) + name + body
+        directory.append((name, sizes, len(body)))
+    central = b"".join(struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0, len(body) - end) + name
+                       for name, sizes, end in reversed(directory))
+    last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
+    (tmp_path / "x.pth").write_bytes(body + central + last)
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        assert archive.testzip() is None
+    assert "twice" in refusal(tmp_path / "x.pth")
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path):
