@@ -103,6 +103,20 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path):
         read_annotations(tmp_path / "x.json")
 
 
+def test_faces_go_by_image_and_keep_what_is_theirs_also_without_some_photos(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n in (4, 2, 9)]
+    annotations = [{"id": n, "image_id": image, "category_id": 2, "bbox": [n, 2, 3, 4], "area": 10 * n, "iscrowd": n % 2}
+                   for n, image in enumerate((9, 4, 9, 2, 4), 1)]
+    faces = read(tmp_path, coco(images=images, annotations=annotations))
+
+    def columns(part):
+        return [part.ids[part.image].tolist(), *(column.tolist() for column in (part.xywh[:, 0], part.area, part.ignored))]
+    assert columns(faces) == [[4, 4, 2, 9, 9], [2, 5, 4, 1, 3], [20, 50, 40, 10, 30], [False, True, False, True, True]]
+    fewer, image = faces.without({0}, np.array([1, 2, 2]))
+    assert columns(fewer) == [[2, 9, 9], [4, 1, 3], [40, 10, 30], [False, True, True]] and image.tolist() == [0, 1, 1]
+    assert fewer.names == ["2.jpg", "9.jpg"] and fewer.sizes.shape == (2, 2)
+
+
 def test_several_sets_join_as_one(tmp_path):
     (tmp_path / "other").mkdir()
     one, two = read(tmp_path, coco()), read(tmp_path / "other", coco())
