@@ -17,7 +17,7 @@ from model import HAND_DESIGNED, STRIDE
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
 POSITIVE_IOU = 0.4
-CROWD_COVER = 0.5  # as the evaluation has it: with a crowd region the union is the detection alone, and 0.5 is a match
+CROWD_COVER = 0.5  # part of an anchor's own area in a crowd region, measured as metrics.py does for detections
 MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no offset overflows exp
 
 
@@ -62,21 +62,21 @@ def match(anchors, faces, ignored, image, batch, crowd=None):
     """Targets of a whole batch: labels `[B, A]` (1 face, 0 background, -1 neither) and offsets `[B, A, 4]` (0 if no face).
 
     anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
-    place in the batch of each face's image; batch B; crowd `[T]` bool, which of the ignored are crowd regions (None: none).
-    An anchor is positive if its IoU with some face that is not ignored is 0.4 or more; besides, each such face takes its
-    best anchor (of faces that share one, the one of higher IoU) if it overlaps any. Of the other anchors those are neither
-    that reach 0.4 with an ignored face, or that have half their area or more in a crowd region.
+    place in the batch of each face's image; batch B; crowd `[T]` bool, which of the ignored are crowd regions
+    (None: none). An anchor is positive if its IoU with a face that is not ignored is 0.4 or more; besides, each such
+    face takes its best anchor, if it overlaps any (of faces that share one, the one of higher IoU). The other anchors
+    are neither if they reach 0.4 with an ignored face, or have half their own area or more in a crowd region.
     """
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
     learned = iou.masked_fill(ignored[:, None], 0)
     highest, best = learned.max(1)
-    learned[number, best] += 2 * (highest > 0)                              # lifts its best anchor above every other
+    learned[number, best] += 2 * (highest > 0)                              # lifts the best anchor above all others
     rows = image[:, None].expand_as(iou)
     zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
     top = zeros.scatter_reduce(0, rows, learned, "amax")
-    # Which face that was: the first in order among equals, by the largest number of faces from it on. In floats, exact
-    # below 2 ** 24, as Apple's MPS reduces no integers. No claim leads to face T, a row of its own below.
+    # Which face that was: the first among equals, found as the one with most faces from it on. In floats, exact below
+    # 2 ** 24: Apple's MPS reduces no integers. T stands for none, and is a row of its own below.
     claims = (learned == top[image]) * (len(faces) - number[:, None]).to(iou.dtype)
     face = len(faces) - zeros.scatter_reduce(0, rows, claims, "amax").long()
     positive = top >= POSITIVE_IOU
@@ -90,7 +90,7 @@ def match(anchors, faces, ignored, image, batch, crowd=None):
 
 
 def covered(anchors, regions):
-    """The part `[T, A]` of each anchor's own area that lies in each region; anchors `[A, 4]`, regions `[T, 4]`, xyxy."""
+    """The part `[T, A]` of each anchor's own area inside each region; anchors `[A, 4]`, regions `[T, 4]`, xyxy."""
     start = torch.maximum(regions[:, None, :2], anchors[:, :2])             # [T, A, 2]
     end = torch.minimum(regions[:, None, 2:], anchors[:, 2:])
     return (end - start).clamp(min=0).prod(-1) / (anchors[:, 2:] - anchors[:, :2]).prod(-1)

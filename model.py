@@ -193,7 +193,7 @@ def load_file(path):
         with open(path, "rb") as file:
             content = torch.load(_checked(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on foreign bytes the loader raises nearly everything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a damaged zip may point before its start
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: a zip pointing before its start
             raise
         reason = str(error) if isinstance(error, _Refused) else "not a checkpoint, or a truncated one"
         raise ValueError(f"{path}: {reason}") from None
@@ -209,8 +209,8 @@ def _checked(file):
     """The open checkpoint `file` as torch.load may have it: nothing damaged, compressed, or beyond ALLOWED.
 
     PyTorch looks at no checksum, so a changed bit in a weight would go unseen. It gets a copy of what was
-    checked, as two programs may read one zip differently. The format before PyTorch 1.6, five pickles and then
-    the bytes of the tensors, has no checksums.
+    checked, as two programs may read one zip differently. The format before PyTorch 1.6, five pickles and
+    then the bytes of the tensors, has no checksums.
     """
     if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
         file.seek(0)
@@ -258,7 +258,7 @@ def tensors_of(state, subject):
 
 
 def check_kinds(state, own, path):
-    """Raise ValueError if a tensor of `state` has whole numbers and the model's `own` has not, or reversed."""
+    """Raise ValueError if a tensor of `state` is of whole numbers and that in `own` floating, or reversed."""
     for name, tensor in own.items():
         if name in state and state[name].is_floating_point() != tensor.is_floating_point():
             found, wanted = state[name].dtype, tensor.dtype
