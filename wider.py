@@ -174,7 +174,7 @@ def _load_mat(path, *keys):
 
 
 def _read(path):
-    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for without end."""
+    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise InputError(f"{path}: is no ordinary file, which is expected there")
     with open(path, "rb") as file:

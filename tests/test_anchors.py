@@ -87,7 +87,7 @@ def slow_match(own, faces, ignored, crowd=None):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("crowds", [False, True])
 def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
-    """Also for faces that are equal, that lie outside the anchors, that are empty, and that tie on whole pixels."""
+    """Also for faces that are equal, that lie beyond all anchors, that are empty, and that tie."""
     generator = torch.Generator().manual_seed(seed)
     own = make_anchors(Config.scaled_from_300(96, 96))
     counts = [3, 0, 7, 1, 12]
@@ -97,9 +97,10 @@ def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
         faces[2][3], faces[2][4:6] = faces[2][0], own[:2]
     faces[4][:3] = torch.tensor([[500.0, 10, 520, 30], [-90, -90, -50, -50], [20, 20, 20, 60]])
     ignored = [torch.rand(n, generator=generator) < 0.4 for n in counts]
-    crowd = [own_ignored & (torch.rand(len(own_ignored), generator=generator) < 0.5) for own_ignored in ignored]
+    crowd = [marks & (torch.rand(len(marks), generator=generator) < 0.5) for marks in ignored]
     image = torch.arange(5).repeat_interleave(torch.tensor(counts))
-    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5, *([torch.cat(crowd)] if crowds else []))
+    more = [torch.cat(crowd)] if crowds else []
+    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5, *more)
     for n in range(5):
         expected, assigned = slow_match(own, faces[n], ignored[n], crowd[n] if crowds else None)
         assert labels[n].tolist() == expected
@@ -122,11 +123,11 @@ def test_a_crowd_region_protects_the_anchors_that_lie_in_it():
     assert torch.equal(labels[0] == -1, (within >= 0.5) | (box_iou(region, own)[0] >= POSITIVE_IOU))
     assert not (labels == 1).any() and (labels == 0).any()
     alone, _ = match(own, face, ~mark, torch.tensor([0]), 1)
-    both, offsets = match(own, torch.cat([region, face]), torch.tensor([True, False]), torch.zeros(2, dtype=torch.long), 1,
-                          torch.tensor([True, False]))
-    assert torch.equal(both == 1, alone == 1) and (alone == 1).any()            # a face to learn comes before the region
+    marks = torch.tensor([True, False])
+    both, offsets = match(own, torch.cat([region, face]), marks, torch.zeros(2, dtype=torch.long), 1, marks)
+    assert torch.equal(both == 1, alone == 1) and (alone == 1).any()      # a face to learn comes first
     assert torch.equal(both[alone != 1], labels[alone != 1]) and torch.equal(offsets.any(-1), both == 1)
-    ignored, _ = match(own, region, mark, torch.tensor([0]), 1)                 # one large ignored face is no crowd
+    ignored, _ = match(own, region, mark, torch.tensor([0]), 1)           # one large ignored face is no crowd
     assert torch.equal(ignored[0] == -1, box_iou(region, own)[0] >= POSITIVE_IOU)
 
 
@@ -163,7 +164,8 @@ def test_matching_reduces_no_integers(monkeypatch):
         kinds.add(self.dtype)
         return reduce(self, *arguments, **more)
     monkeypatch.setattr(torch.Tensor, "scatter_reduce", recorded)
-    match(make_anchors(Config()), torch.tensor([[10.0, 10, 50, 50]] * 2), torch.tensor([True, False]), torch.tensor([0, 1]), 2)
+    faces, ignored, image = torch.tensor([[10.0, 10, 50, 50]] * 2), torch.tensor([True, False]), torch.tensor([0, 1])
+    match(make_anchors(Config()), faces, ignored, image, 2)
     assert kinds <= {torch.float32}
 
 

@@ -45,11 +45,10 @@ def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more)
     assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
 
 
-@pytest.mark.parametrize("value, crowd", [(0, False), (1, True), (0.0, False), (1.0, True), (False, False),
-                                          (True, True)])
-def test_crowd_regions_are_marked_by_numbers(tmp_path, value, crowd):
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, False, True])
+def test_crowd_regions_are_marked_by_numbers(tmp_path, value):
     faces = read(tmp_path, coco(annotations=face(iscrowd=value)))
-    assert faces.ignored.tolist() == [crowd] and faces.counts["crowd"] == crowd
+    assert faces.ignored.tolist() == [value == 1] and faces.counts["crowd"] == value
 
 
 def test_other_categories_are_left_out(tmp_path):
@@ -106,6 +105,21 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         read_annotations(tmp_path / "x.json")
+
+
+def test_faces_go_by_image_and_keep_what_is_theirs_also_without_some_photos(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n in (4, 2, 9)]
+    annotations = [face(id=n, image_id=image, bbox=[n, 2, 3, 4], area=10 * n, iscrowd=n % 2)[0]
+                   for n, image in enumerate((9, 4, 9, 2, 4), 1)]
+    faces = read(tmp_path, coco(images=images, annotations=annotations))
+
+    def columns(part):
+        own = part.ids[part.image], part.xywh[:, 0], part.area, part.ignored
+        return [column.tolist() for column in own]
+    assert columns(faces) == [[4, 4, 2, 9, 9], [2, 5, 4, 1, 3], [20, 50, 40, 10, 30], [0, 1, 0, 1, 1]]
+    fewer, image = faces.without({0}, np.array([1, 2, 2]))
+    assert columns(fewer) == [[2, 9, 9], [4, 1, 3], [40, 10, 30], [0, 1, 1]] and image.tolist() == [0, 1, 1]
+    assert fewer.names == ["2.jpg", "9.jpg"] and fewer.sizes.shape == (2, 2)
 
 
 def test_several_sets_join_as_one(tmp_path):

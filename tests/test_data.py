@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -68,15 +69,16 @@ def test_boxes_stay_on_their_faces_through_the_augmentation(tmp_path):
 def test_boxes_are_exact_where_a_photo_is_only_flipped(tmp_path):
     """Where no face is to be learned nothing is cropped, and at the photo's own size each pixel stays one."""
     dataset = dataset_of(tmp_path, [[(10, 20, 30, 50)]], [(96, 96)], 96, 96, min_face=99)
-    found = set()
-    for seed in range(40):
+    found = Counter()
+    for seed in range(120):
         item = dataset[0, (seed,)]
-        assert item.ignored.tolist() == [True]
+        assert item.ignored.tolist() == [True] and 15 <= item.faces[0, 2] - item.faces[0, 0] <= 30
         if (item.faces[0, 2:] - item.faces[0, :2]).tolist() == [30, 50]:  # not expanded
             ys, xs = torch.nonzero((item.picture != item.picture[:, :1, :1]).any(0), as_tuple=True)
             assert item.faces[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-            found.add(tuple(item.faces[0].tolist()))
-    assert found == {(10, 20, 40, 70), (96 - 40, 20, 96 - 10, 70)}
+            found[tuple(item.faces[0].tolist())] += 1
+    assert found.keys() == {(10, 20, 40, 70), (96 - 40, 20, 96 - 10, 70)}
+    assert 0.35 < found[10, 20, 40, 70] / found.total() < 0.65 and found.total() > 40
 
 
 def test_the_seed_decides_the_augmentation(tmp_path):
@@ -95,6 +97,7 @@ def test_views_follow_the_recipe():
         assert 0.1 * 400 <= x2 - x1 <= 800 + 1e-6 and 0.1 * 300 <= y2 - y1 <= 600 + 1e-6
         assert -400 <= x1 and x2 <= 800 and -300 <= y1 and y2 <= 600
         assert ((centres > (x1, y1)) & (centres < (x2, y2))).all(1).any()
+        assert 0.5 <= (x2 - x1) / (y2 - y1) <= 2
     view = random_view(rng, size, np.zeros((0, 4)))  # without faces it is always the whole canvas
     assert view[0] <= 0 and view[2] >= 400 and view[1] <= 0 and view[3] >= 300
 
@@ -249,11 +252,12 @@ def test_batches_can_be_resumed_and_differ_between_epochs():
     batches.start = 4
     assert list(batches) == first[4:] and len(batches) == 11 - 4
     batches.start, batches.epoch = 0, 1
-    assert list(batches) != first
+    photos = [[index for group in groups for index, _ in group] for groups in (batches, first)]
+    assert photos[0] != photos[1] and sorted(photos[0]) == sorted(photos[1])
 
 
 def test_no_photo_is_shown_twice_in_the_same_way():
-    """Neither in the passes of an epoch nor in another epoch nor by another process; another run shows it otherwise too."""
+    """Neither in the passes of an epoch, nor in another epoch, by another process, or in a run of another seed."""
     seeds = []
     for run, epoch, rank in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)):
         batches = TrainBatches(6, 3, 2, run, rank, 2)

@@ -1,9 +1,11 @@
 """Tests of model.py: number of parameters, shapes, and every kind of weight file."""
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -47,8 +49,8 @@ def test_rows_are_cells_row_major_with_the_anchor_fastest():
 def spelled_out(state, images):
     """The network of SPEC section 1, operation by operation, from its weights: logits and offsets."""
     def conv(x, name, stride=1):
-        weight = state[name + ".weight"]
-        return F.conv2d(x, weight, state.get(name + ".bias"), stride, weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1])
+        weight, bias = state[name + ".weight"], state.get(name + ".bias")
+        return F.conv2d(x, weight, bias, stride, weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1])
 
     def norm(x, name):
         mean, variance, weight, bias = (state[f"{name}.{part}"][:, None, None]
@@ -58,8 +60,7 @@ def spelled_out(state, images):
     x = norm(images, "backbone.bn_first")
     x = norm(conv(x, "backbone.features.0.0", 2), "backbone.features.0.1").relu()
     block = 0
-    for expansion, _, blocks, stride in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1),
-                                         (4, 480, 1, 1)):
+    for expansion, blocks, stride in ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 1), (4, 1, 1)):
         for n in range(blocks):
             block += 1
             name, at, y = f"backbone.features.{block}.conv", 0, x
@@ -68,8 +69,11 @@ def spelled_out(state, images):
             y = norm(conv(y, f"{name}.{at}", stride if n == 0 else 1), f"{name}.{at + 1}").relu()
             y = norm(conv(y, f"{name}.{at + 3}"), f"{name}.{at + 4}")
             x = x + y if y.shape == x.shape else y
-    return [conv(norm(conv(x, f"bbox_head.{head}.0.0"), f"bbox_head.{head}.0.1").relu(), f"bbox_head.{head}.0.3")
-            .movedim(1, 3).reshape(len(images), -1, outputs) for head, outputs in (("cls_convs", 2), ("reg_convs", 4))]
+
+    def head(name, outputs):
+        y = conv(norm(conv(x, f"{name}.0"), f"{name}.1").relu(), f"{name}.3")
+        return y.movedim(1, 3).reshape(len(images), -1, outputs)
+    return head("bbox_head.cls_convs.0", 2), head("bbox_head.reg_convs.0", 4)
 
 
 @pytest.mark.parametrize("width", [0.25, 0.75])
@@ -78,7 +82,9 @@ def test_the_network_is_the_specified_one(width):
     model = SSD(Config.scaled_from_300(64, 48, width)).eval()
     for module in model.modules():  # statistics that are not the defaults, small variances among them
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(1e-4, 2), module.bias.data.normal_(0, 0.3)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(1e-4, 2)
+            module.bias.data.normal_(0, 0.3)
     model.backbone.bn_first.running_var[0] = 1e-3
     images = torch.rand(2, 3, 48, 64)
     with torch.no_grad():
@@ -103,9 +109,9 @@ def test_initial_values(small):
     # Kaiming initialisation, fan out: standard deviation sqrt(2 / outputs)
     weight = SSD().backbone.features[16].conv[6].weight.detach()
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
-    weight = SSD().bbox_head.reg_convs[0][3].weight.detach()  # Xavier, uniform up to sqrt(6 / (inputs + outputs))
+    weight = SSD().bbox_head.reg_convs[0][3].weight.detach().abs()  # Xavier, uniform up to sqrt(6 / (in + out))
     bound = (6 / sum(weight.shape[:2])) ** 0.5
-    assert 0.99 * bound < weight.abs().max() <= bound and weight.abs().mean() == pytest.approx(bound / 2, rel=0.05)
+    assert 0.99 * bound < weight.max() <= bound and weight.mean() == pytest.approx(bound / 2, rel=0.05)
 
 
 def test_a_checkpoint_rebuilds_its_model_without_flags(tmp_path, small):
@@ -175,12 +181,12 @@ def refusal(path, read=load_model):
     return str(error.value)
 
 
-def rewritten(source, target, change, kind=zipfile.ZIP_STORED):
-    """Copy a checkpoint, its zip members through `change(name, content)`; the checksums fit again."""
+def rewritten(source, target, pickled=None, kind=zipfile.ZIP_STORED):
+    """Copy a checkpoint, with another pickle in it or compressed; the checksums fit again."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind) as new:
         for member in old.infolist():
-            new.writestr(member.filename, change(member.filename, old.read(member)))
-    return target
+            replaced = pickled and member.filename.endswith("data.pkl")
+            new.writestr(member.filename, pickled if replaced else old.read(member))
 
 
 @pytest.fixture
@@ -191,7 +197,7 @@ def plain(tmp_path, small):
 
 
 def test_a_changed_bit_is_noticed(tmp_path, plain):
-    """One in the pickle, one in each of 40 members, and one in the zip's own structures changes nothing unseen."""
+    """One in the pickle or in a member; one in the zip's own structures changes nothing unseen."""
     whole, good = plain.read_bytes(), read_checkpoint(plain)
     with zipfile.ZipFile(plain) as archive:
         members, end = archive.infolist(), archive.start_dir
@@ -202,7 +208,8 @@ def test_a_changed_bit_is_noticed(tmp_path, plain):
         (tmp_path / "x.pth").write_bytes(damaged)
         assert "checksums" in refusal(tmp_path / "x.pth", read_checkpoint)
     assert "checksums" in refusal(tmp_path / "x.pth", load_model)
-    assert "checksums" in refusal(tmp_path / "x.pth", lambda path: load_weights(SSD(Config(width=0.25)), path))
+    model = SSD(Config(width=0.25))
+    assert "checksums" in refusal(tmp_path / "x.pth", lambda path: load_weights(model, path))
     generator = torch.Generator().manual_seed(0)
     for at in torch.randint(end, len(whole), (100,), generator=generator).tolist():
         damaged = bytearray(whole)
@@ -213,9 +220,10 @@ def test_a_changed_bit_is_noticed(tmp_path, plain):
         except ValueError as error:
             assert "x.pth: " in str(error)
         else:
-            assert found["epoch"] == 3 and all(
-                found[key].keys() == good[key].keys() and all(torch.equal(found[key][n], good[key][n]) for n in good[key])
-                for key in ("state_dict", "ema"))
+            assert found["epoch"] == 3
+            for key in ("state_dict", "ema"):
+                assert found[key].keys() == good[key].keys()
+                assert all(torch.equal(found[key][name], good[key][name]) for name in good[key])
 
 
 def test_a_changed_bit_in_imagenet_weights_is_noticed(tmp_path):
@@ -228,19 +236,20 @@ def test_a_changed_bit_in_imagenet_weights_is_noticed(tmp_path):
 
 
 def test_the_format_before_zip_loads(tmp_path, small):
-    content = checkpoint(small, epoch=3)
-    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    def save(content, path):
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    save(checkpoint(small, epoch=3), tmp_path / "old.pth")
     loaded = load_model(tmp_path / "old.pth")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values()))
     assert read_checkpoint(tmp_path / "old.pth")["epoch"] == 3
-    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth", _use_new_zipfile_serialization=False)
+    save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
     load_imagenet(SSD(Config(width=0.25)), tmp_path / "imagenet.pth")
     whole = (tmp_path / "old.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(whole[:len(whole) // 2])
     assert "truncated" in refusal(tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes(b"")
     assert "truncated" in refusal(tmp_path / "x.pth")
-    torch.save({"state_dict": OrderedDict(a=torch.eye(2).to_sparse())}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    save({"state_dict": {"a": torch.eye(2).to_sparse()}}, tmp_path / "x.pth")
     assert "refused" in refusal(tmp_path / "x.pth")
 
 
@@ -262,10 +271,10 @@ except ValueError as error:
 def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
     """Compressed zeros, one member listed many times, and a pickle that asks for an array of zeros."""
     torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
-    rewritten(tmp_path / "large.pth", tmp_path / "packed.pth", lambda name, content: content, zipfile.ZIP_DEFLATED)
+    rewritten(tmp_path / "large.pth", tmp_path / "packed.pth", kind=zipfile.ZIP_DEFLATED)
     (tmp_path / "large.pth").unlink()
     asking = b"\x80\x02}X\x0a\x00\x00\x00state_dictcbuiltins\nbytearray\nJ\x00\x00\x00\x38\x85Rs."  # 940 MB
-    rewritten(plain, tmp_path / "asking.pth", lambda name, content: asking if name.endswith("data.pkl") else content)
+    rewritten(plain, tmp_path / "asking.pth", asking)
     for name in ("packed", "asking"):
         assert (tmp_path / f"{name}.pth").stat().st_size < 2_000_000
         memory, line = peak(tmp_path / f"{name}.pth")
@@ -279,19 +288,37 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
 
 
 def test_compressed_parts_are_refused_whatever_size_they_claim(tmp_path, plain):
-    rewritten(plain, tmp_path / "x.pth", lambda name, content: content, zipfile.ZIP_DEFLATED)
-    assert "compressed" in refusal(tmp_path / "x.pth")
+    rewritten(plain, tmp_path / "x.pth", kind=zipfile.ZIP_DEFLATED)
+    assert "it is compressed" in refusal(tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.pth", "a") as archive:
         for member in archive.filelist:
             member.file_size = member.compress_size
         archive._didModify = True
-    assert "compressed" in refusal(tmp_path / "x.pth")
+    assert "it is compressed" in refusal(tmp_path / "x.pth")
+
+
+def test_parts_that_lie_in_one_another_are_refused(tmp_path):
+    """Each of 50 members holds the next with its header: sound by itself, and together 50 times the file."""
+    body, directory = bytes(100_000), []
+    for n in range(50):
+        name, sizes = b"x/data/%02d" % n, (zlib.crc32(body), len(body), len(body))
+        body = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, *sizes, len(name), 0) + name + body
+        directory.append((name, sizes, len(body)))
+    central = b""
+    for name, sizes, end in reversed(directory):
+        central += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0,
+                               len(body) - end) + name
+    last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
+    (tmp_path / "x.pth").write_bytes(body + central + last)
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        assert archive.testzip() is None
+    assert "twice" in refusal(tmp_path / "x.pth")
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
-    done = subprocess.run([sys.executable, "-c", f"import model; model.load_model({str(tmp_path / 'pipe.pth')!r})"],
-                          capture_output=True, text=True, timeout=60)
+    code = f"import model; model.load_model({str(tmp_path / 'pipe.pth')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "pipe.pth: not a checkpoint" in done.stderr
 
 
@@ -302,21 +329,29 @@ def hostile(small):
     variance = "bbox_head.reg_convs.0.1.running_var"
     own_methods = OrderedDict(state)
     own_methods.get = own_methods.copy = 5
-    kinds = {"ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3}, "meta": {"meta": [1]},
-             "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]}, "config text": {"config": "small"},
-             "config none": {"config": None}, "state list": {"state_dict": [state]}, "keys": {"state_dict": {**state, 5: state[name]}},
-             "ema keys": {"ema": {b"x": state[name]}}, "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
-    values = {"text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
-              "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(),
-              "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
-              "meta tensor": state[name].to("meta"), "float8": state[name].to(torch.float8_e4m3fn), "nan": state[name] / 0}
-    kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items() for place in ("state_dict", "ema")}
-    kinds |= {f"negative variance in {place}": {place: {**state, variance: -state[variance]}} for place in ("state_dict", "ema")}
-    kinds["floating count"] = {"state_dict": {**state, variance.replace("running_var", "num_batches_tracked"): torch.tensor(0.5)}}
+    kinds = {
+        "ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3}, "meta": {"meta": [1]},
+        "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]}, "config text": {"config": "small"},
+        "config none": {"config": None}, "state list": {"state_dict": [state]}, "ema keys": {"ema": {b"x": state[name]}},
+        "keys": {"state_dict": {**state, 5: state[name]}},
+        "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
+    values = {
+        "text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
+        "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(), "nan": state[name] / 0,
+        "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8), "meta tensor": state[name].to("meta"),
+        "float8": state[name].to(torch.float8_e4m3fn)}
+    for place in ("state_dict", "ema"):
+        kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items()}
+        kinds[f"negative variance in {place}"] = {place: {**state, variance: -state[variance]}}
+    count = variance.replace("running_var", "num_batches_tracked")
+    kinds["floating count"] = {"state_dict": {**state, count: torch.tensor(0.5)}}
     config = checkpoint(small)["config"]
-    wrong = {"input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10 ** 400, None, [64]], "width": ["1", float("nan"), [1], 10 ** 400, 1j],
-             "anchors": [5, "ab", [["1", "2"]], [[1]], [[10 ** 400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j, None], "a\nb": [1]}
-    kinds |= {f"config {key} {n}": {"config": config | {key: value}} for key, values in wrong.items() for n, value in enumerate(values)}
+    wrong = {
+        "input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10 ** 400, None, [64]],
+        "width": ["1", float("nan"), [1], 10 ** 400, 1j], "a\nb": [1],
+        "anchors": [5, "ab", [["1", "2"]], [[1]], [[10 ** 400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j, None]}
+    for key, values in wrong.items():
+        kinds |= {f"config {key} {n}": {"config": config | {key: value}} for n, value in enumerate(values)}
     return kinds, own_methods
 
 
@@ -336,7 +371,8 @@ def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
     whole.get = 5
     torch.save(whole, tmp_path / "good.pth")
     assert load_model(tmp_path / "good.pth").config == small.config
-    for change in ({"ema": None}, {"ema": {}}, {"meta": None}, {"optimizer": None}, {"state_dict": own_methods}):
+    harmless = [{"ema": None}, {"ema": {}}, {"meta": None}, {"optimizer": None}, {"state_dict": own_methods}]
+    for change in harmless:
         torch.save(checkpoint(small) | change, tmp_path / "good.pth")
         assert load_model(tmp_path / "good.pth").config == small.config
 
@@ -345,8 +381,9 @@ def test_wrong_tensors_among_imagenet_weights_are_refused_in_one_line(tmp_path):
     name = "features.3.conv.0.0.weight"
     state = mobilenet_v2(weights=None).state_dict()
     variance = "features.3.conv.0.1.running_var"
-    for n, change in enumerate(({name: "x"}, {name: state[name].long()}, {name: state[name].to_sparse()}, {name: state[name] / 0},
-                                {name: state[name].to(torch.complex64)}, {variance: -state[variance]}, {5: state[name]})):
+    wrong = ["x", state[name].long(), state[name].to_sparse(), state[name] / 0, state[name].to(torch.complex64)]
+    changes = [{name: value} for value in wrong] + [{variance: -state[variance]}, {5: state[name]}]
+    for n, change in enumerate(changes):
         torch.save(state | change, tmp_path / f"{n}.pth")
         refusal(tmp_path / f"{n}.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))
 

@@ -176,7 +176,8 @@ def test_distillation_forgets_less(sample, tmp_path):
 
 def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
-    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--hold", 0.1, 0.1, "--epochs", 0]
+    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--hold", 0.1, 0.1,
+             "--epochs", 0]
     nine = [f"{10 + n}x{15 + n}" for n in range(9)]
     assert "same anchors" in refused(train.main, *flags, "--out", tmp_path / "r", "--anchors", *nine)
     assert not (tmp_path / "r/last.pth").exists()
@@ -194,7 +195,7 @@ def test_averaged_weights_are_what_is_used(sample, tmp_path):
 
 @pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
 def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
-    """Its decay starts at a tenth and rises towards --ema, so that the untrained weights do not stay in it."""
+    """Its decay starts at a tenth and rises to --ema, so that the untrained weights do not stay in it."""
     flags = ["--ema", ema, "--batch-size", 12]  # one iteration an epoch
     before = run(tmp_path / "r", sample, "--epochs", 0, *flags)
     average = before["state_dict"]
@@ -203,7 +204,8 @@ def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, dec
         assert now["step"] == epoch
         for name, value in now["state_dict"].items():
             if value.is_floating_point():
-                torch.testing.assert_close(now["ema"][name], decay * average[name] + (1 - decay) * value, rtol=1e-4, atol=1e-6)
+                expected = decay * average[name] + (1 - decay) * value
+                torch.testing.assert_close(now["ema"][name], expected, rtol=1e-4, atol=1e-6)
         assert not same(now["state_dict"], before["state_dict"])
         average, before = now["ema"], now
 

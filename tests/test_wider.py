@@ -156,9 +156,9 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path, truth):
     truth = ", wider.GroundTruth(['0--Parade/0_Parade_1'], [], [], {})"
 
     def last_line(code):
-        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
-        return done.stderr.splitlines()[-1]
-    assert last_line(code % ("read_predictions", truth)).endswith("0_Parade_1.txt: is no ordinary file, which is expected there")
+        command = [sys.executable, "-c", code, tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stderr.splitlines()[-1]
+    assert "0_Parade_1.txt: is no ordinary file" in last_line(code % ("read_predictions", truth))
     os.mkfifo(tmp_path / "wider_face_val.mat")
     assert "wider_face_val.mat: is no ordinary file" in last_line(code % ("read_ground_truth", ""))
     (tmp_path / f"{NAMES[0]}.txt").unlink()
