@@ -56,11 +56,14 @@ def open_picture(path):
         raise InputError(f"{path}: cannot be read as a picture ({error or type(error).__name__})") from None
 
 
-def draw_faces(image, boxes, scores=None, colour=FACE):
-    """A copy of `image` (PIL, RGB) with boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` as text."""
+def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
+    """A copy of `image` (PIL, RGB) with boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` as text.
+
+    `text_size` in pixels; without one it follows the size of the image.
+    """
     image = image.copy()
     draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
-    font = ImageFont.load_default(max(9, round(max(image.size) / 55)))
+    font = ImageFont.load_default(text_size or max(9, round(max(image.size) / 55)))
     for n, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, float).reshape(-1, 4)):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
         if scores is not None:
