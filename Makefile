@@ -1,15 +1,10 @@
-# make demo: the whole workflow on a drawn dataset, in minutes on two CPU cores. make test: the tests.
+# make demo: the shipped network on a photo, fine-tuned, exported, measured (demo.py). make test: the tests.
 # make weights START=checkpoint PHOTOS=folder: how weights/face_ssd300.pth was made, see weights/README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/installed
-	$(BIN)/python sample.py data/sample --train 800 --val 60
-	rm -rf runs/demo
-	$(BIN)/python train.py @recipes/demo.txt
-	$(BIN)/python evaluate.py --data data/sample/val.json --model runs/demo/best.pth --face-sizes 0 19 30 60
-	$(BIN)/python detect.py data/sample/val --model runs/demo/best.pth --out runs/demo/detections --grid runs/demo.png
-	@echo "What it finds, drawn: runs/demo.png"
+	$(BIN)/python demo.py
 
 SEEDS = 1 2 3 4
 NEGATIVES = runs/negatives.json
@@ -29,12 +24,14 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -q
 
 .venv/installed: requirements.txt
+	@echo "First, once: PyTorch, OpenVINO and the rest of requirements.txt go into .venv."
+	@echo "On Linux that is 5 GB on the disk, for PyTorch brings CUDA: several minutes. Each download shows its progress."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 .PHONY: demo weights $(SEEDS:%=weights-%) test

@@ -43,7 +43,7 @@ class Annotations:
     image: np.ndarray         # [M] int64, the index (not the id) of each face's photo
     xywh: np.ndarray          # [M, 4] float64
     area: np.ndarray  # [M] float64, width x height where the file gives none
-    ignored: np.ndarray       # [M] bool: crowds, and boxes that cannot be learned (empty, outside their photo)
+    ignored: np.ndarray       # [M] bool: crowds, and what cannot be learned (empty, or outside its photo)
     crowd: np.ndarray         # [M] bool: iscrowd, a region in which nobody labelled single faces
     counts: dict = field(default_factory=dict)  # what the file holds, for the reports
 

@@ -307,8 +307,8 @@ def describe(annotations: Annotations, min_face: int) -> list[str]:
     lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
     if len(sides):
         quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
-        text = "smaller side of a face, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}; "
-        lines.append(text.format(*quantiles) + f"below {min_face} px: {(sides < min_face).sum():,}")
+        text = "smaller side of faces, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
+        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
     return lines
 
 

@@ -22,8 +22,8 @@ STRIDE = 16  # input pixels per cell of the only feature map
 HAND_DESIGNED = ((9.4, 15.0), (25.1, 39.6), (14.7, 25.5), (34.7, 63.2), (143.0, 227.5), (77.4, 162.9),
                  (128.8, 124.5), (51.1, 105.1), (75.6, 72.6))
 
-# MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps its stride
-# at 1, so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
+# MobileNetV2 (Sandler et al. 2018, table 2) as the reference system changed it: the sixth row keeps stride 1,
+# so that the map stays at 1/16, and the last row is 4, 480 where the paper has 6, 320.
 ROWS = (
     # expansion t, channels c, blocks n, stride s
     (1, 16, 1, 1),
@@ -131,7 +131,7 @@ class MobileNetV2(nn.Module):
 
 
 class SSDHead(nn.Module):
-    """Features `[B, C, h, w]` to logits `[B, A, 2]` and offsets `[B, A, 4]`: cells row-major, anchor fastest."""
+    """Features `[B, C, h, w]` to logits `[B, A, 2]`, offsets `[B, A, 4]`: cells row-major, anchor fastest."""
 
     def __init__(self, channels, anchors):
         super().__init__()
@@ -211,7 +211,7 @@ def load_file(path):
         with open(path, "rb") as file:
             content = torch.load(_checked(file), map_location="cpu", weights_only=True)
     except Exception as error:  # on foreign bytes the loader raises nearly everything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip points before its start
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: of a zip that is damaged
             raise
         reason = str(error) if isinstance(error, _Refused) else "not a checkpoint, or a truncated one"
         raise ValueError(f"{path}: {reason}") from None
@@ -308,7 +308,7 @@ def config_of(content: dict, path="") -> Config:
 def load_model(path) -> SSD:
     """The model of a checkpoint, ours or an official snapshot, in evaluation mode on the CPU.
 
-    Averaged weights are preferred where there are some. Raises ValueError, one line, if the file does not fit.
+    Averaged weights are preferred where there are some. Raises ValueError if the file does not fit.
     """
     content = read_checkpoint(path)
     return rebuild(content, content.get("ema") or content["state_dict"], path).eval()

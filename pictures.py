@@ -63,11 +63,14 @@ def _decoding(path):
         raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
-def draw_faces(image, boxes, scores=None, colour=FACE):
-    """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB)."""
+def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
+    """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
+
+    `text_size` is in pixels; without one it follows the size of the image.
+    """
     image = image.copy()
     draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
-    font = ImageFont.load_default(max(9, round(max(image.size) / 55)))
+    font = ImageFont.load_default(text_size or max(9, round(max(image.size) / 55)))
     for n, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, float).reshape(-1, 4)):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
         if scores is not None:

@@ -354,7 +354,7 @@ def read_val(args):
 
 
 def read_inputs(args, content):
-    """Read what a process needs before it works with the others: Annotations, those of --val, and the model."""
+    """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
     faces, val = join([read_annotations(path) for path in args.data]), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")

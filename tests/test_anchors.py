@@ -164,7 +164,8 @@ def test_matching_reduces_no_integers(monkeypatch):
         kinds.add(self.dtype)
         return reduce(self, *arguments, **more)
     monkeypatch.setattr(torch.Tensor, "scatter_reduce", recorded)
-    faces, ignored, image = torch.tensor([[10.0, 10, 50, 50]] * 2), torch.tensor([True, False]), torch.tensor([0, 1])
+    faces, ignored, image = (torch.tensor([[10.0, 10, 50, 50]] * 2), torch.tensor([True, False]),
+                             torch.tensor([0, 1]))
     match(make_anchors(Config()), faces, ignored, image, 2)
     assert kinds <= {torch.float32}
 

@@ -257,7 +257,7 @@ def test_batches_can_be_resumed_and_differ_between_epochs():
 
 
 def test_no_photo_is_shown_twice_in_the_same_way():
-    """Neither in the passes of an epoch, nor in another epoch, by another process, or in a run of another seed."""
+    """Neither in the passes of an epoch, nor in another epoch, process, or run of another seed."""
     seeds = []
     for run, epoch, rank in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)):
         batches = TrainBatches(6, 3, 2, run, rank, 2)

@@ -110,7 +110,9 @@ def test_distillation_is_0_at_the_teacher_and_lets_scores_of_labelled_faces_go()
 def test_distillation_is_the_distance_of_boxes_and_the_divergence_of_scores(moved):
     start = torch.tensor([[[0.0, 3], [0, 1], [3, 0]]])  # wholly, partly and not confident
     labels, offsets, weight = torch.tensor([[1, 0, 0]]), torch.zeros(1, 3, 4), confidence(start)
-    scores, boxes = distillation_loss(torch.zeros(1, 3, 2), offsets + moved, start, offsets, weight, labels, 2)
+    scores, boxes = distillation_loss(
+        torch.zeros(1, 3, 2), offsets + moved, start, offsets, weight, labels, 2
+    )
     assert boxes.item() == pytest.approx(4 * abs(moved) * weight.sum().item() / 2, rel=1e-5)
     p = start[0, 1:].softmax(-1)  # those without a labelled face
     assert scores.item() == pytest.approx((p * (p / 0.5).log()).sum().item() / 2, rel=1e-5)

@@ -60,7 +60,8 @@ def spelled_out(state, images):
     x = norm(images, "backbone.bn_first")
     x = norm(conv(x, "backbone.features.0.0", 2), "backbone.features.0.1").relu()
     block = 0
-    for expansion, blocks, stride in ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 1), (4, 1, 1)):
+    for expansion, blocks, stride in ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 1),
+                                      (4, 1, 1)):
         for n in range(blocks):
             block += 1
             name, at, y = f"backbone.features.{block}.conv", 0, x
@@ -109,7 +110,7 @@ def test_initial_values(small):
     # Kaiming initialisation, fan out: standard deviation sqrt(2 / outputs)
     weight = SSD().backbone.features[16].conv[6].weight.detach()
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
-    weight = SSD().bbox_head.reg_convs[0][3].weight.detach().abs()  # Xavier, uniform up to sqrt(6 / (in + out))
+    weight = SSD().bbox_head.reg_convs[0][3].weight.detach().abs()  # Xavier: up to sqrt(6 / (in + out))
     bound = (6 / sum(weight.shape[:2])) ** 0.5
     assert 0.99 * bound < weight.max() <= bound and weight.mean() == pytest.approx(bound / 2, rel=0.05)
 
@@ -306,8 +307,11 @@ def test_parts_that_lie_in_one_another_are_refused(tmp_path):
         directory.append((name, sizes, len(body)))
     central = b""
     for name, sizes, end in reversed(directory):
-        central += struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0,
-                               len(body) - end) + name
+        central += (
+            struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0,
+                        len(body) - end)
+            + name
+        )
     last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
     (tmp_path / "x.pth").write_bytes(body + central + last)
     with zipfile.ZipFile(tmp_path / "x.pth") as archive:
@@ -329,17 +333,17 @@ def hostile(small):
     variance = "bbox_head.reg_convs.0.1.running_var"
     own_methods = OrderedDict(state)
     own_methods.get = own_methods.copy = 5
-    kinds = {
-        "ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3}, "meta": {"meta": [1]},
-        "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]}, "config text": {"config": "small"},
-        "config none": {"config": None}, "state list": {"state_dict": [state]}, "ema keys": {"ema": {b"x": state[name]}},
-        "keys": {"state_dict": {**state, 5: state[name]}},
-        "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
-    values = {
-        "text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
-        "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(), "nan": state[name] / 0,
-        "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8), "meta tensor": state[name].to("meta"),
-        "float8": state[name].to(torch.float8_e4m3fn)}
+    kinds = {"ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3},
+             "meta": {"meta": [1]}, "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]},
+             "config text": {"config": "small"}, "config none": {"config": None},
+             "state list": {"state_dict": [state]}, "ema keys": {"ema": {b"x": state[name]}},
+             "keys": {"state_dict": {**state, 5: state[name]}},
+             "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
+    values = {"text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
+              "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(),
+              "nan": state[name] / 0,
+              "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
+              "meta tensor": state[name].to("meta"), "float8": state[name].to(torch.float8_e4m3fn)}
     for place in ("state_dict", "ema"):
         kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items()}
         kinds[f"negative variance in {place}"] = {place: {**state, variance: -state[variance]}}
@@ -347,9 +351,12 @@ def hostile(small):
     kinds["floating count"] = {"state_dict": {**state, count: torch.tensor(0.5)}}
     config = checkpoint(small)["config"]
     wrong = {
-        "input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10 ** 400, None, [64]],
-        "width": ["1", float("nan"), [1], 10 ** 400, 1j], "a\nb": [1],
-        "anchors": [5, "ab", [["1", "2"]], [[1]], [[10 ** 400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j, None]}
+        "input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10**400, None, [64]],
+        "width": ["1", float("nan"), [1], 10**400, 1j],
+        "a\nb": [1],
+        "anchors": [5, "ab", [["1", "2"]], [[1]], [[10**400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j,
+                    None],
+    }
     for key, values in wrong.items():
         kinds |= {f"config {key} {n}": {"config": config | {key: value}} for n, value in enumerate(values)}
     return kinds, own_methods
@@ -381,7 +388,8 @@ def test_wrong_tensors_among_imagenet_weights_are_refused_in_one_line(tmp_path):
     name = "features.3.conv.0.0.weight"
     state = mobilenet_v2(weights=None).state_dict()
     variance = "features.3.conv.0.1.running_var"
-    wrong = ["x", state[name].long(), state[name].to_sparse(), state[name] / 0, state[name].to(torch.complex64)]
+    wrong = ["x", state[name].long(), state[name].to_sparse(), state[name] / 0,
+             state[name].to(torch.complex64)]
     changes = [{name: value} for value in wrong] + [{variance: -state[variance]}, {5: state[name]}]
     for n, change in enumerate(changes):
         torch.save(state | change, tmp_path / f"{n}.pth")

@@ -34,8 +34,7 @@ def same(one, two):
 
 @pytest.mark.parametrize("step, epoch, expected", [
     (0, 0, 0.05 / 3), (600, 0, 0.05 * 2 / 3), (1200, 3, 0.05), (5000, 39, 0.05), (5000, 40, 0.005),
-    (5000, 54, 0.005), (5000, 55, 5e-4), (9999, 69, 5e-5), (600, 40, 0.005 * 2 / 3)
-])
+    (5000, 54, 0.005), (5000, 55, 5e-4), (9999, 69, 5e-5), (600, 40, 0.005 * 2 / 3)])
 def test_learning_rate(step, epoch, expected):
     assert train.lr_at(step, epoch, 0.05, [40, 55, 65], 1200) == pytest.approx(expected)
 
