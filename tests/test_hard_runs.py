@@ -84,7 +84,7 @@ def test_evaluation_and_detection_with_unreadable_pictures(world, tmp_path, caps
     line = refused(importlib.import_module("detect").main, "pictures",
                    "--model", "good.pth", "--out", tmp_path / "d")
     # two of them are readable; only their annotated size is wrong
-    assert f"{len(names) - len(UNUSUAL) - 2} of {len(names)} could not be read" in line
+    assert f"{len(names) - len(UNUSUAL) - 2} of {len(names)} failed" in line
     assert len(json.loads((tmp_path / "d/detections.json").read_text())) == len(UNUSUAL) + 2
 
 
@@ -170,13 +170,13 @@ def test_a_killed_worker_in_training(world, tmp_path, capsys, refused, monkeypat
     flags = [*TRAIN, "--data", "train.json", "--out", tmp_path / "r", "--workers", 1]
     accepted(capsys, "train", *flags, "--epochs", 1)
     before = (tmp_path / "r/last.pth").read_bytes()
-    monkeypatch.setattr(data.FaceDataset, "_read", deadly)  # the worker is forked and inherits it
+    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)  # the worker is forked and inherits it
     assert "a loading process was killed" in refused(train.main, *flags, "--epochs", 2, "--resume")
     assert (tmp_path / "r/last.pth").read_bytes() == before
 
 
 def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(data.FaceDataset, "_read", deadly)
+    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)
     line = refused(evaluate.main, "--data", "good.json", "--model", "good.pth",
                    "--workers", 1, "--out", tmp_path / "r.json")
     assert "a loading process was killed" in line and not (tmp_path / "r.json").exists()
