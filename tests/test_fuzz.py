@@ -23,12 +23,12 @@ import metrics
 from anchors import decode, encode, make_anchors, match
 from data import FaceDataset, Item, collate, random_view
 from detector import TOP, postprocess, to_picture
-from evaluate import Detections, score_faces, score_wider, table
-from coco import read_annotations, read_results, to_results
+from evaluate import score_faces, score_wider, table
+from coco import Detections, read_annotations, read_results, to_results
 from script import InputError, write_json
 from loss import batch_divisor, multibox_loss
 from model import Config, checkpoint, load_model
-from pictures import load_picture
+from pictures import decode_picture, open_picture
 from wider import GroundTruth, read_predictions
 from wider_to_coco import COLUMNS, read_wider, to_coco
 
@@ -140,7 +140,7 @@ def test_coco_results(folder, text):
     faces = read_annotations(folder / "good.json")
     found = accepted(lambda: read_results(folder / "x.json", faces))
     if found is not None:
-        scores = accepted(lambda: score_faces(faces, Detections(*found))[0])
+        scores = accepted(lambda: score_faces(faces, found)[0])
         assert all_finite(scores)
 
 
@@ -210,11 +210,11 @@ def test_prediction_folders(folder, files):
     (folder / "e/b.txt").unlink(missing_ok=True)
     for name, content in zip("ab", files):
         (folder / f"e/{name}.txt").write_bytes(content)
-    found = accepted(lambda: read_predictions(folder, TRUTH))
-    if found is not None:
-        image, xywh, score, missing = found
-        assert len(missing) == 2 - len(files) and all_finite([xywh, score])
-        scores, curves = accepted(lambda: score_wider(TRUTH, Detections(image, xywh, score)))
+    read = accepted(lambda: read_predictions(folder, TRUTH))
+    if read is not None:
+        found, missing = read
+        assert len(missing) == 2 - len(files) and all_finite([found.xywh, found.score])
+        scores, curves = accepted(lambda: score_wider(TRUTH, found))
         assert all_finite(scores) and all(-1 <= curve.ap <= 1 for curve in curves.values())
 
 
@@ -240,7 +240,7 @@ def encoded(form, **more):
 def test_damaged_pictures(folder, content, scale):
     (folder / "x.jpg").write_bytes(content)
     try:
-        assert load_picture(folder / "x.jpg", scale).mode == "RGB"
+        assert decode_picture(open_picture(folder / "x.jpg"), scale).mode == "RGB"
     except InputError as error:
         assert "x.jpg" in str(error)
 
