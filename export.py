@@ -182,13 +182,10 @@ def swap_colours(model):
 def add_picture_size(model, size):
     """Append to add_nms: a second input `picture` `[1, h, w, 3]`; boxes are scaled to its pixels."""
     node = helper.make_node
-    nodes = [
-        node("Shape", ["picture"], ["shape"]),
-        node("Gather", ["shape", "order"], ["sides"]),
-        node("Cast", ["sides"], ["picture_size"], to=TensorProto.FLOAT),
-        node("Div", ["picture_size", "input_size"], ["ratios"]),
-        node("Mul", ["at_input", "ratios"], ["boxes"]),
-    ]
+    nodes = [node("Shape", ["picture"], ["shape"]), node("Gather", ["shape", "order"], ["sides"]),
+             node("Cast", ["sides"], ["picture_size"], to=TensorProto.FLOAT),
+             node("Div", ["picture_size", "input_size"], ["ratios"]),
+             node("Mul", ["at_input", "ratios"], ["boxes"])]
     model.graph.node[-1].output[0] = "at_input"
     model.graph.input.append(helper.make_tensor_value_info("picture", TensorProto.UINT8, [1, "h", "w", 3]))
     add_tail(model, nodes, {"order": np.array([2, 1, 2, 1, 3]),  # the last is 3 channels / 3: scores stay
@@ -294,24 +291,11 @@ def describe(path, content, model, size, head):
     source = {"source": Path(path).name, "source_sha256": file_hash(path)}
     more = (({} if epoch is None else {"source_epoch": str(epoch)})
             | ({"decoding": DECODING} if head == "raw" else {}))
-    return {
-        "head": head,
-        "precision": "FP32",
-        "colour": "RGB",
-        "value_range": "0-1",
-        "layout": "NCHW",
-        "type": "float32",
-        "size": "{}x{}".format(*size),
-        "stride": str(STRIDE),
-        "variances": json.dumps(VARIANCES),
-        "anchors": json.dumps(model.config.anchors),
-        "cell_anchors": json.dumps(cell),
-        "score_threshold": str(SCORE),
-        "nms_threshold": str(NMS_IOU),
-        "top_k": str(TOP),
-        **source,
-        **more,
-    }
+    return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
+            "type": "float32", "size": "{}x{}".format(*size), "stride": str(STRIDE),
+            "variances": json.dumps(VARIANCES), "anchors": json.dumps(model.config.anchors),
+            "cell_anchors": json.dumps(cell), "score_threshold": str(SCORE), "nms_threshold": str(NMS_IOU),
+            "top_k": str(TOP), **source, **more}
 
 
 def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
