@@ -5,6 +5,7 @@ As a command it fits anchor sizes to a dataset, beside the hand-designed ones:
     python anchors.py --data data/train.json            # nine anchors, scatter in anchors.png
     python anchors.py --data data/train.json -k 6 --size 320x240
 """
+
 import math
 
 import numpy as np
@@ -82,8 +83,8 @@ def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, ima
     zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
     top = zeros.scatter_reduce(0, rows, learned, "amax")
     # Which face that was: of equals the first, which has most faces from it on. They are counted in floats,
-    # exact below 2 ** 24, since Apple's MPS reduces no integers. Anchors that no face claims get face T, a row
-    # of its own below.
+    # exact below 2 ** 24, since Apple's MPS reduces no integers. Anchors that no face claims get face T, a
+    # row of its own below.
     claims = (learned == top[image]) * (len(faces) - number[:, None]).to(iou.dtype)
     face = len(faces) - zeros.scatter_reduce(0, rows, claims, "amax").long()
     positive = top >= POSITIVE_IOU
@@ -120,9 +121,8 @@ def fit(sides: np.ndarray, k: int, seed: int = 0, iterations: int = 300) -> np.n
         previous, nearest = nearest, shape_iou(sides, centres).argmax(1)
         if previous is not None and (nearest == previous).all():
             break
-        centres = np.stack(
-            [sides[nearest == i].mean(0) if (nearest == i).any() else centres[i] for i in range(k)]
-        )
+        centres = np.stack([sides[nearest == i].mean(0) if (nearest == i).any() else centres[i]
+                            for i in range(k)])
     return centres[centres.prod(1).argsort()]
 
 
@@ -158,25 +158,19 @@ def draw_scatter(path, sides, sets):
 def main(argv=None):
     """Fit anchors to a dataset and print them beside the hand-designed ones."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
-    parser.add_argument("-k", type=int, default=9, help="how many anchors (default 9)")
-    parser.add_argument(
-        "--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)"
-    )
-    parser.add_argument(
-        "--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py"
-    )
-    parser.add_argument(
-        "--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)"
-    )
+    add = parser.add_argument
+    add("--data", default="data/train.json", help="COCO json (default %(default)s)")
+    add("-k", type=int, default=9, help="how many anchors (default 9)")
+    add("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
+    add("--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py")
+    add("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
     args = parser.parse_args(argv)
     sides = network_sides(read_annotations(args.data), *args.size, args.min_face)
     distinct = len(np.unique(sides, axis=0))
     if not 1 <= args.k <= distinct:
         raise InputError(
             f"{args.data}: -k {args.k} anchors cannot be fitted to {distinct} different sizes of faces of "
-            f"{args.min_face} px and more"
-        )
+            f"{args.min_face} px and more")
     sets = {"hand-designed": np.array(HAND_DESIGNED) * args.size / 300, "fitted": fit(sides, args.k)}
     for label, anchors in sets.items():
         best = shape_iou(sides, anchors).max(1)

@@ -181,9 +181,8 @@ def save(path, model, **more):
     buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
     torch.save(checkpoint(model, **more), buffer)
     with whole_file(path) as temporary:
-        temporary.write_bytes(
-            buffer.getvalue()
-        )  # a view of it, left in the error of a full disk, crashes Python 3.12
+        # Not a view of it: left in the error of a full disk, that crashes Python 3.12.
+        temporary.write_bytes(buffer.getvalue())
 
 
 def average(models, shares):
@@ -202,12 +201,11 @@ def average(models, shares):
 def main(argv=None):
     """Average checkpoints: read, average, write."""
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT",
                         help="of a run (its averaged weights count) or official")
-    parser.add_argument(
-        "--shares", type=float, nargs="+", help="of each checkpoint in the mean (default: equal)"
-    )
-    parser.add_argument("--out", required=True, help="the checkpoint to write")
+    add("--shares", type=float, nargs="+", help="of each checkpoint in the mean (default: equal)")
+    add("--out", required=True, help="the checkpoint to write")
     args = parser.parse_args(argv)
     shares = args.shares or [1.0] * len(args.checkpoints)
     if len(shares) != len(args.checkpoints) or not (0 <= min(shares) and 0 < sum(shares) < math.inf):
@@ -217,8 +215,7 @@ def main(argv=None):
     for path, model in zip(args.checkpoints, models):
         if model.config != models[0].config:
             raise InputError(
-                f"{path}: is of another architecture than {args.checkpoints[0]}, they have no mean"
-            )
+                f"{path}: is of another architecture than {args.checkpoints[0]}, they have no mean")
     save(args.out, average(models, shares))
     parts = [f"{share / sum(shares):.3f} x {path}" for share, path in zip(shares, args.checkpoints)]
     print(f"{args.out}: " + " + ".join(parts))

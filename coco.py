@@ -90,8 +90,7 @@ def read_annotations(path: str | Path) -> Annotations:
         name = entry.get("file_name")
         if not isinstance(name, str) or not name or not _names_a_file(name):
             raise InputError(
-                f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's"
-            )
+                f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's")
 
     category = _face_category(path, content.get("categories"), annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
@@ -100,8 +99,7 @@ def read_annotations(path: str | Path) -> Annotations:
         image = np.array([index_of[a["image_id"]] for a in faces], np.int64)
     except (KeyError, TypeError):
         bad = next(
-            a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of
-        )
+            a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
         raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
                          "which is not in \"images\"") from None
     numbers = [a["id"] for a in faces]
@@ -148,8 +146,7 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise InputError(
-            f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected"
-        )
+            f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
     numbers = [n for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
     entries = [entries[n] for n in numbers]
     index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
@@ -194,10 +191,11 @@ def _check_ids(path, kind, entries):
 
 def _face_category(path, categories, annotations):
     """Choose the id of the category `face`, or of the only one. Without `categories` those in use count."""
-    listed = (([{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]) if categories is None
-              else categories)
-    if not isinstance(listed, list) or not all(
-        isinstance(c, dict) and isinstance(c.get("id"), int) for c in listed):
+    listed = categories
+    if categories is None:
+        listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
+    if not isinstance(listed, list) or any(not isinstance(c, dict) or not isinstance(c.get("id"), int)
+                                           for c in listed):
         raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
     categories = list({c["id"]: c for c in listed}.values())
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]

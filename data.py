@@ -6,6 +6,7 @@ As a command it shows photos with their faces, the first thing to do with one's 
     python data.py --data data/train.json --out sheet.png --augment    # as the training sees them
     python data.py --data mine.json --split 5 train.json val.json      # keep every fifth photo for validation
 """
+
 import math
 import os
 import signal
@@ -25,9 +26,8 @@ from script import InputError, command, new_parser, parse_picture, parse_size, r
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
-YIQ = np.array(
-    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
-)  # Y is the grey
+# From RGB. The first row, Y, is the grey.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(YIQ)
 
 
@@ -157,8 +157,7 @@ class FaceDataset(Dataset):
                 size = upright_size(image)
             if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:  # its boxes would be off
                 raise InputError(
-                    "{}: is {}x{}, but its json says {}x{}".format(path, *size, *self.sizes[index])
-                )
+                    "{}: is {}x{}, but its json says {}x{}".format(path, *size, *self.sizes[index]))
             if seed is None:
                 target = (self.width, self.height) if self.width else size
                 picture = image.resize(target, Image.Resampling.BILINEAR)
@@ -243,8 +242,8 @@ class TrainBatches:
     """
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
-        self.n, self.batch, self.repeat, self.seed, self.rank, self.world = (n, batch, repeat, seed, rank,
-            world)
+        self.n, self.batch, self.repeat, self.seed = n, batch, repeat, seed
+        self.rank, self.world = rank, world
         self.augment = augment
         self.epoch = self.start = 0
         self.total = math.ceil(math.ceil(n * repeat / world) / batch)
@@ -266,13 +265,9 @@ class TrainBatches:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n * self.repeat) % self.n
         places = np.arange(self.rank, math.ceil(len(order) / self.world) * self.world, self.world)
         for first in range(self.start * self.batch, len(places), self.batch):
-            yield [
-                (
-                    int(order[place % len(order)]),
-                    (self.seed, self.epoch, int(place)) if self.augment else None,
-                )
-                for place in places[first : first + self.batch]
-            ]
+            own = [int(place) for place in places[first:first + self.batch]]
+            yield [(int(order[place % len(order)]), (self.seed, self.epoch, place) if self.augment else None)
+                   for place in own]
 
 
 def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
@@ -282,8 +277,7 @@ def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
     for any `world`.
     """
     batches = [
-        [(index, None) for index in range(first, min(first + batch, n))] for first in range(0, n, batch)
-    ]
+        [(index, None) for index in range(first, min(first + batch, n))] for first in range(0, n, batch)]
     return batches[rank::world]
 
 
@@ -349,24 +343,15 @@ def show(annotations: Annotations, args) -> list:
 def main(argv=None):
     """Show photos of a dataset with their faces."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data", default="data/train.json", help="COCO json (default %(default)s)")
-    parser.add_argument(
-        "--out", type=parse_picture, default="sheet.png", help="the picture (default %(default)s)"
-    )
-    parser.add_argument(
-        "--augment", action="store_true", help="show the training's view, augmented, at --size"
-    )
-    parser.add_argument("--count", type=int, default=16, help="photos shown (default %(default)s)")
-    parser.add_argument(
-        "--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)"
-    )
-    parser.add_argument(
-        "--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)"
-    )
-    parser.add_argument("--split", nargs=3, metavar=("N", "TRAIN", "VAL"),
+    add = parser.add_argument
+    add("--data", default="data/train.json", help="COCO json (default %(default)s)")
+    add("--out", type=parse_picture, default="sheet.png", help="the picture (default %(default)s)")
+    add("--augment", action="store_true", help="show the training's view, augmented, at --size")
+    add("--count", type=int, default=16, help="photos shown (default %(default)s)")
+    add("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
+    add("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
+    add("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
+    add("--split", nargs=3, metavar=("N", "TRAIN", "VAL"),
                         help="also write every N-th photo to the json VAL and the others to TRAIN")
     args = parser.parse_args(argv)
     annotations = read_annotations(args.data)

@@ -4,6 +4,7 @@
 
 Results are in runs/demo, which is removed first; the drawn photos are in data/sample.
 """
+
 import json
 import os
 import shlex
@@ -69,8 +70,8 @@ def judge(annotations, path):
     every = read_results(path, annotations)
     shown = every.score >= SCORE
     found = Detections(every.image[shown], every.xywh[shown], every.score[shown])
-    missed, false = mistakes(annotations.image, annotations.xywh, annotations.ignored, found.image, found.xywh,
-                             found.score)
+    missed, false = mistakes(annotations.image, annotations.xywh, annotations.ignored,
+                             found.image, found.xywh, found.score)
     return Judged(found, false, missed)
 
 

@@ -5,6 +5,7 @@
     python detect.py clip.mp4                                    # needs OpenCV; so does a webcam: detect.py 0
     python detect.py photo.jpg --size 640x480                    # a larger input finds smaller faces
 """
+
 import glob
 import itertools
 import os
@@ -20,7 +21,8 @@ from detector import MODEL, detect, load_detector
 from pictures import contact_sheet, draw_faces, load_picture, save_picture
 from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+DRAWN = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}  # drawings keep these formats
+PICTURES = DRAWN | {".avif", ".jp2"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 
 
@@ -40,8 +42,7 @@ def find_inputs(arguments, out):
             files = [Path(argument)]
         else:
             files = [
-                Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)
-            ]
+                Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
         if not files:
             raise InputError(f"{argument}: no such file, nor a folder or pattern with pictures")
         found += files
@@ -56,11 +57,10 @@ def name_outputs(files, out):
     targets, taken = [], set()
     for file in files:
         video = file.suffix.lower() in VIDEOS
-        kept = file.suffix.lower() == ".mp4" if video else file.suffix.lower() in PICTURES
+        kept = file.suffix.lower() == ".mp4" if video else file.suffix.lower() in DRAWN
         name = file.name if kept else file.name + (".mp4" if video else ".png")
         numbered = itertools.chain(
-            [name], (f"{Path(name).stem}-{n}{Path(name).suffix}" for n in itertools.count(2))
-        )
+            [name], (f"{Path(name).stem}-{n}{Path(name).suffix}" for n in itertools.count(2)))
         name = next(name for name in numbered if name.lower() not in taken)
         taken.add(name.lower())
         targets.append(Path(out) / name)

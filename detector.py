@@ -5,6 +5,7 @@
     for x1, y1, x2, y2, score in detect(detector, "photo.jpg"):  # best first; PIL images and arrays work too
         ...
 """
+
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from data import FaceDataset, eval_batches, make_loader, to_input, to_tensor
 from distributed import choose_device, gather
 from model import SSD, Config, load_model
 from pictures import load_picture
-from runtimes import SUFFIXES, open_network
+from runtimes import SUFFIXES, first_line, open_network
 from script import InputError, bad_values
 
 SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces on a picture
@@ -84,6 +85,8 @@ class ExportedDetector:
     def __init__(self, network, colour: str, white: int, head: str):
         self.network, self.colour, self.white, self.head = network, colour, white, head
         self.size = None if network.uint8 else tuple(network.shape[:1:-1])
+        if head not in ("generic", "detection_output", "raw"):
+            raise ValueError(f"no head {head!r}")
         if head == "raw":
             config = Config(*self.size, anchors=json.loads(network.metadata["anchors"]))
             self.anchors = make_anchors(config)
@@ -93,8 +96,7 @@ class ExportedDetector:
         if self.size is None:
             return [
                 self._faces(self.network(image[None].permute(0, 2, 3, 1).contiguous().numpy()), image.shape)
-                for image in images
-            ]
+                for image in images]
         images = (to_input(images) if self.white == 1 else images.float()).contiguous()
         if self.head == "raw":
             logits, offsets = map(torch.from_numpy, self.network(images.numpy()))
@@ -106,9 +108,7 @@ class ExportedDetector:
         if self.head == "generic":
             faces = outputs[0]
         else:
-            rows = outputs[0].reshape(
-                -1, 7
-            )  # image, label, score, box in 0-1; what is not a face has image -1
+            rows = outputs[0].reshape(-1, 7)  # image, label, score, box in 0-1; no faces at the end: image -1
             rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]
             faces = np.concatenate([rows[:, 3:] * np.float32(shape[:0:-1] * 2), rows[:, 2:3]], 1)
         return faces[np.argsort(-faces[:, 4], kind="stable")]
@@ -141,10 +141,18 @@ def _load_exported(path, size, colour, white, threads):
     metadata, shape = network.metadata, network.shape
     if "head" in metadata:
         if colour or white:
-            raise InputError(f"{path}: says itself what it takes ({metadata['colour']}, "
-                             f"{metadata['value_range']}); leave --colour and --range out")
-        white = int(metadata["value_range"].split("-")[1])
-        detector = ExportedDetector(network, metadata["colour"], white, metadata["head"])
+            raise InputError(f"{path}: says itself what it takes ({metadata.get('colour')}, "
+                             f"{metadata.get('value_range')}); leave --colour and --range out")
+        try:  # on a black picture: what the metadata says must be true
+            ranges, layouts = {"0-1": 1, "0-255": 255}, ("RGB", "BGR")
+            colour, white = layouts[layouts.index(metadata["colour"])], ranges[metadata["value_range"]]
+            detector = ExportedDetector(network, colour, white, metadata["head"])
+            faces, = detector(torch.zeros(1, 3, *(detector.size or (64, 48))[::-1], dtype=torch.uint8))
+            if faces.ndim != 2 or faces.shape[1] != 5:
+                raise ValueError(f"faces of shape {list(faces.shape)}")
+        except Exception as error:  # runtimes have exceptions of their own
+            raise InputError(f"{path}: its inputs or outputs are not what its metadata says "
+                             f"({first_line(error)})") from None
     else:
         if not colour or not white:
             raise InputError(f"{path}: was not written by export.py; say what it takes with "
@@ -158,8 +166,7 @@ def _load_exported(path, size, colour, white, threads):
                              "one [1, 1, N, 7] expected")
     if size and size != detector.size:
         takes = (
-            "takes pictures of any size" if detector.size is None else "takes {}x{}".format(*detector.size)
-        )
+            "takes pictures of any size" if detector.size is None else "takes {}x{}".format(*detector.size))
         raise InputError(f"{path}: {takes}; an exported model's size is fixed, see export.py --size")
     return detector
 

@@ -2,6 +2,7 @@
 
 A run is distributed exactly when torchrun's variables are there. Alone, a process does all of this by itself.
 """
+
 import datetime
 import os
 import signal
@@ -21,9 +22,9 @@ def choose_device(name: str | None = None) -> str:
 
     Raises InputError if it is not there.
     """
-    name = name or (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    if not name:
+        gpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else gpu
     try:
         torch.zeros(1, device=name).item()  # read back: meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -41,8 +42,7 @@ def join_processes(device: str | None = None) -> tuple[int, int, str]:
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
         if wanted > there:
             raise InputError(
-                f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu"
-            )
+                f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu")
         torch.cuda.set_device(local)  # before the first tensor, or every process takes memory on GPU 0
         device = f"cuda:{local}"
     device = choose_device(device)

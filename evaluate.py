@@ -62,8 +62,7 @@ def table(scores):
         for point in scores["operating_points"]:
             lines.append(
                 f"  {point['score']:.3f}       {point['precision']:.3f}      {point['recall']:.3f}      "
-                f"{point['false_per_picture']:.2f}"
-            )
+                f"{point['false_per_picture']:.2f}")
         lines[-1] += f"   best F1 {point['f1']:.3f}"
     return "\n".join(lines)
 
@@ -200,7 +199,9 @@ def main(argv=None):
     names = None
     if annotations and (truth or args.wider_out):
         names = wider.wider_names(annotations.path, annotations.names)
-    rank = 0
+    rank = int(os.environ.get("RANK", 0))  # under torchrun one process is enough to read and score
+    if args.predictions and rank:
+        return
     if folder:
         detections, missing = wider.read_predictions(args.predictions, truth)
         if missing:
@@ -212,9 +213,8 @@ def main(argv=None):
         detections = read_results(args.predictions, annotations)
     else:
         detections, rank, annotations = run_model(args, annotations)
-        names = names and wider.wider_names(
-            annotations.path, annotations.names
-        )  # some photos may have been left out
+        if names:  # some photos may have been left out
+            names = wider.wider_names(annotations.path, annotations.names)
     if rank:
         return
     if truth:

@@ -13,7 +13,6 @@ are first compared with PyTorch on several pictures, and replace older ones only
 """
 
 import json
-import logging
 import os
 import tempfile
 import warnings
@@ -29,17 +28,17 @@ from torch import nn
 import sample
 from anchors import VARIANCES, decode, make_anchors
 from coco import read_annotations
-from data import FaceDataset, to_input, to_tensor
+from data import to_input, to_tensor
 from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, detect, load_detector, postprocess,
                       to_picture)
 from evaluate import file_hash
 from model import STRIDE, grid_size, load_model, read_checkpoint
 from pictures import load_picture
+from quantise import quantise, spread
 from runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
 from script import InputError, bad_values, command, new_parser, parse_size
 
 OPSET = 18
-CALIBRATION = 300  # photos for the INT8 calibration
 
 # How far an export may be from PyTorch: pixels of the network input, score, the least score of the faces that
 # are compared, and the share of these that must be within both limits. Lower precision changes some NMS
@@ -229,58 +228,6 @@ def fold_constants(model):
     manager.run_passes(model)
 
 
-def decoding_names(model):
-    """List the names of the operators after the last convolutions of an IR.
-
-    They decode boxes; INT8 is too coarse for pixel coordinates.
-    """
-    waiting, names = [result.get_node() for result in model.outputs], set()
-    while waiting:
-        for node in (value.get_node() for value in waiting.pop().input_values()):
-            name = node.get_friendly_name()
-            if node.get_type_name() not in ("Convolution", "Constant", "Parameter") and name not in names:
-                names.add(name)
-                waiting.append(node)
-    return sorted(names)
-
-
-def spread(annotations, most):
-    """Choose up to `most` photos, evenly spread over the dataset: a list of indices."""
-    count = len(annotations.ids)
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
-
-
-def quantise(model, annotations, size):
-    """Quantise an IR to INT8 weights and activations with NNCF, calibrated on photos of `annotations`.
-
-    size is (width, height) of the network input. Raises InputError if NNCF is missing or a photo unreadable.
-    """
-    dataset, chosen = FaceDataset(annotations, *size), spread(annotations, CALIBRATION)
-
-    def feed(index):
-        item = dataset[index, None]
-        if item.error:
-            raise InputError(item.error)
-        inputs = {"image": to_input(item.picture.flip(0)[None]).numpy()}  # [1, 3, H, W], BGR
-        if len(model.inputs) > 1:
-            inputs["picture"] = np.zeros((1, *size[::-1], 3), np.uint8)
-        return inputs
-
-    logging.disable(logging.WARNING)  # NNCF and its imports log a lot
-    try:
-        import nncf
-        import rich
-        rich.reconfigure(quiet=True)  # NNCF's progress bars
-        # PERFORMANCE is symmetric. MIXED, with zero points, was 3 % slower and not more accurate.
-        return nncf.quantize(model, nncf.Dataset(chosen, feed),
-                             preset=nncf.QuantizationPreset.PERFORMANCE, subset_size=len(chosen),
-                             ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
-    except ImportError:
-        raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def describe(path, content, model, size, head):
     """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from.
 
@@ -306,7 +253,6 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
     to quantise on. The ONNX model is changed.
     """
     import openvino as ov
-
     metadata = metadata | {"colour": "BGR",
                            "precision": "INT8" if annotations else "FP16" if fp16 else "FP32"}
     swap_colours(model)
@@ -426,6 +372,10 @@ def main(argv=None):
             os.replace(folder / "model.bin", out / "model.bin")
         for name in files:
             os.replace(folder / name, out / name)
+    if not args.ir and (out / "model.xml").exists():  # it is of an older model now
+        for name in ("model.xml", "model.bin"):
+            (out / name).unlink(missing_ok=True)
+        lines.append(f"{out / 'model.xml'}: removed, it was of an earlier export; --ir writes it anew")
     print("\n".join(lines))
 
 

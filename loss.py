@@ -1,4 +1,5 @@
 """The loss: multibox with hard negatives and a learned balance, and distillation from a teacher."""
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

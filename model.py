@@ -3,6 +3,7 @@
 Parameter names are those of the official training snapshots, so theirs and ours load without a mapping. This
 file imports nothing of this repository: copy it, and `load_model` works elsewhere.
 """
+
 import errno
 import io
 import math
@@ -63,18 +64,15 @@ class Config:
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
         # The upper bounds are no limits of the method. Without them a hostile file of a few bytes would fill
         # the memory.
-        if (not STRIDE <= min(self.input_width, self.input_height) <= max(self.input_width, self.input_height)
-            <= 8192):
-            raise ValueError(
-                f"input {self.input_width}x{self.input_height}: sides of {STRIDE} to 8192 pixels expected"
-            )
+        least, most = sorted((self.input_width, self.input_height))
+        if not STRIDE <= least <= most <= 8192:
+            raise ValueError(f"input {self.input_width}x{self.input_height}: "
+                             f"sides of {STRIDE} to 8192 pixels expected")
         if not 1 / 16 <= self.width <= 8:
             raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
-        if not 1 <= len(self.anchors) <= 100 or not all(
-            1 <= side < math.inf for anchor in self.anchors for side in anchor):
-            raise ValueError(
-                "anchors: 1 to 100 expected, with sides of at least a pixel of the network's input"
-            )
+        if not 1 <= len(self.anchors) <= 100 or not all(1 <= side < math.inf for side in sides):
+            raise ValueError("anchors: 1 to 100 expected, with sides of at least a pixel "
+                             "of the network's input")
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -120,8 +118,7 @@ class MobileNetV2(nn.Module):
         for expansion, outputs, blocks, stride in ROWS:
             for block in range(blocks):
                 layers.append(
-                    InvertedResidual(channels, int(outputs * width), stride if block == 0 else 1, expansion)
-                )
+                    InvertedResidual(channels, int(outputs * width), stride if block == 0 else 1, expansion))
                 channels = int(outputs * width)
         self.features = nn.Sequential(*layers)
         self.channels = channels

@@ -1,4 +1,5 @@
 """Record a training run: log.jsonl, the curves drawn from it, and TensorBoard if asked for."""
+
 import json
 import time
 from pathlib import Path

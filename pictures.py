@@ -45,10 +45,20 @@ def decode_picture(image, scale=1):
         if scale < 1:
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
+            image = Image.fromarray(_to_bytes(np.asarray(image).astype(np.float64), image.mode))
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_bytes(values, mode):
+    """Scale grey values `[H, W]` of a PIL picture of mode I or F to uint8, as the file most likely means it."""
+    values = np.nan_to_num(values, posinf=0, neginf=0).clip(0)
+    most = values.max(initial=0)
+    if mode == "F" and most <= 1:
+        return (values * 255).round().astype(np.uint8)
+    steps = 65536 if mode != "I" and mode != "F" else next((n for n in (256, 65536) if most < n), most + 1)
+    return (values * 256 / steps).clip(0, 255).astype(np.uint8)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Input and outputs are arrays; detector.py turns the outputs into faces. An .onnx file with OpenVINO's own
 operators runs in OpenVINO.
 """
+
 import functools
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class OnnxNetwork:
             self.session = onnxruntime.InferenceSession(str(path), options,
                                                         providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types are private
-            raise InputError(f"{path}: ONNX Runtime cannot read it ({_first_line(error)})") from None
+            raise InputError(f"{path}: ONNX Runtime cannot read it ({first_line(error)})") from None
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         first = self.session.get_inputs()[0]
@@ -65,7 +66,7 @@ class OpenVinoNetwork:
             model = core.read_model(str(path))
             self.compiled = core.compile_model(model, "CPU", options)
         except Exception as error:  # RuntimeError and its private subclasses
-            raise InputError(f"{path}: OpenVINO cannot read it ({_first_line(error)})") from None
+            raise InputError(f"{path}: OpenVINO cannot read it ({first_line(error)})") from None
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}"
         own = model.has_rt_info([SECTION])
         self.metadata = dict(model.get_rt_info([SECTION]).value) if own else {}
@@ -78,7 +79,7 @@ class OpenVinoNetwork:
         return [results[port] for port in self.compiled.outputs]
 
 
-def _first_line(error):
+def first_line(error):
     """Return the first useful line of a runtime's error message."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith("Exception from")]
@@ -102,7 +103,7 @@ def open_network(path, threads=0):
     try:
         content = onnx.load(path)
     except Exception as error:  # its types are protobuf's and onnx's own
-        raise InputError(f"{path}: not an ONNX file, or a truncated one ({_first_line(error)})") from None
+        raise InputError(f"{path}: not an ONNX file, or a truncated one ({first_line(error)})") from None
     if all(entry.domain != OPENVINO_DOMAIN for entry in content.opset_import):
         return OnnxNetwork(path, threads)
     network = OpenVinoNetwork(path, threads)

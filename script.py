@@ -2,6 +2,7 @@
 
 This file does not import torch, so a wrong file is reported before anything slow is loaded.
 """
+
 import argparse
 import functools
 import json
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
+LAYOUT = {ord(character): character for character in "\t\n\r"}  # of lines and progress bars
 PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 TROUBLE = {  # what libraries say when the machine gives up: what we say
     "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
@@ -34,6 +36,30 @@ class InputError(Exception):
         self.reported = reported
 
 
+class PlainStream:
+    """A text stream that shows control characters, and what its encoding cannot, as \\x.. and the like."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write `text` so that a file name in it neither moves the cursor nor ends the program."""
+        encoding = self.stream.encoding or "utf-8"
+        plain = text.translate(CONTROL | LAYOUT).encode(encoding, "backslashreplace").decode(encoding)
+        return self.stream.write(plain)
+
+
+def _interrupted(kind, error, trace):
+    """End by Ctrl-C in one word, also while torch is being imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
@@ -52,6 +78,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(PlainStream, streams)
         try:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         except ValueError:
@@ -75,6 +103,8 @@ def command(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        finally:
+            sys.stdout, sys.stderr = streams
     return wrapped
 
 
@@ -91,8 +121,7 @@ def parse_size(text):
     """Parse `S` or `WxH` (such as 320x240) to (width, height) in pixels, for argparse."""
     try:
         width, height = (
-            int(side) for side in (text.lower().split("x") if "x" in text.lower() else (text, text))
-        )
+            int(side) for side in (text.lower().split("x") if "x" in text.lower() else (text, text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
     if not 16 <= min(width, height) <= max(width, height) <= 8192:
@@ -120,8 +149,7 @@ def parse_picture(text):
 def new_parser(description):
     """An argument parser that shows a script's docstring as it is written."""
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 class FlagFileParser(argparse.ArgumentParser):
@@ -158,8 +186,7 @@ def whole_file(path):
         raise InputError(f"{path}: is a folder, a file is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}{path.suffix}"
-    )  # libraries choose the format by suffix
+        f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
     try:
         yield temporary
         os.replace(temporary, path)
@@ -185,3 +212,8 @@ def read_json(path):
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise InputError(f"{path}: not JSON ({error})") from None
+
+
+# Scripts import this file before torch, which takes seconds. To importers from elsewhere it leaves the hook.
+if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent:
+    sys.excepthook = _interrupted

@@ -1,4 +1,5 @@
 """Fixtures for all tests: a small drawn dataset, a small network, the folder of real data."""
+
 import os
 from pathlib import Path
 

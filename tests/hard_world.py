@@ -1,4 +1,5 @@
 """Build a folder of files that are wrong in many ways: pictures, annotations, predictions, models, flags."""
+
 import importlib
 import json
 import os

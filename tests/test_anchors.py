@@ -1,4 +1,5 @@
 """Tests of anchors.py: both kinds of anchors, their order, encode and decode, matching, the command."""
+
 import numpy as np
 import pytest
 import torch

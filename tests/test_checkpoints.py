@@ -1,4 +1,5 @@
 """Tests of checkpoints.py as a command: the mean of checkpoints, and what is refused."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """Tests of coco.py: reading annotations, error messages, and results written and read back."""
+
 import json
 
 import numpy as np
@@ -117,8 +118,10 @@ def test_faces_go_by_image_and_keep_what_is_theirs_also_without_some_photos(tmp_
         own = part.ids[part.image], part.xywh[:, 0], part.area, part.ignored
         return [column.tolist() for column in own]
     assert columns(faces) == [[4, 4, 2, 9, 9], [2, 5, 4, 1, 3], [20, 50, 40, 10, 30], [0, 1, 0, 1, 1]]
-    fewer, image = faces.without({0}, np.array([1, 2, 2]))
-    assert columns(fewer) == [[2, 9, 9], [4, 1, 3], [40, 10, 30], [0, 1, 1]] and image.tolist() == [0, 1, 1]
+    found = Detections(np.array([1, 2, 2]), np.zeros((3, 4)), np.ones(3))
+    fewer, found = faces.without({0}, found)
+    assert columns(fewer) == [[2, 9, 9], [4, 1, 3], [40, 10, 30], [0, 1, 1]]
+    assert found.image.tolist() == [0, 1, 1]
     assert fewer.names == ["2.jpg", "9.jpg"] and fewer.sizes.shape == (2, 2)
 
 

@@ -1,4 +1,5 @@
 """demo.py: its picture, its table, and how it stops. The whole demo takes minutes: make demo."""
+
 import numpy as np
 import pytest
 from PIL import ImageColor

@@ -1,4 +1,5 @@
 """Tests of detect.py: which pictures it finds, what it writes, and what it does about errors."""
+
 import json
 import os
 import sys

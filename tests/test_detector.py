@@ -1,4 +1,5 @@
 """Tests of detector.py: postprocessing, scaling to the picture, all kinds of input."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,5 @@
 """Tests of evaluate.py: scoring a model or predictions, alone and in several processes."""
+
 import json
 import os
 import subprocess

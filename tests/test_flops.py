@@ -1,4 +1,5 @@
 """Tests of flops.py: the published figures, and agreement with PyTorch's own counter."""
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

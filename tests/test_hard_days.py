@@ -2,6 +2,7 @@
 
 Every refused case must exit with code 2 and one line, without a traceback, and leave the folder unchanged.
 """
+
 import importlib
 import sys
 

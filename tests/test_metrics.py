@@ -1,4 +1,5 @@
 """Tests of metrics.py: equality with pycocotools and the official WIDER code, invariants, worked examples."""
+
 import contextlib
 import io
 

@@ -1,4 +1,5 @@
 """Tests of model.py: number of parameters, shapes, and every kind of weight file."""
+
 import os
 import pickle
 import struct

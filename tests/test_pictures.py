@@ -1,4 +1,5 @@
 """Tests of pictures.py: all kinds of files load upright as RGB, and boxes are drawn in the right place."""
+
 import numpy as np
 import pytest
 from PIL import Image

@@ -1,4 +1,5 @@
 """Tests of sample.py: the same arguments draw the same photos, photos vary, and boxes fit the faces."""
+
 import json
 from pathlib import Path
 

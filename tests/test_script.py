@@ -1,4 +1,5 @@
 """Tests of script.py: files written whole or not at all, flag types, exit codes."""
+
 import errno
 import os
 import signal

@@ -3,6 +3,7 @@
     python -m pytest tests/test_survival.py                 # a few kills
     KILLS=30 python -m pytest tests/test_survival.py -s     # as many as you like
 """
+
 import json
 import os
 import random

@@ -1,4 +1,5 @@
 """Tests of wider.py: the official files, real prediction files, and our own written and read back."""
+
 import os
 import subprocess
 import sys

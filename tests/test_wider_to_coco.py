@@ -1,4 +1,5 @@
 """Tests of wider_to_coco.py: every quirk of WIDER FACE's text, and what is refused."""
+
 import json
 import lzma
 import os
