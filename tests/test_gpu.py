@@ -1,4 +1,4 @@
-"""Tests that need a GPU: training, evaluation and export there agree with the CPU. Skipped where there is none.
+"""Tests that need a GPU: training, evaluation and export there agree with the CPU.
 
     python -m pytest -m gpu -v
 """
@@ -17,15 +17,15 @@ from detector import TorchDetector, load_detector
 from model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3", "--lr", "0.01",
-         "--min-face", "0", "--workers", "1", "--clip", "10"]
+FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
+         "--lr", "0.01", "--min-face", "0", "--workers", "1", "--clip", "10"]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (CUDA)")]
 
 
 def run(out, sample, *flags):
-    train.main([*FLAGS, "--data", str(sample / "train.json"), "--val", str(sample / "val.json"), "--out", str(out),
-                *map(str, flags)])
+    words = [*FLAGS, "--data", sample / "train.json", "--val", sample / "val.json", "--out", out, *flags]
+    train.main([str(word) for word in words])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "epoch" in line]
 
