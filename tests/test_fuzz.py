@@ -342,12 +342,15 @@ def test_metrics(truth, detections, copies):
 def test_batches_of_any_company(counts, seed):
     """A photo has the same targets in any batch as it has alone."""
     rng = np.random.default_rng(seed)
-    items = [Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8),
-                  np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32),
-                  rng.random(count) < 0.3, (64, 48)) for n, count in enumerate(counts)]
+    items = []
+    for n, count in enumerate(counts):
+        ignored = rng.random(count) < 0.3
+        faces = np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32)
+        items.append(Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8), faces, ignored,
+                          ignored & (rng.random(count) < 0.5), (64, 48)))
     together = collate(items)
-    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items))
+    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items), together.crowd)
     for item, own_labels, own_targets in zip(items, labels, targets):
         alone = collate([item])
-        expected = match(ANCHORS, alone.faces, alone.ignored, alone.image, 1)
+        expected = match(ANCHORS, alone.faces, alone.ignored, alone.image, 1, alone.crowd)
         assert torch.equal(own_labels, expected[0][0]) and torch.equal(own_targets, expected[1][0])
