@@ -349,7 +349,8 @@ def test_batches_of_any_company(counts, seed):
         items.append(Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8), faces, ignored,
                           ignored & (rng.random(count) < 0.5), (64, 48)))
     together = collate(items)
-    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items), together.crowd)
+    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items),
+                            together.crowd)
     for item, own_labels, own_targets in zip(items, labels, targets):
         alone = collate([item])
         expected = match(ANCHORS, alone.faces, alone.ignored, alone.image, 1, alone.crowd)
