@@ -1,0 +1,234 @@
+"""Resuming: what the flags say is what is used, nothing is skipped, and damaged checkpoints are refused."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import TrainBatches
+from model import SSD, Config, checkpoint
+
+SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
+         "--lr", "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
+
+
+def run(out, sample, *flags):
+    train.main([*SMALL, "--data", str(sample / "train.json"), "--out", str(out), *map(str, flags)])
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A detector to start from and to learn from."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("start") / "start.pth"
+    torch.save(checkpoint(SSD(Config.scaled_from_300(64, 64, 0.25))), path)
+    return path
+
+
+@pytest.fixture
+def begun(sample, tmp_path):
+    """A run of one epoch in tmp_path / "r"; returns its checkpoint."""
+    return run(tmp_path / "r", sample, "--epochs", 1, "--val", "none")
+
+
+class Rates:
+    """A stand-in for the optimizer of a Trainer: remembers the rate of each step, and steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.rates = optimizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+    def step(self):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+
+
+def first_rate(trainer):
+    """The learning rate of the first step of the next epoch."""
+    trainer.optimizer = rates = Rates(trainer.optimizer)
+    trainer.run_epoch(train.StopFlag())
+    return rates.rates[0]
+
+
+def group(trainer):
+    return trainer.optimizer.param_groups[0]
+
+
+# flag: the new value, and what a Trainer, the validation set and the Monitor that resume with it really use
+USED = {
+    "--data": (["{sample}/val.json"], lambda t, v, m: len(t.loader.dataset) == 6),
+    "--val": (["{sample}/val.json"], lambda t, v, m: len(v.ids) == 6),
+    "--min-face": (["1000"], lambda t, v, m: t.loader.dataset.ignored.all()),
+    "--min-size": (["1000"], lambda t, v, m: t.loader.dataset[0, None].ignored.all()),
+    "--no-augment": ([], lambda t, v, m: next(iter(t.batches))[0][1] is None),
+    "--repeat": (["3"], lambda t, v, m: t.batches.total == 8),
+    "--max-unreadable": (["0"], lambda t, v, m: pytest.raises(train.InputError, t.check_readable, {0: "x"})),
+    "--seed": (["5"], lambda t, v, m: next(iter(t.batches))[0][1][0] == 5),
+    "--epochs": (["9"], lambda t, v, m: m.epochs == 9 and t.args.epochs == 9),
+    "--batch-size": (["4"], lambda t, v, m: len(next(iter(t.loader)).index) == 4),
+    "--lr": (["0.5"], lambda t, v, m: first_rate(t) == 0.5),
+    "--milestones": (["1"], lambda t, v, m: first_rate(t) == pytest.approx(0.001)),
+    "--warmup": (["6"], lambda t, v, m: first_rate(t) == pytest.approx(0.01 * (1 + 2 * 3 / 6) / 3)),
+    "--momentum": (["0.5"], lambda t, v, m: group(t)["momentum"] == 0.5),
+    "--weight-decay": (["0.3"], lambda t, v, m: group(t)["weight_decay"] == 0.3),
+    "--clip": (["1e-9"], lambda t, v, m: moves_nowhere(t)),
+    "--ema": (["0.9"], lambda t, v, m: t.ema is not None),
+    "--freeze-bn": ([], lambda t, v, m: not (t.run_epoch(train.StopFlag()),
+                                             t.raw_model.backbone.bn_first.training)[1]),
+    "--precision": (["bf16"], lambda t, v, m: enabled(t)),
+    "--workers": (["1"], lambda t, v, m: t.loader.num_workers == 1),
+    "--save-every": (["1"], lambda t, v, m: saves(t) == 3),
+    "--compile": ([], lambda t, v, m: isinstance(t.model, torch._dynamo.eval_frame.OptimizedModule)),
+    "--tensorboard": ([], lambda t, v, m: m.writer is not None),
+    "--distill": (["0.3", "0.4", "--load-from", "{start}"],
+                  lambda t, v, m: t.teacher is not None and t.criterion.distill == [0.3, 0.4]),
+}
+# These begin a run or name its place, or shape what cannot change any more: refused, see test_train.py.
+OTHERS = {"--help", "--size", "--width", "--anchors", "--pretrained", "--load-from", "--hold", "--resume",
+          "--out", "--device", "--sync-bn"}
+
+
+def moves_nowhere(trainer):
+    """Whether a step hardly changes the weights: its gradient is cut, and decay and momentum are off."""
+    group(trainer)["momentum"] = group(trainer)["weight_decay"] = 0
+    before = [p.detach().clone() for p in trainer.raw_model.parameters()]
+    trainer.run_epoch(train.StopFlag())
+    return all((a - b).abs().max() < 1e-8 for a, b in zip(before, trainer.raw_model.parameters()))
+
+
+def enabled(trainer):
+    with trainer.autocast():
+        return torch.is_autocast_enabled("cpu")
+
+
+def saves(trainer):
+    """How often an epoch saves."""
+    calls = []
+    trainer.save = lambda: calls.append(1)
+    trainer.run_epoch(train.StopFlag())
+    return len(calls)
+
+
+def test_every_flag_is_in_one_of_the_tables():
+    flags = {action.option_strings[-1] for action in train.make_parser()._actions}
+    assert flags == USED.keys() | OTHERS
+
+
+@pytest.mark.parametrize("flag", USED)
+def test_a_flag_that_is_changed_is_used(sample, tmp_path, begun, start, flag, capsys):
+    values, used = USED[flag]
+    words = [value.format(sample=sample, start=start) for value in values]
+    args = train.parse_args([*SMALL, "--data", str(sample / "train.json"), "--out", str(tmp_path / "r"),
+                             "--val", "none", "--resume", flag, *words])
+    trainer, val, monitor = train.prepare(args)
+    assert used(trainer, val, monitor)
+    if flag not in ("--workers", "--val"):
+        assert f"resumed with {flag} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_photo_is_left_out_whatever_stops_and_goes_on(seed):
+    """An epoch in parts, each with batches of another size by another number of processes."""
+    rng = np.random.default_rng(seed)
+    n, repeat = int(rng.integers(1, 40)), int(rng.integers(1, 3))
+    order, seen, done = None, set(), 0
+    for _ in range(30):
+        world, batch = int(rng.integers(1, 5)), int(rng.integers(1, 9))
+        parts = [TrainBatches(n, batch, repeat, 3, rank, world) for rank in range(world)]
+        starts = {part.skip(done) for part in parts}
+        assert len(starts) == 1 and min(starts) <= done or done >= n * repeat
+        done = min(starts)
+        steps = len(parts[0])
+        for taken, group in enumerate(zip(*parts)):
+            if taken == rng.integers(0, steps + 1):
+                break
+            seen |= {place % (n * repeat) for own in group for _, (_, _, place) in own}
+            done += world * batch
+        if done >= n * repeat:
+            break
+    else:
+        part = TrainBatches(n, 1, repeat, 3)
+        part.skip(done)
+        seen |= {place for own in part for _, (_, _, place) in own}
+    assert seen == set(range(n * repeat)), order
+
+
+def test_another_validation_set_begins_best_anew_and_the_same_elsewhere_does_not(sample, tmp_path, capsys):
+    flags = ["--val", sample / "val.json"]
+    run(tmp_path / "r", sample, "--epochs", 1, *flags)
+    last = torch.load(tmp_path / "r/last.pth", weights_only=True)
+    torch.save(last | {"best": 2.0}, tmp_path / "r/last.pth")       # no set can reach that
+    content = (sample / "val.json").read_text()
+    (sample / "copy.json").write_text(content)
+    assert run(tmp_path / "r", sample, "--epochs", 2, "--val", sample / "copy.json", "--resume")["best"] == 2
+    assert run(tmp_path / "r", sample, "--epochs", 3, "--val", "none", "--resume")["best"] == 2
+    assert run(tmp_path / "r", sample, "--epochs", 4, *flags, "--resume")["best"] == 2
+    assert "best.pth begins anew" not in capsys.readouterr().out
+    other = run(tmp_path / "r", sample, "--epochs", 5, "--val", sample / "train.json", "--resume")
+    assert 0 <= other["best"] <= 1
+    assert "another validation set than before: best.pth begins anew" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_older_version_resumes(sample, tmp_path, start):
+    flags = ["--load-from", start, "--hold", 0.1, 0.1, "--ema", 0.9, "--val", "none"]
+    whole = run(tmp_path / "whole", sample, "--epochs", 2, *flags)
+    old = run(tmp_path / "r", sample, "--epochs", 1, *flags)
+    for key in ("photos", "record", "launch", "val"):
+        old.pop(key, None)
+    old["flags"]["hold"] = old["flags"].pop("distill")
+    torch.save(old, tmp_path / "r/last.pth")
+    parts = run(tmp_path / "r", sample, "--epochs", 2, *flags, "--resume")
+    for part in ("state_dict", "ema"):
+        assert all(torch.equal(whole[part][key], parts[part][key]) for key in whole[part])
+
+
+def test_the_runs_own_checkpoint_by_its_whole_path(sample, tmp_path, begun):
+    last = (tmp_path / "r/last.pth").resolve()
+    assert run(tmp_path / "r", sample, "--epochs", 2, "--resume", last)["epoch"] == 2
+
+
+WRONG = {"optimizer": [[], "SGD"], "epoch": ["1", -1, 1.5], "step": [-1, None], "done": [-5, []],
+         "best": ["x", [0.5]], "sums": [[0, 0], torch.zeros(3), 4], "flags": [[], "lr"]}
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in WRONG.items() for value in values])
+def test_entries_of_the_wrong_kind_are_refused(sample, tmp_path, begun, refused, key, value):
+    torch.save(begun | {key: value}, tmp_path / "r/last.pth")
+    line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
+                   "--resume")
+    assert "last.pth: " in line
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "absent", "more", "kind"])
+def test_a_momentum_of_another_model_is_refused(sample, tmp_path, begun, refused, damage):
+    state = begun["optimizer"]["state"]
+    buffer = state[3]["momentum_buffer"]
+    state[3] = {"nan": {"momentum_buffer": buffer / 0}, "shape": {"momentum_buffer": torch.zeros(3)}, "absent": {},
+                "kind": [buffer]}.get(damage, state[3])
+    if damage == "more":
+        state[9999] = state[3]
+    torch.save(begun, tmp_path / "r/last.pth")
+    line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
+                   "--resume")
+    assert "its optimizer is of another model" in line
+
+
+def test_an_epoch_is_logged_once_though_it_was_saved_before_it_was_validated(sample, tmp_path, monkeypatch):
+    """The validation ends the run; the resumed run begins with it, and its digits are those of a whole run."""
+    whole = run(tmp_path / "whole", sample, "--epochs", 2, "--val", sample / "val.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "validate", lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "r", sample, "--epochs", 2, "--val", sample / "val.json")
+    saved = torch.load(tmp_path / "r/last.pth", weights_only=True)
+    assert saved["epoch"] == 1 and saved["record"]["epoch"] == 1 and "AP" not in saved["record"]
+    parts = run(tmp_path / "r", sample, "--epochs", 2, "--val", sample / "val.json", "--resume")
+    assert all(torch.equal(whole["state_dict"][key], parts["state_dict"][key]) for key in whole["state_dict"])
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "r")]
+    kept = [[(line["epoch"], line["loss"], line["AP"]) for line in log if "epoch" in line] for log in logs]
+    assert kept[0] == kept[1] and [epoch for epoch, *_ in kept[1]] == [1, 2]
