@@ -140,8 +140,11 @@ def make_model(args, content):
     return model
 
 
-def resume_model(args, content):
-    """The model of a checkpoint's content; its architecture must be what the flags ask for."""
+def resume_model(args, content, averaged=False):
+    """The model of a checkpoint's content, with its averaged weights if asked for and there.
+
+    Raises InputError if the flags ask for another architecture, or the weights do not fit.
+    """
     path = content["path"]
     config = config_of(content, path)
     wanted = asdict(wanted_config(args, config))
@@ -149,7 +152,8 @@ def resume_model(args, content):
                if value != wanted[key]]
     if changed:
         raise InputError(f"{path}: the architecture of a run cannot change: " + "; ".join(changed))
-    return rebuild(content, content["state_dict"], path)
+    with bad_values():
+        return rebuild(content, averaged and content.get("ema") or content["state_dict"], path)
 
 
 def load_momentum(optimizer, content):

@@ -62,7 +62,7 @@ def _interrupted(kind, error, trace):
 
 
 def _end_workers():
-    """End the loading processes that an error or a signal has left. They heed no SIGTERM, and hold nothing."""
+    """End the loading processes that an error or a signal has left. They heed no SIGTERM and hold nothing."""
     children = multiprocessing.active_children()
     if not children:
         return

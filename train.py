@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import find_checkpoint, load_momentum, load_teacher, make_model, report_changes, save
+from checkpoints import find_checkpoint, load_momentum, load_teacher, make_model, report_changes, resume_model, save
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
@@ -86,7 +86,7 @@ class Trainer:
         self.best = content["best"]
         self.sums, self.record = content["sums"].to(self.device), content.get("record")
         if self.ema:
-            self.ema.load_state_dict(content.get("ema") or content["state_dict"])
+            self.ema.load_state_dict(resume_model(self.args, content, averaged=True).state_dict())
         flags, own = content["flags"], vars(self.args)
         photos = content.get("photos") in (None, self.marks["photos"])  # None: an older checkpoint's
         if self.done and not (photos and all(own[key] == flags.get(key) for key in ("seed", "repeat"))):

@@ -207,8 +207,8 @@ def test_entries_of_the_wrong_kind_are_refused(sample, tmp_path, begun, refused,
 def test_a_momentum_of_another_model_is_refused(sample, tmp_path, begun, refused, damage):
     state = begun["optimizer"]["state"]
     buffer = state[3]["momentum_buffer"]
-    state[3] = {"nan": {"momentum_buffer": buffer / 0}, "shape": {"momentum_buffer": torch.zeros(3)}, "absent": {},
-                "kind": [buffer]}.get(damage, state[3])
+    state[3] = {"nan": {"momentum_buffer": buffer / 0}, "shape": {"momentum_buffer": torch.zeros(3)},
+                "absent": {}, "kind": [buffer]}.get(damage, state[3])
     if damage == "more":
         state[9999] = state[3]
     torch.save(begun, tmp_path / "r/last.pth")
@@ -218,7 +218,7 @@ def test_a_momentum_of_another_model_is_refused(sample, tmp_path, begun, refused
 
 
 def test_an_epoch_is_logged_once_though_it_was_saved_before_it_was_validated(sample, tmp_path, monkeypatch):
-    """The validation ends the run; the resumed run begins with it, and its digits are those of a whole run."""
+    """The run ends while validating. The resumed run begins with that, and has the digits of a whole run."""
     whole = run(tmp_path / "whole", sample, "--epochs", 2, "--val", sample / "val.json")
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "validate", lambda *_: (_ for _ in ()).throw(SystemExit(143)))
