@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import find_checkpoint, load_momentum, load_teacher, make_model, report_changes, resume_model, save
+from checkpoints import (find_checkpoint, load_momentum, load_teacher, make_model, report_changes,
+                         resume_model, save)
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
