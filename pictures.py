@@ -52,7 +52,7 @@ def decode_picture(image, scale=1):
 
 
 def _to_bytes(values, mode):
-    """Scale grey values `[H, W]` of a PIL picture of mode I or F to uint8, as the file most likely means it."""
+    """Scale grey values `[H, W]` of a PIL picture of mode I or F to uint8, as the file likely means it."""
     values = np.nan_to_num(values, posinf=0, neginf=0).clip(0)
     most = values.max(initial=0)
     if mode == "F" and most <= 1:
