@@ -8,13 +8,15 @@ As a command it fits anchor sizes to a dataset, beside the hand-designed ones:
 
 import math
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser, parse_picture, parse_size, whole_file
+
 import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou
 
 from coco import read_annotations
 from model import HAND_DESIGNED, STRIDE, Config, grid_size
-from script import InputError, command, new_parser, parse_picture, parse_size, whole_file
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
 POSITIVE_IOU = 0.4

@@ -19,6 +19,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser
+
 import numpy as np
 import torch
 from torchvision import tv_tensors
@@ -35,7 +38,6 @@ from distributed import choose_device
 from model import SSD
 from pictures import load_picture
 from runtimes import SUFFIXES, open_network
-from script import InputError, command, new_parser
 
 
 def interleaved(jobs, rounds, seconds=0.2):

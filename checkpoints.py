@@ -16,13 +16,15 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, bad_values, command, new_parser, whole_file
+
 import torch
 from tqdm import tqdm
 
 from distributed import launch_id
 from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
                    read_checkpoint, rebuild)
-from script import InputError, bad_values, command, new_parser, whole_file
 
 
 def find_checkpoint(args):

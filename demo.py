@@ -15,13 +15,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from coco import Detections, read_annotations, read_results, to_xyxy
 from metrics import mistakes
 from pictures import FACE, FALSE, MISSED, draw_faces, load_picture, save_picture
-from script import InputError, command, new_parser
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe

@@ -13,13 +13,15 @@ import re
 import time
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from detector import MODEL, detect, load_detector
 from pictures import contact_sheet, draw_faces, load_picture, save_picture
-from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
 
 DRAWN = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}  # drawings keep these formats
 PICTURES = DRAWN | {".avif", ".jp2"}

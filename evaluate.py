@@ -16,13 +16,15 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
+
 import numpy as np
 
 import metrics
 import wider
 from coco import Detections, read_annotations, read_results, to_results, to_xyxy
 from pictures import FALSE, MISSED, contact_sheet, draw_faces, load_picture, save_picture
-from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
 
 DATA = "data/val.json"
 

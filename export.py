@@ -18,6 +18,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, bad_values, command, new_parser, parse_size
+
 import numpy as np
 import onnx
 import torch
@@ -36,7 +39,6 @@ from model import STRIDE, grid_size, load_model, read_checkpoint
 from pictures import load_picture
 from quantise import quantise, spread
 from runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
-from script import InputError, bad_values, command, new_parser, parse_size
 
 OPSET = 18
 

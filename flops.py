@@ -5,11 +5,13 @@
     python flops.py --model weights/face_ssd300.pth
 """
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import bad_values, command, new_parser, parse_size
+
 import torch
 from torch import nn
 
 from model import SSD, Config, load_model
-from script import bad_values, command, new_parser, parse_size
 
 
 def count(model, width, height):

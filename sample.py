@@ -11,11 +11,13 @@ Every photo has its own random stream, so a larger dataset begins with the photo
 import time
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser, whole_file
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from script import InputError, command, new_parser, whole_file
 from wider_to_coco import convert
 
 SUPER = 3  # photos are drawn this much larger and averaged down, for smooth edges

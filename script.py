@@ -53,12 +53,10 @@ class PlainStream:
         return self.stream.write(plain)
 
 
-def _interrupted(kind, error, trace):
-    """End by Ctrl-C in one word, also while torch is being imported."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-    sys.__excepthook__(kind, error, trace)
+def _interrupted(*_):
+    """End by Ctrl-C in one word while torch is imported. (Some imports turn an exception into a failure.)"""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def _end_workers():
@@ -96,6 +94,8 @@ def command(main):
         streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = map(PlainStream, streams)
         try:
+            if signal.getsignal(signal.SIGINT) is _interrupted:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         except ValueError:
             pass  # only the main thread may set handlers; elsewhere SIGTERM keeps its default
@@ -230,6 +230,8 @@ def read_json(path):
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
-# Scripts import this file before torch, which takes seconds. To importers from elsewhere it leaves the hook.
-if Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent:
-    sys.excepthook = _interrupted
+# Scripts import this file first, since torch takes seconds. Importers from elsewhere keep their handler, and
+# so does a shell that has a script ignore Ctrl-C.
+if (Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, _interrupted)

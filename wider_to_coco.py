@@ -16,10 +16,12 @@ import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import InputError, command, new_parser, write_json
+
 from tqdm import tqdm
 
 from pictures import open_picture, upright_size
-from script import InputError, command, new_parser, write_json
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)

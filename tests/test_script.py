@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -75,3 +76,14 @@ def test_signal_handler_is_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["detect.py", "export.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_word(script):
+    for delay in (0.3, 0.8):  # the imports take seconds
+        process = subprocess.Popen([sys.executable, script, "--help"], stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate()[1], process.returncode) == ("interrupted\n", 130)
