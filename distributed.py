@@ -173,6 +173,9 @@ class StopFlag:
             told = torch.tensor(64 - self.number if self.number else 0)  # of several signals, Ctrl-C counts
             dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
             self.number = 64 - told.item() if told.item() else 0
+        if self.number:  # this process ends by itself; torchrun sends more signals once another has left
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         return self.number > 0
 
     def check(self) -> None:

@@ -15,6 +15,9 @@ import time
 from argparse import SUPPRESS
 from pathlib import Path
 
+# First: a Ctrl-C while the rest is imported is then one word.
+from script import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size
+
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +34,6 @@ from distributed import (StopFlag, from_first, gather, join_processes, launch_id
 from evaluate import score_faces
 from loss import Criterion
 from monitor import Monitor, describe_run
-from script import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size
 
 DATA = "data/train.json"
 

@@ -1,6 +1,7 @@
 """Fixtures for all tests: a small drawn dataset, a small network, the folder of real data."""
 
 import os
+import signal
 from pathlib import Path
 
 # For the processes that tests start: several threads each would only fight for the cores.
@@ -54,6 +55,15 @@ def world(built, monkeypatch):
     """The folder of bad files, as the working directory."""
     monkeypatch.chdir(built)
     return built
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Give each test the handlers of signals that it found: scripts set their own, and end with them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
