@@ -1,0 +1,261 @@
+"""What a run is given: validation sets, starting points, schedules, small faces, crowds, unreadable files."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from anchors import make_anchors
+from coco import read_annotations
+from data import FaceDataset, collate
+from loss import Criterion
+from model import SSD, Config, checkpoint, load_model
+from sample import draw_sample
+
+SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
+         "--lr", "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
+
+
+def run(out, *flags):
+    train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def logged(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.fixture
+def mine(sample, tmp_path):
+    """A copy of the drawn set that a test may damage: train.json, val.json and their photos."""
+    shutil.copytree(sample, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def change(path, **parts):
+    """Change parts of a COCO file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+# The validation set
+
+def test_the_val_json_beside_the_one_train_json_is_taken(mine, tmp_path):
+    run(tmp_path / "r", "--data", mine / "train.json", "--epochs", 1)
+    assert "AP50" in logged(tmp_path / "r")[0] and (tmp_path / "r/best.pth").exists()
+
+
+@pytest.mark.parametrize("flags", [["--val", "none"], ["{mine}/val.json"]])
+def test_it_is_not_taken_beside_other_names_or_when_turned_off(mine, tmp_path, flags):
+    run(tmp_path / "r", "--epochs", 1, "--data", mine / "train.json",
+        *[flag.format(mine=mine) for flag in flags])
+    assert "AP50" not in logged(tmp_path / "r")[0] and not (tmp_path / "r/best.pth").exists()
+
+
+@pytest.mark.parametrize("wrong, line", [("photo", "1 of its 6 photos are missing, such as"),
+                                         ("faces", "holds no face to find")])
+def test_a_set_that_cannot_be_validated_on(mine, tmp_path, capsys, refused, wrong, line):
+    """One that was found beside is left out, one that was named is refused, both before training."""
+    if wrong == "photo":
+        next(mine.glob("val/*/*.jpg")).unlink()
+    else:
+        change(mine / "val.json", annotations=[])
+    named = ["--data", mine / "train.json", "--val", mine / "val.json", "--epochs", 1, "--out",
+             tmp_path / "s"]
+    assert line in refused(train.main, *SMALL, *named)
+    assert not (tmp_path / "s").exists()
+    run(tmp_path / "r", "--data", mine / "train.json", "--epochs", 1)
+    out = capsys.readouterr().out
+    assert line in out and "training goes on without validation" in out and "finished 1 epochs" in out
+
+
+def test_unreadable_validation_photos_are_left_out_within_the_budget(mine, tmp_path, capsys, refused):
+    photo = next(mine.glob("val/*/*.jpg"))
+    photo.write_bytes(b"no picture")
+    flags = ["--data", mine / "train.json", "--epochs", 1]
+    run(tmp_path / "r", *flags)
+    out = capsys.readouterr().out
+    assert ("left out, with their faces, 1 photos" in out and photo.name in out
+            and "AP50" in logged(tmp_path / "r")[0])
+    assert "--max-unreadable 0" in refused(train.main, *SMALL, *flags, "--max-unreadable", 0, "--out",
+                                           tmp_path / "s")
+    assert torch.load(tmp_path / "s/last.pth", weights_only=True)["epoch"] == 1   # trained, and not lost
+    run(tmp_path / "s", *flags, "--resume")
+    assert [line["epoch"] for line in logged(tmp_path / "s") if "epoch" in line] == [1]
+
+
+# Photos and faces to learn from
+
+def test_nothing_learned_is_refused(mine, tmp_path, refused):
+    shutil.rmtree(mine / "train")
+    flags = ["--data", mine / "train.json", "--val", "none", "--epochs", 1, "--max-unreadable", 99]
+    assert "nothing was learned" in refused(train.main, *SMALL, *flags, "--out", tmp_path / "r")
+
+
+def one_photo(folder, boxes, size=(300, 300), **more):
+    """A dataset of one grey photo with boxes, and whether each is a crowd."""
+    from PIL import Image
+    Image.new("RGB", size, (90, 90, 90)).save(folder / "x.png")
+    annotations = [{"id": n, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": crowd}
+                   for n, (box, crowd) in enumerate(boxes)]
+    (folder / "x.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "x.png", "width": size[0], "height": size[1]}],
+        "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}))
+    return FaceDataset(read_annotations(folder / "x.json"), 300, 300, **more)
+
+
+def labels_of(items, monkeypatch):
+    """The labels `[B, A]` that Criterion gives the loss for some Items."""
+    seen, anchors = [], make_anchors(Config())
+    outputs = torch.zeros(len(items), len(anchors), 2), torch.zeros(len(items), len(anchors), 4)
+    monkeypatch.setattr(
+        "loss.multibox_loss", lambda *values: seen.append(values[2]) or (torch.zeros(()),) * 3)
+    Criterion(anchors, torch.zeros(2))(outputs, collate(items))
+    return seen[0], anchors
+
+
+def test_anchors_in_a_crowd_region_are_no_background(tmp_path, monkeypatch):
+    labels, anchors = labels_of([one_photo(tmp_path, [([50, 50, 200, 200], 1)])[0, None]], monkeypatch)
+    inside = ((anchors[:, :2] >= 50) & (anchors[:, 2:] <= 250)).all(1)
+    outside = ((anchors[:, 2:] < 50) | (anchors[:, :2] > 250)).any(1)
+    assert inside.sum() > 600 and (labels[0][inside] == -1).all() and (labels[0][outside] == 0).all()
+
+
+def test_what_a_crop_shows_of_a_crowd_is_no_background(tmp_path, monkeypatch):
+    """Its centre is outside most crops around the small face. What is left of it stays ignored."""
+    dataset, partly = one_photo(tmp_path, [([0, 0, 300, 140], 1), ([20, 240, 40, 40], 0)]), 0
+    for seed in range(60):
+        item = dataset[0, (seed,)]
+        regions = item.faces[item.crowd]
+        assert item.ignored[item.crowd].all() and (item.crowd.sum() <= 1)
+        if not len(regions) or (regions[0, 2:] - regions[0, :2]).min() < 40 or regions[0, 1] > 0:
+            continue
+        partly += 1
+        labels, anchors = labels_of([item], monkeypatch)
+        left, top, right, bottom = regions[0]
+        inside = ((anchors[:, 0] >= left) & (anchors[:, 1] >= top) & (anchors[:, 2] <= right)
+                  & (anchors[:, 3] <= bottom))
+        assert (labels[0][inside] != 0).all()
+    assert partly > 5
+
+
+def test_an_ignored_face_without_an_anchor_makes_a_photo_with_faces(tmp_path, monkeypatch):
+    """So what the teacher sees on it is not taught as background; on a photo without faces it is."""
+    seen, anchors = [], make_anchors(Config())
+    monkeypatch.setattr("loss.multibox_loss", lambda *values: seen.append(values[2]) or (torch.zeros(()),) * 3)
+    empty = one_photo(tmp_path, [])[0, None]
+    tiny = one_photo(tmp_path, [([10, 10, 1, 1], 0)], min_face=17)[0, None]
+    outputs = torch.zeros(2, len(anchors), 2), torch.zeros(2, len(anchors), 4)
+    teacher = torch.tensor([0.0, 9]).expand(2, len(anchors), 2), outputs[1]
+    Criterion(anchors, torch.zeros(2), [0.1, 0.1])(outputs, collate([empty, tiny]), teacher)
+    assert (seen[0][0] == 0).all() and (seen[0][1] == -1).all()
+
+
+def test_faces_too_small_at_the_networks_input_are_ignored(tmp_path):
+    boxes = [([10, 10, 60, 60], 0), ([200, 200, 30, 90], 0)]                # at half size 30 and 15 px
+    dataset = one_photo(tmp_path, boxes, size=(600, 600), min_size=20)
+    assert dataset[0, None].ignored.tolist() == [False, True]
+    assert not one_photo(tmp_path, boxes, size=(600, 600))[0, None].ignored.any()
+    for seed in range(40):
+        item = dataset[0, (seed,)]
+        sides = item.faces[:, 2:] - item.faces[:, :2]
+        assert item.ignored[(sides < 19.9).any(1) & (item.faces > 0).all(1) & (item.faces < 300).all(1)].all()
+
+
+# Where a run starts
+
+def test_load_from_wins_over_pretrained_and_says_so(sample, tmp_path, capsys):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    run(tmp_path / "r", "--data", sample / "train.json", "--epochs", 0, "--load-from", tmp_path / "x.pth",
+        "--pretrained", tmp_path / "absent.pth")
+    assert "--load-from brings all weights: --pretrained is not used" in capsys.readouterr().out
+    started, given = (load_model(path).state_dict() for path in (tmp_path / "r/last.pth", tmp_path / "x.pth"))
+    assert all(torch.equal(started[key], given[key]) for key in given)
+
+
+def test_other_anchors_of_the_same_number_are_said(sample, tmp_path, capsys):
+    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
+    flags = ["--data", sample / "train.json", "--epochs", 0, "--load-from", tmp_path / "x.pth"]
+    run(tmp_path / "r", *flags, "--anchors", *[f"{10 + n}x{15 + n}" for n in range(9)])
+    assert "was trained with other anchors" in capsys.readouterr().out
+    run(tmp_path / "s", *flags)
+    assert "other anchors" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", [("1", "nan"), ("nan", "1"), ("inf", "0"), ("-1", "0")])
+def test_weights_of_distillation_are_numbers(refused, weights):
+    assert "--distill takes weights of 0 or more" in refused(train.main, "--load-from", "x.pth",
+                                                             "--distill", *weights)
+
+
+# The step and the schedule
+
+def test_without_clip_one_infinite_gradient_touches_no_other(sample):
+    """With --clip, gradients are cut to that norm."""
+    dataset = FaceDataset(read_annotations(sample / "train.json"), 64, 64)
+    batch = collate([dataset[n, None] for n in range(4)])
+    for clip in (None, 0.5):
+        args = train.parse_args([*SMALL, *(["--clip", str(clip)] if clip else [])])
+        trainer = train.Trainer(args, SSD(Config.scaled_from_300(64, 64, 0.25)), dataset)
+        names = dict(trainer.raw_model.named_parameters())
+        if not clip:
+            names["backbone.bn_first.bias"].register_hook(lambda gradient: gradient * math.inf)
+        trainer.update(batch)
+        gradients = [parameter.grad for parameter in names.values()]
+        if clip:
+            assert torch.stack([gradient.norm() for gradient in gradients]).norm() == pytest.approx(
+                clip, rel=0.01)
+        else:
+            assert sum(not gradient.isfinite().all() for gradient in gradients) == 1
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--warmup", 1200], "has 9 iterations, all within the warm-up of 1,200: --warmup 0 fits"),
+    (["--milestones", 3, 9], "the learning rate never falls: its milestones [3, 9] lie beyond the 3 epochs; "
+                             "--milestones 2 fits"),
+    (["--milestones"], None), (["--warmup", 8, "--milestones", 2, 9], None)])
+def test_a_schedule_beyond_the_run_is_said(sample, tmp_path, capsys, flags, line):
+    run(tmp_path / "r", "--data", sample / "train.json", "--val", "none", "--epochs", 3, "--milestones", 2,
+        *flags)
+    out = capsys.readouterr().out
+    assert line in out if line else " fits" not in out
+
+
+@pytest.mark.parametrize("photos", [10, 80, 609, 20_000])
+def test_the_recipe_for_ones_own_photos_fits_any_number_of_them(photos):
+    args = train.parse_args(["@recipes/finetune.txt"])
+    iterations = args.epochs * math.ceil(photos * args.repeat / args.batch_size)
+    assert args.warmup < iterations and max(args.milestones) < args.epochs
+
+
+def test_help_says_what_several_processes_change(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "stay as they are for N processes" in text and "--lr 0.05 x N, --warmup 1200 / N" in text
+
+
+@pytest.mark.slow
+def test_the_loss_in_the_log_is_that_of_all_processes(tmp_path):
+    """Batch norms frozen, two processes with batch 4 do the first step of one with batch 8."""
+    draw_sample(tmp_path / "s", train=8, val=1)
+    torch.save(checkpoint(SSD(Config.scaled_from_300(64, 64, 0.25))), tmp_path / "x.pth")
+    losses = {}
+    for processes in (1, 2):
+        start = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        )
+        flags = [*SMALL, "--batch-size", 8 // processes, "--freeze-bn", "--load-from", tmp_path / "x.pth",
+                 "--data", tmp_path / "s/train.json", "--val", "none", "--epochs", 1, "--lr", "1e-9",
+                 "--out", tmp_path / f"r{processes}"]
+        done = subprocess.run([sys.executable, *start, "train.py", *map(str, flags)], text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[processes] = [logged(tmp_path / f"r{processes}")[0][key]
+                             for key in ("loss", "class_loss", "box_loss")]
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
