@@ -65,14 +65,31 @@ def check_run(content, path):
              "flags": dict}
     if not kinds.keys() <= content.keys():
         raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
-    wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    wrong = [key for key, kind in kinds.items()
+             if not isinstance(content[key], kind) or isinstance(content[key], bool)]
     wrong += [key for key in ("epoch", "step", "done") if key not in wrong and content[key] < 0]
-    if "sums" not in wrong and content["sums"].shape != (4,):
+    if "best" not in wrong and not math.isfinite(content["best"]):
+        wrong.append("best")
+    sums = content["sums"]
+    if "sums" not in wrong and not (sums.shape == (4,) and sums.is_floating_point() and sums.isfinite().all()
+                                    and (sums[3] > 0 or not content["done"])):
         wrong.append("sums")
+    if not fits_log(content.get("record"), content["epoch"]):
+        wrong.append("record")
     if wrong:
         raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
     if "hold" in content["flags"]:  # the flag's name in older checkpoints
         content["flags"]["distill"] = content["flags"].pop("hold")
+
+
+def fits_log(record, epoch):
+    """Whether `record` can be that of the trained, not yet validated `epoch`; None: there is none such."""
+    if record is None:
+        return True
+    needed = ("step", "lr", "loss", "class_loss", "box_loss", "seconds", "photos_per_second")
+    return (isinstance(record, dict) and isinstance(epoch, int) and record.get("epoch") == epoch > 0
+            and all(isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
+                    for key in needed))
 
 
 def claim(out):

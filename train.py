@@ -97,7 +97,7 @@ class Trainer:
             self.say("this epoch begins anew: its photos are other ones now, or come in another order")
         self.marks.setdefault("val", content.get("val"))  # without validation, the last set's is kept
         same = self.marks["val"] == content["val"] if content.get("val") else own["val"] == flags.get("val")
-        if own["val"] and not same:
+        if own["val"] and not same and self.best >= 0:
             self.best = -1.0
             self.say("another validation set than before: best.pth begins anew")
 

@@ -191,8 +191,10 @@ def test_the_runs_own_checkpoint_by_its_whole_path(sample, tmp_path, begun):
     assert run(tmp_path / "r", sample, "--epochs", 2, "--resume", last)["epoch"] == 2
 
 
-WRONG = {"optimizer": [[], "SGD"], "epoch": ["1", -1, 1.5], "step": [-1, None], "done": [-5, []],
-         "best": ["x", [0.5]], "sums": [[0, 0], torch.zeros(3), 4], "flags": [[], "lr"]}
+WRONG = {"optimizer": [[], "SGD", {}], "epoch": ["1", -1, 1.5, [1]], "step": [-1, None], "done": [-5, [], True],
+         "best": ["x", [0.5], float("nan")], "flags": [[], "lr"],
+         "sums": [[0, 0], torch.zeros(3), 4, torch.full((4,), float("nan")), torch.zeros(4, dtype=torch.int64)],
+         "record": [[1], 5, {"epoch": 1}, {"epoch": 7, "loss": 1.0}]}
 
 
 @pytest.mark.parametrize("key, value", [(key, value) for key, values in WRONG.items() for value in values])
@@ -200,7 +202,12 @@ def test_entries_of_the_wrong_kind_are_refused(sample, tmp_path, begun, refused,
     torch.save(begun | {key: value}, tmp_path / "r/last.pth")
     line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
                    "--resume")
-    assert "last.pth: " in line
+    assert "last.pth: cannot be resumed, its" in line or "is no dictionary" in line
+
+
+def test_flags_may_be_missing_in_a_checkpoint(sample, tmp_path, begun):
+    torch.save(begun | {"flags": {}}, tmp_path / "r/last.pth")
+    assert run(tmp_path / "r", sample, "--epochs", 2, "--val", "none", "--resume")["epoch"] == 2
 
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "absent", "more", "kind"])

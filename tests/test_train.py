@@ -121,10 +121,11 @@ def test_an_epoch_of_which_all_is_done_ends_and_one_of_other_photos_begins_anew(
     torch.save(last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth")  # of 12, in batches of 5
     assert run(tmp_path / "r", sample, "--epochs", 1, "--resume", "--batch-size", 4)["step"] == 0
     for change in ({"seed": 1}, {"repeat": 2}):
-        torch.save(last | {"done": 10, "flags": last["flags"] | change}, tmp_path / "r/last.pth")
+        torch.save(last | {"done": 10, "sums": torch.ones(4), "flags": last["flags"] | change},
+                   tmp_path / "r/last.pth")
         assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 3
         assert "this epoch begins anew" in capsys.readouterr().out
-    torch.save(last | {"done": 10}, tmp_path / "r/last.pth")
+    torch.save(last | {"done": 10, "sums": torch.ones(4)}, tmp_path / "r/last.pth")
     assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 1
 
 

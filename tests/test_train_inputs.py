@@ -147,7 +147,8 @@ def test_what_a_crop_shows_of_a_crowd_is_no_background(tmp_path, monkeypatch):
 def test_an_ignored_face_without_an_anchor_makes_a_photo_with_faces(tmp_path, monkeypatch):
     """So what the teacher sees on it is not taught as background; on a photo without faces it is."""
     seen, anchors = [], make_anchors(Config())
-    monkeypatch.setattr("loss.multibox_loss", lambda *values: seen.append(values[2]) or (torch.zeros(()),) * 3)
+    monkeypatch.setattr("loss.multibox_loss",
+                        lambda *values: seen.append(values[2]) or (torch.zeros(()),) * 3)
     empty = one_photo(tmp_path, [])[0, None]
     tiny = one_photo(tmp_path, [([10, 10, 1, 1], 0)], min_face=17)[0, None]
     outputs = torch.zeros(2, len(anchors), 2), torch.zeros(2, len(anchors), 4)
