@@ -1,5 +1,8 @@
-# make demo: the shipped network on a photo, fine-tuned, exported, measured (demo.py). make test: the tests.
-# make weights START=checkpoint PHOTOS=folder: how weights/face_ssd300.pth was made, see weights/README.md.
+# make demo     the shipped network on a photo, fine-tuned, exported, measured (demo.py)
+# make check    ruff and the quick tests, under a minute
+# make test     all tests
+# make weights START=checkpoint PHOTOS=folder     how weights/face_ssd300.pth was made, see weights/README.md
+# Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +14,7 @@ NEGATIVES = runs/negatives.json
 SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES)
 
 weights: $(SEEDS:%=weights-%)
-	$(BIN)/python average.py $(SEEDS:%=runs/weights-%/last.pth) $(START) --shares 2 2 2 2 1 --out runs/face_ssd300.pth
+	$(BIN)/python checkpoints.py $(SEEDS:%=runs/weights-%/last.pth) $(START) --shares 2 2 2 2 1 --out runs/face_ssd300.pth
 
 $(SEEDS:%=weights-%): weights-%: $(NEGATIVES)
 	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) --val $(PHOTOS)/masks_val.json \
@@ -19,6 +22,10 @@ $(SEEDS:%=weights-%): weights-%: $(NEGATIVES)
 
 $(NEGATIVES): .venv/installed
 	$(BIN)/python data.py --data $(PHOTOS)/negatives_train.json --out runs/negatives.png --split 2 $@ runs/negatives-kept-out.json
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -m "not slow"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q
@@ -34,4 +41,4 @@ test: .venv/installed-dev
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo weights $(SEEDS:%=weights-%) test
+.PHONY: demo check test weights $(SEEDS:%=weights-%)

@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
 # First: a Ctrl-C while the rest is imported is then one word.
-from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
+from script import (InputError, command, git_commit, new_parser, parse_picture, parse_size, whole_file,
+                    write_json)
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def file_hash(path):
 
 
 def settings(args, **more):
-    """Say what produced the numbers: model and data with their hashes, flags, versions."""
+    """Say what produced the numbers: model and data with their hashes, flags, versions, git commit."""
     versions = {"python": platform.python_version()}
     for package in ("numpy", "pillow", "torch", "torchvision", "onnxruntime", "openvino"):
         try:
@@ -119,7 +120,7 @@ def settings(args, **more):
         more["weights"] = f"{more['model'][:-4]}.bin"
     hashes = {name: file_hash(path) for name, path in more.items() if path and os.path.isfile(path)}
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
-            "sha256": hashes, "versions": versions}
+            "sha256": hashes, "versions": versions, "commit": git_commit()}
 
 
 def parse_args(argv):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +229,28 @@ def read_json(path):
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def git_commit():
+    """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown.
+
+    Unknown is: no git, no repository, or a repository of something else that the folder merely lies in.
+    """
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    # A git hook sets variables that would lead to another repository.
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    commit = None
+    for words in (["ls-files", "--error-unmatch", Path(__file__).name],
+                  ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]):
+        try:
+            done = subprocess.run([*git, *words], capture_output=True, text=True, timeout=10,
+                                  stdin=subprocess.DEVNULL, env=clean | {"GIT_OPTIONAL_LOCKS": "0"})
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        commit = done.stdout.strip()
+    return commit
 
 
 # Scripts import this file first, since torch takes seconds. Importers from elsewhere keep their handler, and

@@ -62,7 +62,7 @@ def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch
                for word in ("AP50", "AR_large", "> 100 px", "best F1", "6 photos", "wrote worst.png"))
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert (len(numbers["coco"]) == 12 and len(numbers["sha256"]["model"]) == 64
-            and numbers["versions"]["torch"])
+            and numbers["versions"]["torch"] and "commit" in numbers)
     assert Image.open("p.png").width > 500 and Image.open("worst.png").height > 100
     evaluate.main([*flags, "--predictions", "r.json", "--json", "again.json"])
     assert "AP50" in capsys.readouterr().out

@@ -191,9 +191,10 @@ def test_the_runs_own_checkpoint_by_its_whole_path(sample, tmp_path, begun):
     assert run(tmp_path / "r", sample, "--epochs", 2, "--resume", last)["epoch"] == 2
 
 
-WRONG = {"optimizer": [[], "SGD", {}], "epoch": ["1", -1, 1.5, [1]], "step": [-1, None], "done": [-5, [], True],
-         "best": ["x", [0.5], float("nan")], "flags": [[], "lr"],
-         "sums": [[0, 0], torch.zeros(3), 4, torch.full((4,), float("nan")), torch.zeros(4, dtype=torch.int64)],
+WRONG = {"optimizer": [[], "SGD", {}], "epoch": ["1", -1, 1.5, [1]], "step": [-1, None],
+         "done": [-5, [], True], "best": ["x", [0.5], float("nan")], "flags": [[], "lr"],
+         "sums": [[0, 0], torch.zeros(3), 4, torch.full((4,), float("nan")),
+                  torch.zeros(4, dtype=torch.int64)],
          "record": [[1], 5, {"epoch": 1}, {"epoch": 7, "loss": 1.0}]}
 
 

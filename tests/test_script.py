@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from script import InputError, command, parse_size, whole_file, write_json
+from script import InputError, command, git_commit, parse_size, whole_file, write_json
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -76,6 +77,40 @@ def test_signal_handler_is_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_git_commit(tmp_path, capfd, monkeypatch):
+    def ask(folder):
+        """What a copy of script.py in `folder` says, from another working directory."""
+        code = "import script; print(script.git_commit())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(folder), "GIT_DIR": "/absent"}, check=True)
+        assert not done.stderr
+        return done.stdout.strip()
+
+    def git(*words):
+        name = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        done = subprocess.run(["git", *name, *words], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy("script.py", folder)
+    if shutil.which("git"):
+        git("init", "-q")
+        assert ask(folder) == "None"  # a repository, but script.py is not of it
+        git("add", ".")
+        assert ask(folder) == "None"  # nothing committed yet
+        git("commit", "-q", "-m", "x")
+        assert ask(folder) == git("rev-parse", "HEAD")
+        git("tag", "-a", "-m", "v", "v1")
+        (folder / "new.txt").write_text("not tracked")
+        assert ask(folder) == git("rev-parse", "HEAD")
+        with open(folder / "script.py", "a") as file:
+            file.write("# changed\n")
+        assert ask(folder) == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert git_commit() is None and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
