@@ -198,6 +198,7 @@ def plain(tmp_path, small):
     return tmp_path / "plain.pth"
 
 
+@pytest.mark.slow
 def test_a_changed_bit_is_noticed(tmp_path, plain):
     """One in the pickle or in a member; one in the zip's own structures changes nothing unseen."""
     whole, good = plain.read_bytes(), read_checkpoint(plain)
@@ -270,6 +271,7 @@ except ValueError as error:
     return float(done.stdout.split()[0]), done.stdout
 
 
+@pytest.mark.slow
 def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
     """Compressed zeros, one member listed many times, and a pickle that asks for an array of zeros."""
     torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
@@ -320,6 +322,7 @@ def test_parts_that_lie_in_one_another_are_refused(tmp_path):
     assert "twice" in refusal(tmp_path / "x.pth")
 
 
+@pytest.mark.slow
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     code = f"import model; model.load_model({str(tmp_path / 'pipe.pth')!r})"
@@ -363,6 +366,7 @@ def hostile(small):
     return kinds, own_methods
 
 
+@pytest.mark.slow
 def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
     kinds, own_methods = hostile(small)
     for n, (kind, change) in enumerate(kinds.items()):

@@ -9,6 +9,7 @@ import train
 from data import TrainBatches
 from model import SSD, Config, checkpoint
 
+pytestmark = pytest.mark.slow
 SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
          "--lr", "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
 

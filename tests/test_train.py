@@ -193,6 +193,7 @@ def test_averaged_weights_are_what_is_used(sample, tmp_path):
         assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
 def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
     """Its decay starts at a tenth and rises to --ema, so that the untrained weights do not stay in it."""

@@ -19,6 +19,7 @@ from loss import Criterion
 from model import SSD, Config, checkpoint, load_model
 from sample import draw_sample
 
+pytestmark = pytest.mark.slow
 SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
          "--lr", "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
 
