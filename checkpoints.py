@@ -20,9 +20,8 @@ from pathlib import Path
 from script import InputError, bad_values, command, new_parser, whole_file
 
 import torch
-from tqdm import tqdm
 
-from distributed import launch_id
+from distributed import launch_id, say
 from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
                    read_checkpoint, rebuild)
 
@@ -141,16 +140,16 @@ def make_model(args, content):
         return resume_model(args, content)
     if args.load_from:
         if args.pretrained is not None:
-            tqdm.write("--load-from brings all weights: --pretrained is not used")
+            say("--load-from brings all weights: --pretrained is not used")
         own = config_of(read_checkpoint(args.load_from), args.load_from)
         config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
         if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
-            tqdm.write(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
+            say(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
                        "learned for those")
         model = SSD(config)
         unfit = load_weights(model, args.load_from)
         if unfit:
-            tqdm.write(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: "
+            say(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: "
                        + ", ".join(unfit[:8]))
         return model
     model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from script import InputError
 
@@ -69,6 +70,12 @@ def leave_processes() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(line)
 
 
 def gather(own: dict) -> dict:

@@ -12,7 +12,7 @@ from checkpoints import claim
 from data import collate, to_image
 from detector import TorchDetector, detect
 from pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
-from script import InputError, whole_file
+from script import InputError, git_commit, whole_file
 
 PICTURES = 16  # on each contact sheet
 
@@ -48,7 +48,7 @@ class Monitor:
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
         self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()),
-                    "torch": torch.__version__})
+                    "torch": torch.__version__, "commit": git_commit()})
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,7 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 # First: a Ctrl-C while the rest is imported is then one word.
-from script import FlagFileParser, InputError, bad_values, command, parse_sides, parse_size
+from script import FlagFileParser, InputError, bad_values, command, git_commit, parse_sides, parse_size
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,7 +29,7 @@ from checkpoints import (find_checkpoint, load_momentum, load_teacher, make_mode
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
-from distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean,
+from distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean, say,
                          share_weights, together)
 from evaluate import score_faces
 from loss import Criterion
@@ -94,17 +94,12 @@ class Trainer:
         photos = content.get("photos") in (None, self.marks["photos"])  # None: an older checkpoint's
         if self.done and not (photos and all(own[key] == flags.get(key) for key in ("seed", "repeat"))):
             self.done, self.sums = 0, torch.zeros_like(self.sums)
-            self.say("this epoch begins anew: its photos are other ones now, or come in another order")
+            say("this epoch begins anew: its photos are other ones now, or come in another order")
         self.marks.setdefault("val", content.get("val"))  # without validation, the last set's is kept
         same = self.marks["val"] == content["val"] if content.get("val") else own["val"] == flags.get("val")
         if own["val"] and not same and self.best >= 0:
             self.best = -1.0
-            self.say("another validation set than before: best.pth begins anew")
-
-    def say(self, line):
-        """Print a line, once for all processes."""
-        if self.rank == 0:
-            tqdm.write(line)
+            say("another validation set than before: best.pth begins anew")
 
     def connect(self):
         """Tie the network to those of the other processes, and compile it. All processes must come here."""
@@ -203,7 +198,7 @@ class Trainer:
                 raise InputError(f"{self.args.val}: {len(errors)} photos could not be used "
                                  f"(--max-unreadable {self.args.max_unreadable}): {lines}",
                                  reported=self.rank > 0)
-            self.say(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
+            say(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
                      f"used: {lines}")
             annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
@@ -335,25 +330,27 @@ def parse_args(argv):
 
 
 def read_val(args):
-    """The Annotations to validate on, or None. A set that was found, not named, need not be complete."""
+    """The Annotations to validate on, or None. A set that was found, not named, need not be fit for it."""
     beside = Path(args.data[0]).with_name("val.json")
     found = args.val is None and [Path(path).name for path in args.data] == ["train.json"] and beside.exists()
     args.val = str(beside) if found else None if args.val == "none" else args.val
     if not args.val:
         return None
-    val, wrong = read_annotations(args.val), None
-    absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
-    if absent:
-        wrong = f"{args.val}: {len(absent)} of its {len(val.ids)} photos are missing, such as {absent[0]}"
-    elif val.ignored.all():
-        wrong = f"{args.val}: holds no face to find, so there is no AP to choose best.pth by"
-    if not wrong:
+    try:
+        val = read_annotations(args.val)
+        absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
+        if absent:
+            raise InputError(f"{args.val}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
+                             f"{absent[0]}; name another set with --val, or --val none")
+        if val.ignored.all():
+            raise InputError(f"{args.val}: holds no face to find, so there is no AP to choose best.pth by; "
+                             "name another set with --val, or --val none")
         return val
-    if not found:
-        raise InputError(f"{wrong}; name another set with --val, or --val none")
-    args.val = None
-    tqdm.write(f"{wrong}; training goes on without validation")
-    return None
+    except InputError as error:
+        if not found:
+            raise
+        args.val = None
+        say(f"{error}; training goes on without validation")
 
 
 def read_inputs(args, content):
@@ -376,7 +373,7 @@ def prepare(args):
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
     faces, val, model = together(lambda: read_inputs(args, content))
-    marks = {"launch": from_first(launch_id), "photos": faces.fingerprint()}
+    marks = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit()}
     if val:
         marks["val"] = val.fingerprint()
     dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size)

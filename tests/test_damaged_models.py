@@ -1,0 +1,270 @@
+"""Model files that are damaged, hostile or none of ours: one line, and nothing of them is run or believed."""
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections import OrderedDict
+
+import pytest
+import torch
+from torchvision.models import mobilenet_v2
+
+from model import (SSD, Config, checkpoint, load_imagenet, load_model,
+                   load_weights, read_checkpoint)
+
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made-by-the-pickle"),)
+    for name, write in (("zip.pth", lambda p: torch.save({"state_dict": Payload()}, p)),
+                        ("bare.pth", lambda p: p.write_bytes(pickle.dumps(Payload())))):
+        write(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "made-by-the-pickle").exists()
+
+
+def test_files_that_are_no_checkpoint(tmp_path, small):
+    torch.save(checkpoint(small), tmp_path / "good.pth")
+    good = (tmp_path / "good.pth").read_bytes()
+    for name, content in (("empty", b""), ("text", b"hello"), ("half", good[:len(good) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+    for name, content in (("list", [1]), ("other", {"state_dict": {"fc.weight": torch.zeros(1)}}),
+                          ("none", {})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+
+
+def refusal(path, read=load_model):
+    """The one line with which a file is refused."""
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ") and len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def rewritten(source, target, pickled=None, kind=zipfile.ZIP_STORED):
+    """Copy a checkpoint, with another pickle in it or compressed; the checksums fit again."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind) as new:
+        for member in old.infolist():
+            replaced = pickled and member.filename.endswith("data.pkl")
+            new.writestr(member.filename, pickled if replaced else old.read(member))
+
+
+@pytest.fixture
+def plain(tmp_path, small):
+    """A checkpoint with an average, as a run leaves it."""
+    torch.save(checkpoint(small, ema=small.state_dict(), epoch=3), tmp_path / "plain.pth")
+    return tmp_path / "plain.pth"
+
+
+@pytest.mark.slow
+def test_a_changed_bit_is_noticed(tmp_path, plain):
+    """One in the pickle or in a member; one in the zip's own structures changes nothing unseen."""
+    whole, good = plain.read_bytes(), read_checkpoint(plain)
+    with zipfile.ZipFile(plain) as archive:
+        members, end = archive.infolist(), archive.start_dir
+    for n, member in enumerate([members[0], *members[4::len(members) // 40]]):
+        name, extra = (int.from_bytes(whole[member.header_offset + at:][:2], "little") for at in (26, 28))
+        damaged = bytearray(whole)
+        damaged[member.header_offset + 30 + name + extra + n % member.file_size] ^= 1 << n % 8
+        (tmp_path / "x.pth").write_bytes(damaged)
+        assert "checksums" in refusal(tmp_path / "x.pth", read_checkpoint)
+    assert "checksums" in refusal(tmp_path / "x.pth", load_model)
+    model = SSD(Config(width=0.25))
+    assert "checksums" in refusal(tmp_path / "x.pth", lambda path: load_weights(model, path))
+    generator = torch.Generator().manual_seed(0)
+    for at in torch.randint(end, len(whole), (100,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        (tmp_path / "x.pth").write_bytes(damaged)
+        try:
+            found = read_checkpoint(tmp_path / "x.pth")
+        except ValueError as error:
+            assert "x.pth: " in str(error)
+        else:
+            assert found["epoch"] == 3
+            for key in ("state_dict", "ema"):
+                assert found[key].keys() == good[key].keys()
+                assert all(torch.equal(found[key][name], good[key][name]) for name in good[key])
+
+
+def test_a_changed_bit_in_imagenet_weights_is_noticed(tmp_path):
+    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
+    damaged = bytearray((tmp_path / "imagenet.pth").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "imagenet.pth").write_bytes(damaged)
+    line = refusal(tmp_path / "imagenet.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))
+    assert "not torchvision's MobileNetV2 weights" in line and "checksums" in line
+
+
+def test_the_format_before_zip_loads(tmp_path, small):
+    def save(content, path):
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    save(checkpoint(small, epoch=3), tmp_path / "old.pth")
+    loaded = load_model(tmp_path / "old.pth")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values()))
+    assert read_checkpoint(tmp_path / "old.pth")["epoch"] == 3
+    save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
+    load_imagenet(SSD(Config(width=0.25)), tmp_path / "imagenet.pth")
+    whole = (tmp_path / "old.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(whole[:len(whole) // 2])
+    assert "truncated" in refusal(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(b"")
+    assert "truncated" in refusal(tmp_path / "x.pth")
+    save({"state_dict": {"a": torch.eye(2).to_sparse()}}, tmp_path / "x.pth")
+    assert "refused" in refusal(tmp_path / "x.pth")
+
+
+def peak(path):
+    """MB of memory that reading a file takes at most, in a process of its own, and how it ends."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import resource
+from model import load_model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_model({str(path)!r})
+except ValueError as error:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, error)
+"""], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[0]), done.stdout
+
+
+@pytest.mark.slow
+def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
+    """Compressed zeros, one member listed many times, and a pickle that asks for an array of zeros."""
+    torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
+    rewritten(tmp_path / "large.pth", tmp_path / "packed.pth", kind=zipfile.ZIP_DEFLATED)
+    (tmp_path / "large.pth").unlink()
+    asking = b"\x80\x02}X\x0a\x00\x00\x00state_dictcbuiltins\nbytearray\nJ\x00\x00\x00\x38\x85Rs."  # 940 MB
+    rewritten(plain, tmp_path / "asking.pth", asking)
+    for name in ("packed", "asking"):
+        assert (tmp_path / f"{name}.pth").stat().st_size < 2_000_000
+        memory, line = peak(tmp_path / f"{name}.pth")
+        assert memory < 100 and "refused" in line and f"{name}.pth: " in line
+    with zipfile.ZipFile(plain) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    with zipfile.ZipFile(plain, "a") as archive:  # its directory lists the same bytes 400 times
+        archive.filelist += [largest] * 400
+        archive._didModify = True
+    assert "twice" in refusal(plain)
+
+
+def test_compressed_parts_are_refused_whatever_size_they_claim(tmp_path, plain):
+    rewritten(plain, tmp_path / "x.pth", kind=zipfile.ZIP_DEFLATED)
+    assert "it is compressed" in refusal(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth", "a") as archive:
+        for member in archive.filelist:
+            member.file_size = member.compress_size
+        archive._didModify = True
+    assert "it is compressed" in refusal(tmp_path / "x.pth")
+
+
+def test_parts_that_lie_in_one_another_are_refused(tmp_path):
+    """Each of 50 members holds the next with its header: sound by itself, and together 50 times the file."""
+    body, directory = bytes(100_000), []
+    for n in range(50):
+        name, sizes = b"x/data/%02d" % n, (zlib.crc32(body), len(body), len(body))
+        body = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, *sizes, len(name), 0) + name + body
+        directory.append((name, sizes, len(body)))
+    central = b""
+    for name, sizes, end in reversed(directory):
+        central += (
+            struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0,
+                        len(body) - end)
+            + name
+        )
+    last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
+    (tmp_path / "x.pth").write_bytes(body + central + last)
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        assert archive.testzip() is None
+    assert "twice" in refusal(tmp_path / "x.pth")
+
+
+@pytest.mark.slow
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    code = f"import model; model.load_model({str(tmp_path / 'pipe.pth')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "pipe.pth: not a checkpoint" in done.stderr
+
+
+def hostile(small):
+    """{name: change of a checkpoint's content} of what the right keys may hold."""
+    state = small.state_dict()
+    name = "backbone.features.3.conv.0.weight"
+    variance = "bbox_head.reg_convs.0.1.running_var"
+    own_methods = OrderedDict(state)
+    own_methods.get = own_methods.copy = 5
+    kinds = {"ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3},
+             "meta": {"meta": [1]}, "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]},
+             "config text": {"config": "small"}, "config none": {"config": None},
+             "state list": {"state_dict": [state]}, "ema keys": {"ema": {b"x": state[name]}},
+             "keys": {"state_dict": {**state, 5: state[name]}},
+             "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
+    values = {"text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
+              "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(),
+              "nan": state[name] / 0,
+              "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
+              "meta tensor": state[name].to("meta"), "float8": state[name].to(torch.float8_e4m3fn)}
+    for place in ("state_dict", "ema"):
+        kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items()}
+        kinds[f"negative variance in {place}"] = {place: {**state, variance: -state[variance]}}
+    count = variance.replace("running_var", "num_batches_tracked")
+    kinds["floating count"] = {"state_dict": {**state, count: torch.tensor(0.5)}}
+    config = checkpoint(small)["config"]
+    wrong = {
+        "input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10**400, None, [64]],
+        "width": ["1", float("nan"), [1], 10**400, 1j],
+        "a\nb": [1],
+        "anchors": [5, "ab", [["1", "2"]], [[1]], [[10**400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j,
+                    None],
+    }
+    for key, values in wrong.items():
+        kinds |= {f"config {key} {n}": {"config": config | {key: value}} for n, value in enumerate(values)}
+    return kinds, own_methods
+
+
+@pytest.mark.slow
+def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
+    kinds, own_methods = hostile(small)
+    for n, (kind, change) in enumerate(kinds.items()):
+        path = tmp_path / f"{n}.pth"
+        torch.save(checkpoint(small) | change, path)
+        loads = [load_model] if kind.startswith("config") or kind == "unexpected" else [
+            load_model, lambda path: load_weights(SSD(small.config), path)]
+        for load in loads:
+            try:
+                assert refusal(path, load)
+            except Exception as error:
+                raise AssertionError(kind) from error
+    whole = OrderedDict(checkpoint(small))
+    whole.get = 5
+    torch.save(whole, tmp_path / "good.pth")
+    assert load_model(tmp_path / "good.pth").config == small.config
+    harmless = [{"ema": None}, {"ema": {}}, {"meta": None}, {"optimizer": None}, {"state_dict": own_methods}]
+    for change in harmless:
+        torch.save(checkpoint(small) | change, tmp_path / "good.pth")
+        assert load_model(tmp_path / "good.pth").config == small.config
+
+
+def test_wrong_tensors_among_imagenet_weights_are_refused_in_one_line(tmp_path):
+    name = "features.3.conv.0.0.weight"
+    state = mobilenet_v2(weights=None).state_dict()
+    variance = "features.3.conv.0.1.running_var"
+    wrong = ["x", state[name].long(), state[name].to_sparse(), state[name] / 0,
+             state[name].to(torch.complex64)]
+    changes = [{name: value} for value in wrong] + [{variance: -state[variance]}, {5: state[name]}]
+    for n, change in enumerate(changes):
+        torch.save(state | change, tmp_path / f"{n}.pth")
+        refusal(tmp_path / f"{n}.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))
