@@ -146,6 +146,8 @@ def _load_exported(path, size, colour, white, threads):
         try:  # on a black picture: what the metadata says must be true
             ranges, layouts = {"0-1": 1, "0-255": 255}, ("RGB", "BGR")
             colour, white = layouts[layouts.index(metadata["colour"])], ranges[metadata["value_range"]]
+            if not network.uint8 and (len(shape) != 4 or shape[1] != 3 or None in shape[2:]):
+                raise ValueError(f"input {shape}")
             detector = ExportedDetector(network, colour, white, metadata["head"])
             faces, = detector(torch.zeros(1, 3, *(detector.size or (64, 48))[::-1], dtype=torch.uint8))
             if faces.ndim != 2 or faces.shape[1] != 5:

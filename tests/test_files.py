@@ -1,0 +1,267 @@
+"""What scripts read and write where nobody looked: failing drawings, odd names, hostile exports."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image, features
+
+import detect
+import evaluate
+import export
+from checkpoints import claim
+from hard_world import ENVIRONMENT, REPOSITORY, run
+from model import checkpoint
+from script import InputError, PlainStream
+
+STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory, small):
+    path = tmp_path_factory.mktemp("model") / "small.pth"
+    torch.save(checkpoint(small), path)
+    return path
+
+
+def photo(path, size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (90, 80, 70)).save(path)
+    return path
+
+
+def found(out):
+    return json.loads((out / "detections.json").read_text())
+
+
+# detect.py
+
+def test_a_drawing_that_cannot_be_written_ends_nothing(tmp_path, model_file, refused):
+    (tmp_path / "out/a.jpg").mkdir(parents=True)  # a folder where the first drawing would go
+    photos = [photo(tmp_path / f"in/{name}.jpg") for name in "abc"]
+    line = refused(detect.main, tmp_path / "in", "--model", model_file, "--out", tmp_path / "out")
+    assert "1 of 3 failed" in line and "a.jpg: is a folder" in line
+    entries = found(tmp_path / "out")
+    assert [entry["file"] for entry in entries] == list(map(str, photos))
+    assert [entry.get("drawn") for entry in entries] == [None, "b.jpg", "c.jpg"]
+
+
+def test_a_good_runs_results_are_not_replaced_by_nothing(tmp_path, model_file, refused):
+    detect.main([str(photo(tmp_path / "a.jpg")), "--model", str(model_file), "--out", str(tmp_path / "out")])
+    before = (tmp_path / "out/detections.json").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    assert "1 of 1 failed" in refused(detect.main, tmp_path / "b.jpg", "--model", model_file,
+                                      "--out", tmp_path / "out")
+    assert (tmp_path / "out/detections.json").read_bytes() == before
+
+
+def test_drawings_lie_flat_under_names_of_their_own(tmp_path, model_file):
+    for name in ("a/x.jpg", "b/x.jpg", "c/X.JPG", "d/x-2.jpg"):
+        photo(tmp_path / "in" / name)
+    detect.main([str(tmp_path / "in"), "--model", str(model_file), "--out", str(tmp_path / "out")])
+    names = [entry["drawn"] for entry in found(tmp_path / "out")]
+    assert len({name.lower() for name in names}) == 4 and names[0] == "x.jpg"
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*names, "detections.json"])
+
+
+def test_results_inside_the_searched_folder_are_not_searched(tmp_path, model_file):
+    photo(tmp_path / "in/a.jpg")
+    for _ in range(2):
+        detect.main([str(tmp_path / "in"), "--model", str(model_file), "--out", str(tmp_path / "in/found")])
+        assert len(found(tmp_path / "in/found")) == 1
+
+
+@pytest.mark.parametrize("suffix", [".jp2", ".avif"])
+def test_newer_kinds_are_found_in_folders(tmp_path, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow cannot read AVIF")
+    path = photo(tmp_path / f"in/a{suffix}")
+    assert detect.find_inputs([str(tmp_path / "in")], tmp_path / "out") == [path]
+    assert detect.name_outputs([path], tmp_path / "out") == [tmp_path / f"out/a{suffix}.png"]
+
+
+# Names
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["detect", "evaluate", "data", "wider_to_coco"])
+def test_names_that_are_no_text_or_move_the_cursor_are_shown_safely(tmp_path, model_file, script):
+    bad = [b"caf\xe9.jpg", b"\x1b[2Jx.jpg"]
+    for name in bad:
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_bytes(b"no picture")
+    names = [os.fsdecode(name) for name in bad]
+    (tmp_path / "x.json").write_text(json.dumps({
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)], "annotations": [],
+        "categories": [{"id": 1, "name": "face"}]}))
+    (tmp_path / "x.txt").write_bytes(bad[1] + b"\n0\n")
+    words = {"detect": [*names, "--model", model_file, "--out", "out"],
+             "evaluate": ["--data", "x.json", "--model", model_file, "--workers", "0"],
+             "data": ["--data", "x.json"], "wider_to_coco": ["x.txt", ".", "y.json"]}[script]
+    done = subprocess.run([sys.executable, REPOSITORY / f"{script}.py", *words], cwd=tmp_path, env=STRICT,
+                          capture_output=True, stdin=subprocess.DEVNULL)
+    assert (
+        done.returncode == 2 and b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr)
+    assert b"\x1b[2J" not in done.stdout + done.stderr
+
+
+def test_streams_show_control_characters_and_keep_lines(tmp_path):
+    with open(tmp_path / "x", "w", encoding="ascii", errors="strict", newline="") as file:
+        stream = PlainStream(file)
+        print("a\x1b[2Jb\tc\rd\n\udce9é", file=stream)
+        assert stream.fileno() == file.fileno() and not stream.isatty()
+    assert (tmp_path / "x").read_bytes().decode() == "a\\x1b[2Jb\tc\rd\n\\udce9\\xe9\n"
+
+
+# Files that were there before
+
+@pytest.mark.slow
+def test_a_new_onnx_removes_the_ir_of_an_older_export(tmp_path, model_file, capsys):
+    export.main(["--model", str(model_file), "--out", str(tmp_path), "--ir"])
+    export.main(["--model", str(model_file), "--out", str(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx"]
+    assert "model.xml: removed, it was of an earlier export" in capsys.readouterr().out
+
+
+def test_what_a_killed_save_left_is_swept_under_the_lock_alone(tmp_path):
+    left = [".last.123.pth", ".best.7.pth", ".log.99.jsonl", ".curves.1.png"]
+    for name in [*left, ".last.pth", "last.pth", ".mine.5.pth"]:
+        (tmp_path / name).write_bytes(b"")
+    lock = claim(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".last.pth", ".lock", ".mine.5.pth", "last.pth"]
+    (tmp_path / left[0]).write_bytes(b"")
+    code = "import sys, checkpoints, pathlib; checkpoints.claim(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "another run is writing there" in other.stderr and (tmp_path / left[0]).exists()
+    lock.close()
+
+
+# Signals and processes
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_group_of_an_evaluation(sample, tmp_path, model_file, number, code):
+    """Its loading workers get it too. That is silent, and no want of memory."""
+    content = json.loads((sample / "val.json").read_text())
+    first = content["images"][0]
+    content["images"] = [
+        first | {"id": n, "file_name": str(sample / first["file_name"])} for n in range(3000)]
+    content["annotations"] = []
+    (tmp_path / "many.json").write_text(json.dumps(content))
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            REPOSITORY / "evaluate.py",
+            "--data",
+            "many.json",
+            "--model",
+            model_file,
+            "--workers",
+            "2",
+            "--out",
+            "r.json",
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(8)  # it loads for some seconds, and evaluates for many
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in error and "memory" not in error, error
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_predictions_are_scored_once_under_torchrun(sample, tmp_path):
+    (tmp_path / "r.json").write_text("[]")
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               REPOSITORY / "evaluate.py", "--data", sample / "val.json", "--predictions",
+               tmp_path / "r.json", "--json", tmp_path / "n.json")
+    assert done.returncode == 0 and done.stdout.count("6 photos") == 1 and done.stdout.count("wrote ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, local, prints", [("0", "0", True), ("1", "1", False), ("1", "0", True)])
+def test_each_machine_reports_what_is_wrong_there(tmp_path, rank, local, prints):
+    """As the second machine's first process (rank 1, local rank 0) must."""
+    done = subprocess.run([sys.executable, REPOSITORY / "evaluate.py", "--data", "absent.json"], cwd=tmp_path,
+                          env=ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": local}, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and ("absent.json: no such file" in done.stderr) == prints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["detect.py", "{photo}", "--out", "out"], ["export.py", "--out", "out"],
+                                   ["evaluate.py", "--data", "{data}", "--workers", "0"]], ids=lambda w: w[0])
+def test_the_shipped_network_is_found_from_any_folder(sample, tmp_path, words):
+    names = {"photo": next(sample.glob("val/*/*.jpg")), "data": sample / "val.json"}
+    words = [word.format(**names) for word in words]
+    done = subprocess.run([sys.executable, REPOSITORY / words[0], *words[1:]], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Exported models whose metadata is not true
+
+def exported(path, metadata, outputs, shape=(1, 3, 48, 64), kind=TensorProto.FLOAT):
+    """An ONNX model with our metadata, which takes `shape` and gives zeros of the shapes `outputs`."""
+    info = helper.make_tensor_value_info
+    constants = [
+        onnx.numpy_helper.from_array(np.zeros(own, np.float32), f"c{n}") for n, own in enumerate(outputs)]
+    nodes = [helper.make_node("Identity", [f"c{n}"], [f"o{n}"]) for n in range(len(outputs))]
+    results = [info(f"o{n}", TensorProto.FLOAT, list(own)) for n, own in enumerate(outputs)]
+    graph = helper.make_graph(nodes, "g", [info("image", kind, shape)], results, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+    return path
+
+
+GOOD = {"head": "generic", "colour": "RGB", "value_range": "0-1"}
+FALSE = {"head unknown": (GOOD | {"head": "magic"}, [(4, 5)]), "no colour": ({"head": "generic"}, [(4, 5)]),
+    "colour": (GOOD | {"colour": "CMYK"}, [(4, 5)]), "range": (GOOD | {"value_range": "0-7"}, [(4, 5)]),
+    "columns": (GOOD, [(4, 6)]), "a vector": (GOOD, [(4,)]),
+    "no outputs of raw": (GOOD | {"head": "raw"}, [(4, 5)]),
+    "anchors": (GOOD | {"head": "raw", "anchors": "{"}, [(1, 108, 2), (1, 108, 4)]),
+    "anchors too many": (GOOD | {"head": "raw", "anchors": "[[9, 9], [8, 8]]"}, [(1, 108, 2), (1, 108, 4)]),
+    "ssd": (GOOD | {"head": "detection_output"}, [(4, 5)]),
+    "control characters": (GOOD | {"head": "\x1b[2J"}, [(4, 5)])}
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_metadata_that_is_not_true_is_refused(tmp_path, refused, name):
+    metadata, outputs = FALSE[name]
+    path = exported(tmp_path / "x.onnx", metadata, outputs)
+    line = refused(detect.main, photo(tmp_path / "a.jpg"), "--model", path, "--out", tmp_path / "out")
+    assert "x.onnx: its inputs or outputs are not what its metadata says" in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 48), (3, 48, 64), (1, 1, 48, 64)])
+def test_inputs_that_are_none_of_ours_are_refused(tmp_path, refused, shape):
+    path = exported(tmp_path / "x.onnx", GOOD, [(4, 5)], shape)
+    assert "x.onnx: its inputs" in refused(detect.main, photo(tmp_path / "a.jpg"), "--model", path,
+                                           "--out", tmp_path / "out")
+
+
+def test_true_metadata_is_accepted(tmp_path, capsys):
+    path = exported(tmp_path / "x.onnx", GOOD, [(4, 5)])
+    detect.main([str(photo(tmp_path / "a.jpg")), "--model", str(path), "--out", str(tmp_path / "out")])
+    assert "0 faces in 1 files" in capsys.readouterr().out
+    with pytest.raises(InputError, match="says itself what it takes"):
+        evaluate.run_model(
+            evaluate.parse_args(["--model", str(path), "--colour", "rgb", "--range", "1"]), None)
+    shutil.rmtree(tmp_path / "out")
