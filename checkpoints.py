@@ -52,7 +52,7 @@ def find_checkpoint(args):
 
 def continues(last):
     """Whether the run of the checkpoint `last` was begun, or resumed, by this launch of torchrun."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    if launch_id() is None:
         return False
     with bad_values():
         return read_checkpoint(last).get("launch") == launch_id()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from script import InputError
+from script import InputError, one_line
 
 JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other at the start
 
@@ -90,20 +90,23 @@ def gather(own: dict) -> dict:
 def together(make):
     """Call `make()` in every process and return its result. If any raises InputError, all do.
 
-    So no process waits for one that has given up. Trouble that several have alike is reported once.
+    So no process waits for one that has given up. On each machine, the same trouble is reported once.
     """
     result, error = None, None
     try:
         result = make()
-    except InputError as caught:
-        error = caught
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    failed = gather({rank: str(error)} if error else {})
+    except (InputError, OSError) as caught:
+        error = InputError(one_line(caught))
+    rank, machine = (dist.get_rank() if dist.is_initialized() else 0), os.environ.get("GROUP_RANK", "0")
+    failed = gather({rank: (str(error), machine)} if error else {})
     if error:
-        error.reported = str(error) in [line for other, line in failed.items() if other < rank]
+        error.reported = (str(error), machine) in [own for other, own in failed.items() if other < rank]
         raise error
     if failed:
-        raise InputError(f"process {min(failed)} has given up: {failed[min(failed)]}", reported=True)
+        first = min(failed)
+        known_here = any(where == machine for _, where in failed.values())
+        raise InputError(f"process {first} has given up: {failed[first][0]}",
+                         reported=known_here or not _is_local())
     return result
 
 
@@ -111,16 +114,21 @@ def from_first(make):
     """Call `make()` in the first process, and give its result to all. Its InputError is raised in all."""
     if not dist.is_initialized():
         return make()
-    outcome, first = [None, None], dist.get_rank() == 0
-    if first:
+    outcome = [None, None]
+    if dist.get_rank() == 0:
         try:
             outcome[0] = make()
-        except InputError as error:
-            outcome[1] = str(error)
+        except (InputError, OSError) as error:
+            outcome[1] = one_line(error)
     dist.broadcast_object_list(outcome)
     if outcome[1]:
-        raise InputError(outcome[1], reported=not first)
+        raise InputError(outcome[1], reported=not _is_local())
     return outcome[0]
+
+
+def _is_local():
+    """Whether this is its machine's first process, which reports what all of them meet."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def share_weights(model: torch.nn.Module) -> None:

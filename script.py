@@ -38,6 +38,13 @@ class InputError(Exception):
         self.reported = reported
 
 
+def one_line(error):
+    """What an InputError or OSError says, without "[Errno 28]" but with the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 class PlainStream:
     """A text stream that shows control characters, and what its encoding cannot, as \\x.. and the like."""
 
@@ -106,10 +113,7 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
             sys.exit(0)
         except (InputError, OSError) as error:
-            text = str(error)
-            if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]", with the file
-                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            fail(text, getattr(error, "reported", False))
+            fail(one_line(error), getattr(error, "reported", False))
         except (RuntimeError, MemoryError) as error:
             said = "out of memory" if isinstance(error, MemoryError) else str(error)
             known = [line for words, line in TROUBLE.items() if words in said]
