@@ -12,12 +12,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
 LAYOUT = {ord(character): character for character in "\t\n\r"}  # of lines and progress bars
 PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+PATIENCE = 3  # seconds in which another process on this machine reports what all of them meet
 TROUBLE = {  # what libraries say when the machine gives up: what we say
     "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
                          "lower --workers or --batch-size",
@@ -92,7 +94,9 @@ def command(main):
     def fail(text, reported=False):
         distributed = sys.modules.get("torch.distributed")
         joined = distributed is not None and distributed.is_initialized()
-        if not reported and (joined or os.environ.get("LOCAL_RANK", "0") == "0"):
+        if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
+        if not reported:
             name = Path(sys.modules[main.__module__].__file__).name
             print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,11 @@ from sample import draw_sample
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Heed Ctrl-C, and what tests start too, also where a shell's & has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
     """A folder with train.json (12 photos) and val.json (6 photos)."""

@@ -22,7 +22,7 @@ import export
 from checkpoints import claim
 from hard_world import ENVIRONMENT, REPOSITORY, run
 from model import checkpoint
-from script import InputError, PlainStream
+from script import PATIENCE, InputError, PlainStream
 
 STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
 
@@ -195,13 +195,15 @@ def test_predictions_are_scored_once_under_torchrun(sample, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, local, prints", [("0", "0", True), ("1", "1", False), ("1", "0", True)])
+@pytest.mark.parametrize("rank, local, prints", [("0", "0", True), ("1", "0", True), ("1", "1", False)])
 def test_each_machine_reports_what_is_wrong_there(tmp_path, rank, local, prints):
-    """As the second machine's first process (rank 1, local rank 0) must."""
+    """As the second machine's first process (rank 1, local rank 0) must. The others let the first report."""
+    began = time.time()
     done = subprocess.run([sys.executable, REPOSITORY / "evaluate.py", "--data", "absent.json"], cwd=tmp_path,
                           env=ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": local}, capture_output=True,
                           text=True)
-    assert done.returncode == 2 and ("absent.json: no such file" in done.stderr) == prints
+    assert done.returncode == 2 and "absent.json: no such file" in done.stderr
+    assert prints or time.time() - began > PATIENCE
 
 
 @pytest.mark.slow
