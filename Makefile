@@ -28,7 +28,7 @@ check: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 .venv/installed: requirements.txt
 	@echo "First, once: PyTorch, OpenVINO and the rest of requirements.txt go into .venv."
