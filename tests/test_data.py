@@ -140,7 +140,7 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
     draw_sample(tmp_path, train=12, val=1, size=(640, 480))
     dataset = FaceDataset(read_annotations(tmp_path / "train.json"), 96, 96)
     figures = {"theirs": [], "ours": []}
-    for turn in range(40):
+    for turn in range(60):
         for index in range(12):
             item = dataset[index, (turn, index)]
             figures["ours"].append((item.picture, torch.from_numpy(item.faces)))

@@ -34,7 +34,7 @@ from wider_to_coco import COLUMNS, read_wider, to_coco
 
 pytestmark = pytest.mark.slow
 
-COUNT = int(os.environ.get("FUZZ", 150))
+COUNT = int(os.environ.get("FUZZ", 100))
 fuzz = settings(max_examples=COUNT, deadline=None, derandomize="FUZZ" not in os.environ, database=None,
                 suppress_health_check=list(HealthCheck))
 

@@ -168,8 +168,8 @@ def test_refused(world, refused, monkeypatch, script, words, message):
 LIGHT = {"evaluate", "sample", "wider_to_coco"}  # these start without torch
 
 
-@pytest.mark.parametrize("script, words, message", [case for case in CASES if case[0] in LIGHT][::9]
-                         + [case for case in CASES if case[0] not in LIGHT][::40])
+@pytest.mark.parametrize("script, words, message", [case for case in CASES if case[0] in LIGHT][::19]
+                         + [case for case in CASES if case[0] not in LIGHT][::60])
 def test_refused_as_a_process(world, script, words, message):
     done = run(REPOSITORY / f"{script}.py", *arguments(script, words))
     assert done.returncode == 2 and "Traceback" not in done.stderr

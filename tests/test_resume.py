@@ -1,5 +1,6 @@
 """Resuming: what the flags say is what is used, nothing is skipped, and damaged checkpoints are refused."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -28,10 +29,19 @@ def start(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(sample, tmp_path_factory):
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained") / "r"
+    run(folder, sample, "--epochs", 1, "--val", "none")
+    return folder
+
+
 @pytest.fixture
-def begun(sample, tmp_path):
-    """A run of one epoch in tmp_path / "r"; returns its checkpoint."""
-    return run(tmp_path / "r", sample, "--epochs", 1, "--val", "none")
+def begun(trained, tmp_path):
+    """A copy of that run in tmp_path / "r"; returns its checkpoint."""
+    shutil.copytree(trained, tmp_path / "r")
+    return torch.load(tmp_path / "r/last.pth", weights_only=True)
 
 
 class Rates:

@@ -27,8 +27,6 @@ update, call = train.Trainer.update, detector.TorchDetector.__call__
 def slow(self, batch):
     result = update(self, batch)
     open(name + ".step", "w").write(str(self.step + 1))
-    if self.step + 1 == int(os.environ.get("DIES", -1)) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(os.environ.get("STEP", 0)))
     return result
 def slow_call(self, images):
@@ -107,17 +105,16 @@ def ended(*agents, seconds=100):
 STANDALONE = ["--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("rank, number, code", [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(node, rank, number, code):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(node):
     folder = node("n")
     agent = start(folder, STANDALONE, "--epochs", 50, "--val", "none", STEP=0.3)
     wait_for(folder / "rank0.step")
-    os.kill(int((folder / f"rank{rank}.pid").read_text()), number)
+    os.kill(int((folder / "rank1.pid").read_text()), signal.SIGTERM)
     told = time.time()
     _, error = ended(agent)[0]
     steps = [int((folder / f"rank{n}.step").read_text()) for n in (0, 1)]
     assert time.time() - told < 20 and steps[0] == steps[1] == last(folder)["step"]
-    assert [(folder / f"rank{n}.code").read_text() for n in (0, 1)] == [str(code)] * 2, error
+    assert [(folder / f"rank{n}.code").read_text() for n in (0, 1)] == ["143", "143"], error
     assert f"{REPOSITORY}/train.py" not in error  # no traceback of ours
 
 
@@ -173,16 +170,3 @@ def test_an_older_run_is_not_taken_up_by_a_restart(node):
     _, error = ended(agent)[0]
     assert agent.returncode and error.count("run/last.pth exists: continue that run with --resume") == 2
     assert (folder / "run/last.pth").read_bytes() == before
-
-
-def test_a_run_that_this_launch_resumed_from_elsewhere_goes_on_after_a_restart(node):
-    """--resume names another run's checkpoint: once this run has saved, its own is taken."""
-    folder = node("n")
-    alone(folder, "--epochs", 1, "--val", "none")
-    os.rename(folder / "run", folder / "other")
-    agent = start(folder, [*STANDALONE, "--max-restarts", "1"], "--epochs", 4, "--val", "none",
-                  "--save-every", 1, "--resume", "other/last.pth", DIES=7)
-    out, error = ended(agent)[0]
-    assert agent.returncode == 0, error[-2000:]
-    assert "from epoch 2, iteration 5" in out and "finished 4 epochs" in out
-    assert last(folder)["step"] in (10, 11)

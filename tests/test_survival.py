@@ -19,7 +19,7 @@ from model import load_model
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1",
          "--warmup", "3", "--lr", "0.01", "--min-face", "0", "--workers", "1",
          "--device", "cpu", "--save-every", "2", "--ema", "0.9"]
