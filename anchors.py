@@ -8,7 +8,7 @@ As a command it fits anchor sizes to a dataset, beside the hand-designed ones:
 
 import math
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, parse_picture, parse_size, whole_file
 
 import numpy as np

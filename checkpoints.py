@@ -16,7 +16,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, bad_values, command, new_parser, whole_file
 
 import torch

@@ -44,7 +44,7 @@ class Annotations:
     xywh: np.ndarray          # [M, 4] float64
     area: np.ndarray  # [M] float64, width x height where the file gives none
     ignored: np.ndarray       # [M] bool: crowds, and what cannot be learned (empty, or outside its photo)
-    crowd: np.ndarray         # [M] bool: iscrowd, a region in which nobody labelled single faces
+    crowd: np.ndarray         # [M] bool: iscrowd, a region to ignore: unclear faces, or a crowd
     counts: dict = field(default_factory=dict)  # what the file holds, for the reports
 
     def file(self, index: int) -> Path:

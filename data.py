@@ -363,7 +363,7 @@ def main(argv=None):
         parser.error(f"--split {args.split[0]}: a number from 2 to that of the photos "
                      f"({len(annotations.ids)}) expected")
     if args.split and len({os.path.realpath(path) for path in (args.data, *args.split[1:])}) < 3:
-        parser.error("--split: TRAIN and VAL must be two new files")
+        parser.error("--split: TRAIN and VAL must be two other files")
     pictures = show(annotations, args)
     save_picture(contact_sheet(pictures), args.out)
     print("\n".join(describe(annotations, args.min_face)))

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser
 
 import numpy as np

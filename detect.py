@@ -13,7 +13,7 @@ import re
 import time
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, parse_picture, parse_size, whole_file, write_json
 
 import numpy as np

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import (InputError, command, git_commit, new_parser, parse_picture, parse_size, whole_file,
                     write_json)
 

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, bad_values, command, new_parser, parse_size
 
 import numpy as np

@@ -5,7 +5,7 @@
     python flops.py --model weights/face_ssd300.pth
 """
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import bad_values, command, new_parser, parse_size
 
 import torch

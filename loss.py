@@ -58,7 +58,7 @@ def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, weight, 
 
     Shapes and divisor are as in `multibox_loss`; weight `[B, A]` is from `confidence`. Scores: the
     divergence from the teacher's where no face is labelled (Hinton et al. 2015, at temperature 1). Boxes:
-    the L1 distance everywhere, by that weight. L1 is felt however small it is, and the last percents of a
+    the L1 distance, weighted by its confidence. L1 is felt however small it is, and the last percents of a
     box are what a strict IoU asks for.
     """
     teacher = teacher_logits.float().softmax(-1)                                        # [B, A, 2]

@@ -83,6 +83,12 @@ class Monitor:
                 self.picture("validation", validation_sheet(trainer, val), record["epoch"])
             self.writer.flush()
 
+    def close(self):
+        """Let another run write in the folder."""
+        self.lock.close()
+        if self.writer:
+            self.writer.close()
+
     def picture(self, name, image, epoch):
         """Add a picture to TensorBoard."""
         self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
@@ -127,7 +133,7 @@ def training_sheet(trainer):
                  np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
     batch = collate(items)
     anchors = trainer.anchors.cpu()
-    labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items))
+    labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items), batch.crowd)
     for item, own in zip(items, labels):
         image = draw_faces(to_image(item.picture), anchors[own == 1], colour=FALSE)
         image = draw_faces(image, item.faces[~item.ignored])

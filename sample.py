@@ -11,7 +11,7 @@ Every photo has its own random stream, so a larger dataset begins with the photo
 import time
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, whole_file
 
 import numpy as np

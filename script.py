@@ -1,6 +1,7 @@
 """What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
 
-This file does not import torch, so a wrong file is reported before anything slow is loaded.
+This file does not import torch, which takes seconds: sample.py, wider_to_coco.py and the scoring of
+predictions do without it.
 """
 
 import argparse

@@ -15,7 +15,7 @@ import time
 from argparse import SUPPRESS
 from pathlib import Path
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import FlagFileParser, InputError, bad_values, command, git_commit, parse_sides, parse_size
 
 import torch
@@ -276,7 +276,7 @@ def make_parser():
     add("--load-from", metavar="CHECKPOINT", help="start from a detector's weights")
     add("--distill", type=float, nargs=2, metavar=("SCORES", "BOXES"),
         help="learn from --load-from as a teacher too, and forget less: weights of its scores where no face "
-             "is labelled, and of its boxes (default off, 0.3 is much)")
+             "is labelled, and of its boxes (default off; begin with 0.3 0.4)")
     add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     add = parser.add_argument_group("schedule").add_argument
@@ -415,7 +415,8 @@ def main(argv=None):
             raise SystemExit(stop.code) from None
         raise
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
-    if trainer.rank == 0:
+    if monitor:
+        monitor.close()
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
         best = f", best.pth AP50 {trainer.best:.4f}" if val else ""

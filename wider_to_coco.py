@@ -16,7 +16,7 @@ import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# First: a Ctrl-C while the rest is imported is then one word.
+# First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, write_json
 
 from tqdm import tqdm

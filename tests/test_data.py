@@ -137,7 +137,7 @@ def straightforward(dataset, index, rng):
 def test_statistics_are_those_of_the_straightforward_order(tmp_path):
     """data.py scales while decoding, crops early, distorts colours last: statistics must not change."""
     torch.manual_seed(0)
-    draw_sample(tmp_path, train=12, val=1, size=(640, 480))
+    draw_sample(tmp_path, train=12, val=1, size=(400, 300))
     dataset = FaceDataset(read_annotations(tmp_path / "train.json"), 96, 96)
     figures = {"theirs": [], "ours": []}
     for turn in range(60):

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 
+import train
 from model import load_model
 
 pytestmark = pytest.mark.slow
@@ -26,16 +27,18 @@ FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def flags(sample, out, *more):
+    return [*FLAGS, "--data", str(sample / "train.json"), "--out", str(out), *map(str, more)]
+
+
 def command(sample, out, *more):
-    return [sys.executable, "train.py", *FLAGS,
-            "--data", sample / "train.json", "--out", out, *map(str, more)]
+    return [sys.executable, "train.py", *flags(sample, out, *more)]
 
 
 def test_killed_at_random_moments(sample, tmp_path):
     """After SIGKILL at any moment, a run resumes and ends with the same bits as an undisturbed run."""
     epochs, kills, rng = max(6, 2 * KILLS), 0, random.Random(0)
-    subprocess.run(command(sample, tmp_path / "whole", "--epochs", epochs),
-                   env=ENVIRONMENT, check=True, capture_output=True)
+    train.main(flags(sample, tmp_path / "whole", "--epochs", epochs))
     out = tmp_path / "killed"
     while kills < KILLS:
         resume = ["--resume"] if (out / "last.pth").exists() else []
@@ -54,8 +57,7 @@ def test_killed_at_random_moments(sample, tmp_path):
         assert process.returncode in (0, -9)
         if process.returncode == 0:
             break
-    subprocess.run(command(sample, out, "--epochs", epochs, "--resume"),
-                   env=ENVIRONMENT, check=True, capture_output=True)
+    train.main(flags(sample, out, "--epochs", epochs, "--resume"))
     print(f"{kills} kills survived")
     whole, killed = (torch.load(tmp_path / name / "last.pth", weights_only=True)
                      for name in ("whole", "killed"))
@@ -80,10 +82,10 @@ def deadly(self, batch):
 train.Trainer.update = deadly
 train.main(sys.argv[1:])
 """)
-    flags = command(sample, tmp_path / "r", "--epochs", 4)[2:]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", "2", "--max-restarts", "3", script, *flags], env=ENVIRONMENT,
-                          capture_output=True, text=True)
+                           "--nproc_per_node", "2", "--max-restarts", "3", script,
+                           *flags(sample, tmp_path / "r", "--epochs", 4)],
+                          env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "from epoch" in done.stdout and "finished 4 epochs" in done.stdout
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 8
@@ -92,7 +94,7 @@ train.main(sys.argv[1:])
 def test_a_full_disk_keeps_the_old_checkpoint(sample, tmp_path):
     """A limit on the file size makes the write fail as on a full disk, and needs no root."""
     out = tmp_path / "r"
-    subprocess.run(command(sample, out, "--epochs", 1), env=ENVIRONMENT, check=True, capture_output=True)
+    train.main(flags(sample, out, "--epochs", 1))
     before = (out / "last.pth").read_bytes()
     # in blocks of 1 KiB: half the size of the checkpoint
     limited = ["bash", "-c", f"ulimit -f {len(before) // 2048}; trap '' XFSZ; exec \"$@\"", "limited"]

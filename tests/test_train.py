@@ -4,8 +4,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -312,18 +310,6 @@ def test_two_processes_compute_the_gradients_of_one(sample):
         for other in two:
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     assert all(gradient.any() for name, gradient in one.items() if name.startswith("bbox_head"))
-
-
-@pytest.mark.slow
-def test_torchrun(sample, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", "2", "train.py", *SMALL, "--data", sample / "train.json",
-                           "--val", sample / "val.json", "--epochs", "1", "--out", tmp_path / "r"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "12 photos" in done.stdout and "2 batches of 5 x 2 processes" in done.stdout
-    assert (torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 2
-            and load_model(tmp_path / "r/best.pth"))
 
 
 @pytest.mark.slow
