@@ -15,6 +15,7 @@ from pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
 from script import InputError, git_commit, whole_file
 
 PICTURES = 16  # on each contact sheet
+REDRAWN = 10   # seconds between drawings of the curves, which take a good part of one
 
 
 def describe_run(trainer, dataset, content):
@@ -42,7 +43,7 @@ class Monitor:
     def __init__(self, args, model, epoch):
         """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
         self.out, self.started, self.first = Path(args.out), time.perf_counter(), epoch
-        self.epochs, self.writer = args.epochs, None
+        self.epochs, self.drawn, self.writer = args.epochs, self.started, None
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
@@ -67,7 +68,9 @@ class Monitor:
         """Record a Trainer's last epoch: log line, curves, a printed line, TensorBoard."""
         record = trainer.record
         self.write(record)
-        draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
+        if time.perf_counter() - self.drawn > REDRAWN or record["epoch"] == self.epochs:
+            draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
+            self.drawn = time.perf_counter()
         an_epoch = (time.perf_counter() - self.started) / (record["epoch"] - self.first)  # seconds
         left = an_epoch * (self.epochs - record["epoch"])
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
@@ -108,19 +111,22 @@ def read_log(path):
 def draw_curves(records, path):
     """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = [("loss", ("loss", "class_loss", "box_loss")),
-              ("AP on --val", ("AP", "AP50")), ("learning rate", ("lr",))]
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels):
+    from matplotlib.ticker import MaxNLocator
+    panels = {"loss": ("loss", "class_loss", "box_loss"), "AP on --val": ("AP", "AP50"),
+              "learning rate": ("lr",)}
+    if not any("AP" in record for record in records):
+        del panels["AP on --val"]
+    figure = Figure(figsize=(3.2 * len(panels), 3.2))
+    figure.subplots_adjust(left=0.2 / len(panels), right=0.98, bottom=0.15, top=0.9, wspace=0.35)
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:
             points = [(record["epoch"], record[key]) for record in records if key in record]
-            if points:
-                axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=key)
-        axes.set(title=title, xlabel="epoch")
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=key)
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, records[-1]["epoch"] + 0.5),
+                 yscale="log" if title == "learning rate" else "linear")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    figure.axes[2].set_yscale("log")
+        axes.legend()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 

@@ -174,7 +174,8 @@ def test_an_older_run_is_not_taken_up_by_a_restart(node):
     folder = node("n")
     alone(folder, "--epochs", 1, "--val", "none")
     before = (folder / "run/last.pth").read_bytes()
-    agent = start(folder, [*STANDALONE, "--max-restarts", "1"], "--epochs", 2, "--val", "none")
+    launcher = ["--standalone", "--nproc_per_node", "1", "--max-restarts", "1"]
+    agent = start(folder, launcher, "--epochs", 2, "--val", "none")
     _, error = ended(agent)[0]
     assert agent.returncode and error.count("run/last.pth exists: continue that run with --resume") == 2
     assert (folder / "run/last.pth").read_bytes() == before
