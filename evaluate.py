@@ -193,6 +193,9 @@ def renumber(detections, names, target, where):
 def main(argv=None):
     """Detect or read, score, print, write."""
     args = parse_args(argv)
+    rank = int(os.environ.get("RANK", 0))
+    if args.predictions and rank:  # under torchrun one process is enough to read and score
+        return
     truth = wider.read_ground_truth(args.wider) if args.wider else None
     folder = truth is not None and args.predictions and os.path.isdir(args.predictions)
     if folder and not args.data and (args.out or args.worst):
@@ -202,9 +205,6 @@ def main(argv=None):
     names = None
     if annotations and (truth or args.wider_out):
         names = wider.wider_names(annotations.path, annotations.names)
-    rank = int(os.environ.get("RANK", 0))  # under torchrun one process is enough to read and score
-    if args.predictions and rank:
-        return
     if folder:
         detections, missing = wider.read_predictions(args.predictions, truth)
         if missing:

@@ -1,6 +1,7 @@
 """Resuming: what the flags say is what is used, nothing is skipped, and damaged checkpoints are refused."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,14 +174,15 @@ def test_another_validation_set_begins_best_anew_and_the_same_elsewhere_does_not
     run(tmp_path / "r", sample, "--epochs", 1, *flags)
     last = torch.load(tmp_path / "r/last.pth", weights_only=True)
     torch.save(last | {"best": 2.0}, tmp_path / "r/last.pth")       # no set can reach that
-    content = (sample / "val.json").read_text()
+    content, best = (sample / "val.json").read_text(), (tmp_path / "r/best.pth").read_bytes()
     (sample / "copy.json").write_text(content)
     assert run(tmp_path / "r", sample, "--epochs", 2, "--val", sample / "copy.json", "--resume")["best"] == 2
     assert run(tmp_path / "r", sample, "--epochs", 3, "--val", "none", "--resume")["best"] == 2
     assert run(tmp_path / "r", sample, "--epochs", 4, *flags, "--resume")["best"] == 2
     assert "best.pth begins anew" not in capsys.readouterr().out
+    assert (tmp_path / "r/best.pth").read_bytes() == best
     other = run(tmp_path / "r", sample, "--epochs", 5, "--val", sample / "train.json", "--resume")
-    assert 0 <= other["best"] <= 1
+    assert 0 <= other["best"] <= 1 and (tmp_path / "r/best.pth").read_bytes() != best
     assert "another validation set than before: best.pth begins anew" in capsys.readouterr().out
 
 
@@ -197,9 +199,18 @@ def test_a_checkpoint_of_an_older_version_resumes(sample, tmp_path, start):
         assert all(torch.equal(whole[part][key], parts[part][key]) for key in whole[part])
 
 
-def test_the_runs_own_checkpoint_by_its_whole_path(sample, tmp_path, begun):
+def test_the_runs_own_checkpoint_by_its_whole_path(sample, tmp_path, begun, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     last = (tmp_path / "r/last.pth").resolve()
-    assert run(tmp_path / "r", sample, "--epochs", 2, "--resume", last)["epoch"] == 2
+    assert run(Path("r"), sample, "--epochs", 2, "--resume", last)["epoch"] == 2
+
+
+def test_epochs_that_are_done_again_are_logged_once(sample, tmp_path, begun):
+    run(tmp_path / "r", sample, "--epochs", 3, "--val", "none", "--resume")
+    torch.save(begun, tmp_path / "r/last.pth")
+    run(tmp_path / "r", sample, "--epochs", 2, "--val", "none", "--resume")
+    lines = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2]
 
 
 WRONG = {"optimizer": [[], "SGD", {}], "epoch": ["1", -1, 1.5, [1]], "step": [-1, None],

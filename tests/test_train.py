@@ -14,6 +14,7 @@ import train
 from anchors import make_anchors, match
 from data import FaceDataset, collate
 from coco import read_annotations
+from distributed import mean
 from loss import batch_divisor, multibox_loss
 from model import SSD, Config, checkpoint, load_model
 
@@ -297,6 +298,7 @@ def batch_gradients(rank, world, folder, port):
     logits, offsets = model(batch.images.float() / 255)
     multibox_loss(logits, offsets, labels, targets, raw_model.loss_weights,
                   batch_divisor(labels))[0].backward()
+    assert mean(torch.tensor([rank + 1.0])).tolist() == [(world + 1) / 2]
     torch.save({name: p.grad for name, p in raw_model.named_parameters()},
                f"{folder}/gradients-{world}-{rank}.pth")
 

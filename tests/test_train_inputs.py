@@ -131,8 +131,11 @@ def test_what_a_crop_shows_of_a_crowd_is_no_background(tmp_path, monkeypatch):
     dataset, partly = one_photo(tmp_path, [([0, 0, 300, 140], 1), ([20, 240, 40, 40], 0)]), 0
     for seed in range(60):
         item = dataset[0, (seed,)]
-        regions = item.faces[item.crowd]
+        regions, (_, top, _, bottom) = item.faces[item.crowd], item.faces[~item.crowd][0]
         assert item.ignored[item.crowd].all() and (item.crowd.sum() <= 1)
+        border = top - 100 * (bottom - top) / 40  # of the region, which ends 100 pixels above the face
+        if 0 < top and bottom < 300 and abs(border) > 2:
+            assert item.crowd.any() == (border > 0)
         if not len(regions) or (regions[0, 2:] - regions[0, :2]).min() < 40 or regions[0, 1] > 0:
             continue
         partly += 1
