@@ -31,10 +31,10 @@ def describe_run(trainer, dataset, content):
     if args.epochs and args.warmup >= iterations:
         print(f"the run has {iterations:,} iterations, all within the warm-up of {args.warmup:,}: "
               f"--warmup {iterations // 20} fits")
-    if args.epochs and args.milestones and min(args.milestones) >= args.epochs:
+    if args.epochs > 1 and args.milestones and min(args.milestones) >= args.epochs:
         fitting = sorted({round(args.epochs * share) for share in (0.6, 0.8, 0.9)} - {0, args.epochs})
         print(f"the learning rate never falls: its milestones {args.milestones} lie beyond the {args.epochs} "
-              f"epochs; --milestones {' '.join(map(str, fitting))} fits".replace("  ", " "))
+              f"epochs; --milestones {' '.join(map(str, fitting))} fits")
 
 
 class Monitor:
