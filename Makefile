@@ -25,7 +25,7 @@ $(NEGATIVES): .venv/installed
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not slow"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
