@@ -92,6 +92,7 @@ def test_two_processes_give_the_same_digits(sample, tmp_path, model_file):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                            "2", "evaluate.py", *two], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AP50") == 1 and done.stdout.count("wrote ") == 2, done.stdout
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert all(one[key] == two[key] for key in ("coco", "AP50_by_size", "operating_points"))
     assert (tmp_path / "one-results.json").read_bytes() == (tmp_path / "two-results.json").read_bytes()
