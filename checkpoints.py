@@ -145,12 +145,12 @@ def make_model(args, content):
         config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
         if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
             say(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
-                       "learned for those")
+                "learned for those")
         model = SSD(config)
         unfit = load_weights(model, args.load_from)
         if unfit:
             say(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: "
-                       + ", ".join(unfit[:8]))
+                + ", ".join(unfit[:8]))
         return model
     model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))
     if args.pretrained is not None:

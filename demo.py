@@ -134,7 +134,7 @@ def main(argv=None):
     """Run every step, then draw the comparison and print the table."""
     new_parser(__doc__).parse_args(argv)
     print("A photo first, in seconds. Then drawn faces: measure, fine-tune, measure, export, measure.\n"
-          "In all 4 to 8 minutes on two CPU cores.")
+          "In all 3 to 8 minutes on two CPU cores.")
     os.chdir(Path(__file__).parent)  # all paths here are the repository's
     if OUT.is_dir():
         print(f"\n$ rm -r {OUT}")    # train.py never overwrites a run

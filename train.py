@@ -199,7 +199,7 @@ class Trainer:
                                  f"(--max-unreadable {self.args.max_unreadable}): {lines}",
                                  reported=self.rank > 0)
             say(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
-                     f"used: {lines}")
+                f"used: {lines}")
             annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
