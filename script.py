@@ -5,6 +5,7 @@ predictions do without it.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import multiprocessing
@@ -84,6 +85,21 @@ def _end_workers():
         signal.signal(chld, before)
 
 
+def keep_memory():
+    """Let the process keep the memory that it frees, for the next step needs as much again.
+
+    glibc gives large blocks back at once, and a training step on a CPU then spends much of its time in
+    page faults. Other C libraries have no mallopt, or ignore these two settings (man 3 mallopt).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
+        return
+    trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
@@ -104,6 +120,7 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        keep_memory()  # loading processes inherit it where they are forked
         streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = map(PlainStream, streams)
         try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import options
 import train
 from data import TrainBatches
 from model import SSD, Config, checkpoint
@@ -126,7 +127,7 @@ def saves(trainer):
 
 
 def test_every_flag_is_in_one_of_the_tables():
-    flags = {action.option_strings[-1] for action in train.make_parser()._actions}
+    flags = {action.option_strings[-1] for action in options.make_parser()._actions}
     assert flags == USED.keys() | OTHERS
 
 

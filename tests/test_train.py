@@ -14,6 +14,7 @@ import train
 from anchors import make_anchors, match
 from data import FaceDataset, collate
 from coco import read_annotations
+from detector import MODEL
 from distributed import mean
 from loss import batch_divisor, multibox_loss
 from model import SSD, Config, checkpoint, load_model
@@ -51,6 +52,11 @@ def test_recipes_are_flag_files_and_later_flags_override():
     assert args.epochs == 3 and args.pretrained == "" and args.milestones == [40, 55, 65]
     for recipe in os.listdir("recipes"):
         train.parse_args([f"@recipes/{recipe}", "--load-from", "x.pth"])
+
+
+def test_load_from_without_a_value_is_the_shipped_network():
+    args = train.parse_args(["--load-from", "--epochs", "3"])
+    assert args.load_from == MODEL and train.parse_args([]).load_from is None
 
 
 def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):

@@ -1,0 +1,86 @@
+"""The flags of train.py: what they are, and which values make sense."""
+
+import math
+import os
+from argparse import SUPPRESS
+
+from detector import MODEL
+from script import FlagFileParser, parse_sides, parse_size
+
+DATA = "data/train.json"
+
+
+def make_parser(description=None):
+    """The flags. What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
+    parser = FlagFileParser(description)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
+    add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
+    add("--min-face", type=int, default=17,
+        help="ignore faces with a side below this, in the photo (default 17 px)")
+    add("--min-size", type=float, default=0, metavar="PX",
+        help="ignore faces with a side below this at the network's input, as augmented (default 0 px)")
+    add("--no-augment", action="store_true", help="show the photos as they are")
+    add("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
+    add("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
+    add = parser.add_argument_group("model and starting point").add_argument
+    add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
+    add("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
+    add("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
+    add("--pretrained", nargs="?", const="", metavar="PATH",
+        help="ImageNet backbone: torchvision's, or in PATH")
+    add("--load-from", nargs="?", const=MODEL, metavar="CHECKPOINT",
+        help="start from a detector's weights (named without a value: the shipped ones)")
+    add("--distill", type=float, nargs=2, metavar=("SCORES", "BOXES"),
+        help="learn from --load-from as a teacher too, and forget less: weights of its scores where no face "
+             "is labelled, and of its boxes (default off; begin with 0.3 0.4)")
+    add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
+    add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=int, default=70, help="default 70")
+    add("--batch-size", type=int, default=65, help="photos per process (default 65)")
+    add("--lr", type=float, default=0.05,
+        help="learning rate (default 0.05). It and --warmup stay as they are for N processes, whose batch is "
+             "N times as large; often used then: --lr 0.05 x N, --warmup 1200 / N")
+    add("--milestones", type=int, nargs="*", default=[40, 55, 65],
+        help="epochs at which lr is divided by 10 (default 40 55 65)")
+    add("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
+    add("--momentum", type=float, default=0.9, help="default 0.9")
+    add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
+    add("--clip", type=float, help="greatest norm of the gradient (default: any)")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
+    add("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
+    add("--seed", type=int, default=0, help="default 0")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs/face", help="folder of the run (default %(default)s)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, else fp32")
+    add("--workers", type=int, help="loading processes for each process (default: share the cores)")
+    add("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
+    add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
+    return parser
+
+
+def parse_args(argv, description=None):
+    """Parse and check the flags. `description` is what --help shows above them."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    least = {"epochs": 0, "batch_size": 1, "repeat": 1, "warmup": 0, "save_every": 1, "workers": 0,
+             "max_unreadable": 0, "seed": 0}
+    for name, bound in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < bound:
+            parser.error(f"--{name.replace('_', '-')} must be at least {bound}")
+    rates = 0 < args.lr < math.inf and 0 <= args.ema < 1 and 0 <= args.weight_decay < math.inf
+    if not rates or (args.clip is not None and not 0 < args.clip < math.inf):
+        parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
+    if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32 or not 0 <= args.min_size < math.inf:
+        parser.error("--momentum must be in [0, 1), --seed below 2 to the 32, --min-size 0 or more")
+    if args.distill and not (args.load_from and all(0 <= weight < math.inf for weight in args.distill)):
+        parser.error("--distill takes weights of 0 or more, and needs --load-from")
+    args.data = args.data or [DATA]
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
