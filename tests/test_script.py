@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -122,3 +123,19 @@ def test_ctrl_c_while_torch_is_imported_is_one_word(script):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         assert (process.communicate()[1], process.returncode) == ("interrupted\n", 130)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
+def test_a_script_keeps_the_memory_that_it_frees():
+    """Twenty times the same 64 MB: 16,384 pages are touched for the first time once, or each time."""
+    code = ("import resource, torch; from script import command\n"
+            "def fill():\n"
+            "    for _ in range(20): torch.ones(16 * 2 ** 20)\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "@command\n"
+            "def main(argv=None):\n"
+            "    fill(); before = fill(); print(fill() - before)\n"
+            "main()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 16384
