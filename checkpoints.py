@@ -13,6 +13,8 @@ import io
 import math
 import os
 import re
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,15 +60,32 @@ def continues(last):
         return read_checkpoint(last).get("launch") == launch_id()
 
 
+def resume_command(args, argv=None):
+    """The shell command that goes on with a run: the words that started it, torchrun's too, and --resume.
+
+    `args` are the flags as parsed from `argv`, before find_checkpoint settles --resume.
+    """
+    words = list(sys.orig_argv) if argv is None else [sys.orig_argv[0], "train.py", *argv]
+    if launch_id() is not None:
+        try:
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+        except OSError:  # no Linux
+            words = ["torchrun", "...", *sys.argv]
+    if args.resume != "":  # a --resume CHECKPOINT before it then counts no more
+        words.append("--resume")
+    return shlex.join(words)
+
+
 def check_run(content, path):
     """Refuse a checkpoint that is none of a run."""
-    kinds = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "sums": torch.Tensor,
-             "flags": dict}
+    kinds = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
+             "sums": torch.Tensor, "flags": dict}
+    content.setdefault("waited", 0)  # older checkpoints have none
     if not kinds.keys() <= content.keys():
         raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
     wrong = [key for key, kind in kinds.items()
              if not isinstance(content[key], kind) or isinstance(content[key], bool)]
-    wrong += [key for key in ("epoch", "step", "done") if key not in wrong and content[key] < 0]
+    wrong += [key for key in ("epoch", "step", "done", "waited") if key not in wrong and content[key] < 0]
     if "best" not in wrong and not math.isfinite(content["best"]):
         wrong.append("best")
     sums = content["sums"]

@@ -68,7 +68,7 @@ class Monitor:
         """Record a Trainer's last epoch: log line, curves, a printed line, TensorBoard."""
         record = trainer.record
         self.write(record)
-        if time.perf_counter() - self.drawn > REDRAWN or record["epoch"] == self.epochs:
+        if time.perf_counter() - self.drawn > REDRAWN or trainer.finished:
             draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
             self.drawn = time.perf_counter()
         an_epoch = (time.perf_counter() - self.started) / (record["epoch"] - self.first)  # seconds

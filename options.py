@@ -50,6 +50,8 @@ def make_parser(description=None):
     add("--clip", type=float, help="greatest norm of the gradient (default: any)")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
     add("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
+    add("--patience", type=int, metavar="N",
+        help="stop after N validated epochs in a row without a better AP50 (default: all epochs are trained)")
     add("--seed", type=int, default=0, help="default 0")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/face", help="folder of the run (default %(default)s)")
@@ -68,7 +70,7 @@ def parse_args(argv, description=None):
     parser = make_parser(description)
     args = parser.parse_args(argv)
     least = {"epochs": 0, "batch_size": 1, "repeat": 1, "warmup": 0, "save_every": 1, "workers": 0,
-             "max_unreadable": 0, "seed": 0}
+             "max_unreadable": 0, "patience": 1, "seed": 0}
     for name, bound in least.items():
         if getattr(args, name) is not None and getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}")

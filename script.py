@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
@@ -106,16 +106,21 @@ def command(main):
     So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
     with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
     each process reports its own trouble once it has joined the others; what all of them meet before
-    that is reported once on each machine.
+    that is reported once on each machine. torchrun repeats it in its summary.
     """
     def fail(text, reported=False):
+        text = text.translate(CONTROL)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # in the form of torch's ErrorHandler.record_exception
+            content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+            with suppress(InputError, OSError):
+                write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
         distributed = sys.modules.get("torch.distributed")
         joined = distributed is not None and distributed.is_initialized()
         if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
         if not reported:
             name = Path(sys.modules[main.__module__].__file__).name
-            print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
+            print(f"{name}: {text}", file=sys.stderr)
         sys.exit(2)
 
     @functools.wraps(main)

@@ -9,7 +9,9 @@ python train.py --resume --epochs 80                       # a finished run long
 
 import copy
 import functools
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from anchors import make_anchors
 from checkpoints import (find_checkpoint, load_momentum, load_teacher, make_model, report_changes,
-                         resume_model, save)
+                         resume_command, resume_model, save)
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
@@ -71,7 +73,8 @@ class Trainer:
         self.epoch = self.step = self.done = 0     # epochs trained, iterations in all, photos of this epoch
         self.sums = torch.zeros(4, device=device)  # total, class, box loss and their number in this epoch
         self.record = None                         # of the last epoch, as long as it is not validated
-        self.best, self.unreadable = -1.0, {}
+        self.best, self.waited = -1.0, 0           # AP50, and the validated epochs since it was reached
+        self.unreadable = {}
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
                                     not args.no_augment)
         if content:
@@ -82,7 +85,7 @@ class Trainer:
         """Continue from a checkpoint's content. What the flags say now is what is used."""
         load_momentum(self.optimizer, content)
         self.epoch, self.step, self.done = content["epoch"], content["step"], content["done"]
-        self.best = content["best"]
+        self.best, self.waited = content["best"], content["waited"]
         self.sums, self.record = content["sums"].to(self.device), content.get("record")
         if self.ema:
             self.ema.load_state_dict(resume_model(self.args, content, averaged=True).state_dict())
@@ -94,8 +97,14 @@ class Trainer:
         self.marks.setdefault("val", content.get("val"))  # without validation, the last set's is kept
         same = self.marks["val"] == content["val"] if content.get("val") else own["val"] == flags.get("val")
         if own["val"] and not same and self.best >= 0:
-            self.best = -1.0
+            self.best, self.waited = -1.0, 0
             say("another validation set than before: best.pth begins anew")
+
+    @property
+    def finished(self):
+        """Whether there is no epoch left to train: all are done, or --patience has come to its end."""
+        impatient = self.args.patience is not None and self.waited >= self.args.patience
+        return self.epoch >= self.args.epochs or impatient
 
     def connect(self):
         """Tie the network to those of the other processes, and compile it. All processes must come here."""
@@ -115,7 +124,8 @@ class Trainer:
             more = {"ema": self.ema.state_dict()} if self.ema else {}
             save(Path(self.args.out) / "last.pth", self.raw_model, **more, **self.marks,
                  optimizer=self.optimizer.state_dict(), epoch=self.epoch, step=self.step, done=self.done,
-                 best=self.best, sums=sums, record=self.record, flags=vars(self.args))
+                 best=self.best, waited=self.waited, sums=sums, record=self.record,
+                 flags=vars(self.args))
 
     def update(self, batch):
         """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
@@ -201,6 +211,7 @@ class Trainer:
         ap50 = scores["coco"]["AP50"]
         if ap50 > self.best and self.rank == 0:
             save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50)
+        self.waited = 0 if ap50 > self.best else self.waited + 1
         self.best = max(self.best, ap50)
         self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
@@ -279,6 +290,8 @@ def read_inputs(args, content):
     faces, val = join([read_annotations(path) for path in args.data]), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
+    if args.patience and not val:
+        raise InputError("--patience waits for a better AP50: name a set to validate on with --val")
     torch.manual_seed(args.seed)
     with bad_values():
         return faces, val, make_model(args, content)
@@ -315,12 +328,13 @@ def prepare(args):
 def main(argv=None):
     """Train, validating and saving after each epoch."""
     args = parse_args(argv, __doc__)
+    last, again = str(Path(args.out) / "last.pth"), resume_command(args, argv)
     trainer, val, monitor = prepare(args)
     stop = StopFlag()
     try:
-        if not args.resume:
+        if args.resume != last:
             trainer.save()  # from here on there is a checkpoint, and the folder is known to be writable
-        while trainer.epoch < args.epochs or trainer.record:
+        while trainer.record or not trainer.finished:
             if not trainer.record:
                 trainer.run_epoch(stop)
             if val:
@@ -331,17 +345,21 @@ def main(argv=None):
             trainer.record = None
             trainer.save()
             stop.check()
-    except RuntimeError:
-        if stop.number:  # the others have saved and left
-            raise SystemExit(stop.code) from None
-        raise
+    except (RuntimeError, SystemExit):
+        if not stop.number:
+            raise
+        if trainer.rank == 0:
+            with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
+                tqdm.write(f"stopped; the run is saved in {last}. To go on:\n{again}", file=sys.stderr)
+        raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:
         monitor.close()
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
         best = f", best.pth AP50 {trainer.best:.4f}" if val else ""
-        print(f"finished {trainer.epoch} epochs: {args.out}/last.pth{best}")
+        early = f"; stopped early: {trainer.waited} epochs without a better AP50 (--patience {args.patience})"
+        print(f"finished {trainer.epoch} epochs: {last}{best}{early if trainer.epoch < args.epochs else ''}")
     if trainer.processes > 1:
         trainer.model = None  # it must not be the last to hold the group: ending that late can wait for ever
         leave_processes()

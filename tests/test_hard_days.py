@@ -179,7 +179,7 @@ def test_refused_as_a_process(world, script, words, message):
 def test_many_processes_report_what_all_of_them_met_once(world):
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                REPOSITORY / "evaluate.py", "--data", "cut.json")
-    assert done.returncode and done.stderr.count("cut.json: not JSON") == 1
+    assert done.returncode and done.stderr.count("evaluate.py: cut.json: not JSON") == 1
 
 
 @pytest.mark.parametrize("error, line", [

@@ -80,6 +80,8 @@ USED = {
     "--no-augment": ([], lambda t, v, m: next(iter(t.batches))[0][1] is None),
     "--repeat": (["3"], lambda t, v, m: t.batches.total == 8),
     "--max-unreadable": (["0"], lambda t, v, m: pytest.raises(train.InputError, t.check_readable, {0: "x"})),
+    "--patience": (["1", "--val", "{sample}/val.json"],
+                   lambda t, v, m: not t.finished and (setattr(t, "waited", 1), t.finished)[1]),
     "--seed": (["5"], lambda t, v, m: next(iter(t.batches))[0][1][0] == 5),
     "--epochs": (["9"], lambda t, v, m: m.epochs == 9 and t.args.epochs == 9),
     "--batch-size": (["4"], lambda t, v, m: len(next(iter(t.loader)).index) == 4),
@@ -191,7 +193,7 @@ def test_a_checkpoint_of_an_older_version_resumes(sample, tmp_path, start):
     flags = ["--load-from", start, "--hold", 0.1, 0.1, "--ema", 0.9, "--val", "none"]
     whole = run(tmp_path / "whole", sample, "--epochs", 2, *flags)
     old = run(tmp_path / "r", sample, "--epochs", 1, *flags)
-    for key in ("photos", "record", "launch", "val"):
+    for key in ("photos", "record", "launch", "val", "waited"):
         old.pop(key, None)
     old["flags"]["hold"] = old["flags"].pop("distill")
     torch.save(old, tmp_path / "r/last.pth")
@@ -215,7 +217,7 @@ def test_epochs_that_are_done_again_are_logged_once(sample, tmp_path, begun):
 
 
 WRONG = {"optimizer": [[], "SGD", {}], "epoch": ["1", -1, 1.5, [1]], "step": [-1, None],
-         "done": [-5, [], True], "best": ["x", [0.5], float("nan")], "flags": [[], "lr"],
+         "done": [-5, [], True], "waited": [-1, "1"], "best": ["x", [0.5], float("nan")], "flags": [[], "lr"],
          "sums": [[0, 0], torch.zeros(3), 4, torch.full((4,), float("nan")),
                   torch.zeros(4, dtype=torch.int64)],
          "record": [[1], 5, {"epoch": 1}, {"epoch": 7, "loss": 1.0}]}
