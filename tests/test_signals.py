@@ -180,5 +180,5 @@ def test_an_older_run_is_not_taken_up_by_a_restart(node):
     launcher = ["--standalone", "--nproc_per_node", "1", "--max-restarts", "1"]
     agent = start(folder, launcher, "--epochs", 2, "--val", "none")
     _, error = ended(agent)[0]
-    assert agent.returncode and error.count("run/last.pth exists: continue that run with --resume") == 2
+    assert agent.returncode and error.count("train.py: run/last.pth exists: continue that run") == 2
     assert (folder / "run/last.pth").read_bytes() == before
