@@ -71,6 +71,14 @@ class Annotations:
                            detections.score[found]))
 
 
+def moved_images(images: list[dict], source: str | Path, target: str | Path) -> list[dict]:
+    """The entries of "images" of the json `source` with file names as the json `target` needs them."""
+    # Names in a json are relative to it.
+    photos, folder = os.path.realpath(Path(source).parent), os.path.dirname(os.path.realpath(target))
+    to_photos = os.path.relpath(photos, folder)
+    return [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()} for image in images]
+
+
 def read_annotations(path: str | Path) -> Annotations:
     """Read a COCO file into `Annotations`.
 

@@ -1,7 +1,7 @@
 """Photos and their faces, from the disk to a batch: read, augment, collate, load.
 
-As a command it shows photos with their faces, and what is suspect in them (suspects.py), the first thing to do
-with one's own labels:
+As a command it shows photos with their faces, and what is suspect in them (suspects.py). That is the first
+thing to do with one's own labels:
 
     python data.py --data data/train.json --out sheet.png              # as they are
     python data.py --data data/train.json --out sheet.png --augment    # as the training sees them
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
-from coco import Annotations, read_annotations, to_xyxy
+from coco import Annotations, moved_images, read_annotations, to_xyxy
 from pictures import (IGNORED, contact_sheet, decode_picture, draw_faces, load_picture, open_picture,
                       save_picture, upright_size)
 from script import InputError, command, new_parser, parse_picture, parse_size, read_json, write_json
@@ -311,15 +311,13 @@ def describe(annotations: Annotations, min_face: int) -> list[str]:
 
 def split(annotations: Annotations, every: int, train: str, val: str) -> None:
     """Write two COCO files of the one annotated: every `every`-th photo to `val`, the others to `train`."""
-    content, photos = read_json(annotations.path), os.path.realpath(annotations.path.parent)
+    content = read_json(annotations.path)
     kept_out = np.arange(len(annotations.ids)) % every == every - 1
     for path, own in ((train, ~kept_out), (val, kept_out)):
-        # Names in a json are relative to it.
-        to_photos = os.path.relpath(photos, os.path.dirname(os.path.realpath(path)))
-        images = [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()}
-                  for n, image in enumerate(content["images"]) if own[n]]
+        images = [image for n, image in enumerate(content["images"]) if own[n]]
         ids = set(annotations.ids[own].tolist())
         faces = [face for face in content["annotations"] if face.get("image_id") in ids]
+        images = moved_images(images, annotations.path, path)
         write_json(path, content | {"images": images, "annotations": faces})
         print(f"{path}: {len(images):,} photos, {len(faces):,} boxes")
 

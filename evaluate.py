@@ -151,7 +151,11 @@ def parse_args(argv):
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
     add("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
     add("--worst", type=int, metavar="N", help="draw the N photos with most mistakes to worst.png")
+    add("--doubt", type=int, metavar="N",
+        help="write the N most probable label errors to doubt.png and doubt.json")
     args = parser.parse_args(argv)
+    if args.doubt is not None and args.doubt < 1:
+        parser.error("--doubt must be at least 1")
     if args.batch_size < 1 or args.workers < 0 or (args.worst is not None and args.worst < 1):
         parser.error("--batch-size and --worst must be at least 1, --workers at least 0")
     if args.predictions and os.path.isdir(args.predictions) and not args.wider:
@@ -198,8 +202,8 @@ def main(argv=None):
         return
     truth = wider.read_ground_truth(args.wider) if args.wider else None
     folder = truth is not None and args.predictions and os.path.isdir(args.predictions)
-    if folder and not args.data and (args.out or args.worst):
-        raise InputError("--out and --worst need the photos: give their --data as well")
+    if folder and not args.data and (args.out or args.worst or args.doubt):
+        raise InputError("--out, --worst and --doubt need the photos: give their --data as well")
     args.data = args.data or (None if folder else DATA)
     annotations = read_annotations(args.data) if args.data else None
     names = None
@@ -249,6 +253,9 @@ def write_outputs(args, scores, curves, annotations, detections, names):
     if args.worst:
         score = scores["operating_points"][-1]["score"] if "operating_points" in scores else 0.5
         draw_worst(annotations, detections, args.worst, score, "worst.png")
+    if args.doubt:
+        from doubt import write_doubts  # it needs torch
+        print("\n".join(write_doubts(annotations, detections, args.doubt)))
     for path in (args.out, args.wider_out, args.json, args.plot, args.worst and "worst.png"):
         if path:
             print(f"wrote {path}")

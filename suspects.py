@@ -68,7 +68,7 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     for n, (other, score, mirrored) in partners(*near_duplicates(pixels), place).items():
         reason = "leak" if place[n] != place[other] else "near-duplicate"
         suspects.append(Suspect(score, reason, files[n], other=files[other],
-                                detail=f"of {files[other]}{', mirrored' if mirrored else ''}"))
+                                detail="mirrored" if mirrored else ""))
     readable = np.flatnonzero((sizes > 0).all(1))
     width, height = sizes[readable].T.astype(float)
     far = np.maximum(oddness(np.sqrt(width * height), (0, np.inf)), oddness(width / height, PHOTO_SHAPE))
@@ -100,7 +100,8 @@ def check_labels(annotations: Annotations) -> list[Suspect]:
     photos = np.sqrt(annotations.sizes[image].prod(1))
     size = np.sqrt(width * height)
     share = size / np.where(photos > 0, photos, np.median(photos[photos > 0]) if photos.any() else 1)
-    far = {"odd shape": oddness(width / height, FACE_SHAPE),
+    whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
+    far = {"odd shape": oddness(width / height, FACE_SHAPE) * whole,
            "odd size": np.maximum(oddness(share, (0, 1)), FACE_SIZE[0] / size)}
     for reason, values in far.items():
         for n in np.flatnonzero(values > 1):
@@ -144,7 +145,7 @@ def anchor_table(sets: list[Annotations], size: tuple) -> list[str]:
         kept = ~annotations.ignored & (photos > 0).all(1)  # an unreadable photo has no size
         sides.append(annotations.xywh[kept, 2:] * size / photos[kept])
     sides = np.concatenate(sides)
-    anchors = np.array(HAND_DESIGNED) * size / 300
+    anchors = np.array(sorted(HAND_DESIGNED, key=np.prod)) * size / 300
     iou = shape_iou(sides, anchors)
     counts = np.bincount(iou.argmax(1), minlength=len(anchors))
     lines = ["faces at {}x{} by anchor".format(*size)]
@@ -161,10 +162,11 @@ def write_csv(suspects: list[Suspect], path: Path) -> None:
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
                                              errors="backslashreplace") as file:
         rows = csv.writer(file)
-        rows.writerow(["score", "reason", "photo", "x", "y", "width", "height", "detail"])
+        rows.writerow(["score", "reason", "photo", "x", "y", "width", "height", "other photo", "detail"])
         for suspect in suspects:
             boxes = to_xywh(np.concatenate([suspect.labels, suspect.found])).round(1).tolist() or [[""] * 4]
-            rows.writerow([f"{suspect.score:.3f}", suspect.reason, suspect.file, *boxes[0], suspect.detail])
+            rows.writerow([f"{suspect.score:.3f}", suspect.reason, suspect.file, *boxes[0],
+                           suspect.other or "", suspect.detail])
 
 
 def draw_suspects(suspects: list[Suspect], path) -> None:
