@@ -3,8 +3,8 @@
 Four kinds, each with a doubt from 0 to 1, so that one ranking orders them:
 
     unlabelled   the score of a detection far from every label
-    off          score * (1 - IoU / usual IoU) of a label and the detection that stands for it
-    not found    usual score - score of a label, 0 without any detection
+    off          score * (1 - (IoU / usual IoU) ** 2) of a label and the detection that stands for it
+    not found    usual score * (usual score - score of that detection, 0 if there is none)
     doubled      the IoU of two labels
 
 "Usual" is the mean over labels of about the same size: a face of 6 px that no model finds is no suspect.
@@ -54,30 +54,31 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
 
     doubts = []
 
-    def add(doubt, reason, photo, label=-1, seen=-1, shown=(), detail=""):
-        doubts.append(Doubt(float(min(doubt, 1)), reason, annotations.file(photo),
-                            labels[list(shown or [label] * (label >= 0))], found[[seen] * (seen >= 0)],
-                            detail=detail, photo=int(photo), label=int(label)))
+    def add(doubt, reason, photo, shown, seen, detail=""):
+        doubts.append(Doubt(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown], found[seen],
+                            detail=detail, photo=int(photo), label=int(shown[0]) if shown else -1))
+
     for n in free:
-        add(detections.score[n], "unlabelled", detections.image[n], seen=n)
+        add(detections.score[n], "unlabelled", detections.image[n], [], [n])
     for n in kept:
-        off, missed = score[n] * max(0, 1 - iou[n] / usual_iou[n]), usual_score[n] - score[n]
-        if off >= missed:
-            add(off, "off", annotations.image[n], n, partner[n],
-                detail=f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
-        else:
-            add(missed, "not found", annotations.image[n], n, detail=f"usual score {usual_score[n]:.2f}")
+        off = score[n] * max(0, 1 - (iou[n] / usual_iou[n]) ** 2)
+        missed = usual_score[n] * (usual_score[n] - score[n])
+        if off > max(missed, 0):  # then there is a detection
+            add(off, "off", annotations.image[n], [n], [partner[n]],
+                f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
+        elif missed > 0:
+            add(missed, "not found", annotations.image[n], [n], [], f"usual score {usual_score[n]:.2f}")
     for one, other, shared in doubled(annotations.image[kept], labels[kept]):
         one, other = sorted((kept[one], kept[other]), key=lambda n: iou[n] * score[n])  # the worse first
-        add(shared, "doubled", annotations.image[one], one, shown=(one, other), detail=f"IoU {shared:.2f}")
+        add(shared, "doubled", annotations.image[one], [one, other], [], f"IoU {shared:.2f}")
 
     doubts.sort(key=lambda doubt: -doubt.score)
     seen, first = set(), []
     for doubt in doubts:
-        if doubt.score > 0 and len(first) < count and (doubt.label < 0 or doubt.label not in seen):
+        if doubt.label < 0 or doubt.label not in seen:
             seen.add(doubt.label)
             first.append(doubt)
-    return first
+    return first[:count]
 
 
 def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

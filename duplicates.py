@@ -63,7 +63,7 @@ def near_duplicates(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     pixels = np.concatenate([pixels, pixels[:, :, ::-1]])         # the mirrored ones have indices from I on
     hashed = hashes(pixels)
     found = [np.zeros((0, 2), np.int64)]
-    for band in hashed.reshape(len(pixels), -1, 2).view(np.uint16)[:, :, 0].T:
+    for band in hashed.reshape(len(pixels), BITS // 16, 2).view(np.uint16)[:, :, 0].T:
         order = np.lexsort((*hashed.T, band))                     # those that share 16 bits lie together
         for step in range(1, min(NEIGHBOURS + 1, len(order))):
             one, other = order[:-step], order[step:]
