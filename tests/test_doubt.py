@@ -69,6 +69,7 @@ def test_corrections_mend_the_set(planted, tmp_path):
     mended = {face["image_id"]: face for face in content["annotations"] if "doubt" in face}
     assert (mended[3]["bbox"], mended[3]["bbox_before"]) == ([21, 21, 30, 40], [32, 32, 30, 40])
     assert mended[4]["bbox"] == [21, 21, 30, 40] and "bbox_before" not in mended[4]
+    assert mended[5]["bbox"] == [120, 60, 28, 36]  # the worse of the two
     assert mended[5]["iscrowd"] == mended[6]["iscrowd"] == 1 and mended[6]["bbox"] == [220, 100, 30, 40]
     assert all(face["blur"] == 2 for face in content["annotations"] if face is not mended[4])
     (tmp_path / "sub").mkdir()
