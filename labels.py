@@ -1,4 +1,4 @@
-"""Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of several categories, CSV (YOLO is in yolo.py).
+"""Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of several categories, CSV; yolo.py has YOLO.
 
 Nothing is opened but the labels: labels_to_coco.py recognises the format and finds the photos.
 """
@@ -6,6 +6,7 @@ Nothing is opened but the labels: labels_to_coco.py recognises the format and fi
 import csv
 import json
 import math
+import os
 import re
 import urllib.parse
 import xml.etree.ElementTree as ET
@@ -19,43 +20,60 @@ from script import InputError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
 FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
-LARGEST = 10 ** 12  # coordinates must be smaller, and their areas then are fit for read_annotations
+LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations
+LABEL_FOLDERS = {"labels", "annotations"}  # photos may be beside these
 UNNAMED = "(no label)"
 
 
 @dataclass
 class Label:
     """One labelled object."""
+
     category: str
-    box: tuple                                 # xyxy, in pixels, or in fractions of the photo
+    box: tuple  # xyxy, in pixels, or in fractions of the photo
     flags: dict = field(default_factory=dict)  # those of FLAGS that the file has: 0 or 1
 
 
 @dataclass
 class Photo:
     """One labelled photo."""
-    names: list                                # what it may be called, best first
-    place: str                                 # where the labels name it, for messages
+
+    names: list  # what it may be called, best first
+    place: str  # where the labels name it, for messages
     labels: list
-    size: tuple | None = None                  # (width, height) by the labels, if they say
+    size: tuple | None = None  # (width, height) by the labels, if they say
 
 
 @dataclass
 class Labels:
     """What a file or a folder of labels holds."""
+
     format: str
     photos: list
-    categories: list = field(default_factory=list)     # all that are declared, used or not
-    relative: bool = False                             # boxes are fractions of the photo's sides
+    categories: list = field(default_factory=list)  # all that are declared, used or not
+    relative: bool = False  # boxes are fractions of the photo's sides
     left_out: Counter = field(default_factory=Counter)  # what is no box, or on no photo that was labelled
 
 
 def find_files(folder, suffixes, own=None):
-    """All files below a folder with these endings, sorted, without hidden ones (a Mac's zip is full of them)."""
+    """All files below a folder with these endings, sorted, but hidden ones (a Mac's zip is full of them)."""
     own = own and Path(own).resolve()
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
-                  and not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
-                  and (own is None or p.resolve() != own))
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in suffixes
+        and p.is_file()
+        and not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
+        and (own is None or p.resolve() != own))
+
+
+def photos_around(folder):
+    """The folder to search photos in: that of the labels, or the one around their `labels` folder."""
+    for above in list(Path(os.path.abspath(folder)).parents)[:3]:
+        inside = os.path.relpath(folder, above).split(os.sep)[0]
+        if inside.lower() in LABEL_FOLDERS:
+            return Path(os.path.normpath(folder / os.path.relpath(above, folder)))
+    return folder
 
 
 def read_text(path):
@@ -118,34 +136,36 @@ def middle(box):
 
 # Pascal VOC and CVAT
 
+
 def read_xml(path):
     """Parse an XML file; the root element. Raises InputError, also where entities could make it explode."""
     text = read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise InputError(f"{path}: declares a document type or entities, which labels have no use for; refused")
+        raise InputError(f"{path}: declares a document type or entities; labels need none, take them out")
     try:
         root = ET.fromstring(text)
     except ET.ParseError as error:
         raise InputError(f"{path}: not XML ({error})") from None
     if root.tag not in ("annotation", "annotations"):
-        raise InputError(f"{path}: <{root.tag[:40]}> is neither Pascal VOC's <annotation> nor CVAT's <annotations>")
+        raise InputError(
+                f"{path}: <{root.tag[:40]}> is neither Pascal VOC's <annotation> nor CVAT's <annotations>")
     return root
 
 
-def read_voc(files, folder=None):
+def read_voc(files, folder):
     """Read Pascal VOC's xml files, one for each photo. Corners are taken as they are, from 0."""
-    photos = []
+    photos, base, corners = [], photos_around(folder), ("xmin", "ymin", "xmax", "ymax")
     for file in tqdm(files, "labels", disable=None):
         root = read_xml(file)
         if root.tag != "annotation":
-            raise InputError(f"{file}: is CVAT's among {len(files)} xml files; name it alone, or move it away")
-        own = file.relative_to(folder) if folder else Path(file.name)
+            raise InputError(f"{file}: is CVAT's among {len(files)} xml files; name it alone")
+        own = Path(os.path.relpath(file, base))
         name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
         names = [(own.parent / name).as_posix()] if name else []
         labels = []
         for n, entry in enumerate(root.findall("object"), 1):
             place = f"{file}: object {n}"
-            box = [number(place, key, entry.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = [number(place, key, entry.findtext(f"bndbox/{key}")) for key in corners]
             flags = {key: flag(entry.findtext(key)) for key in FLAGS if entry.find(key) is not None}
             labels.append(Label((entry.findtext("name") or "").strip() or UNNAMED, tuple(box), flags))
         size = tuple(number(file, key, root.findtext(f"size/{key}") or 0) for key in ("width", "height"))
@@ -156,7 +176,7 @@ def read_voc(files, folder=None):
 def read_cvat(path, root):
     """Read CVAT's xml for images 1.1: boxes, also turned ones, polygons, ellipses, masks."""
     if root.find("track") is not None:
-        raise InputError(f"{path}: holds tracks of a video; export \"CVAT for images 1.1\"")
+        raise InputError(f'{path}: holds tracks of a video; export "CVAT for images 1.1"')
     result = Labels("CVAT", [], [name.text or UNNAMED for name in root.iterfind("meta//labels/label/name")])
     for n, image in enumerate(root.findall("image")):
         place = f"{path}: image {image.get('id', n)}"
@@ -178,15 +198,17 @@ def read_cvat(path, root):
 
 def _cvat_box(place, shape):
     """The box of a CVAT shape, or None if it has none."""
+
     def numbers(*keys):
         return [number(place, key, shape.get(key)) for key in keys]
+
     degrees = number(place, "rotation", shape.get("rotation") or 0)
     if shape.tag == "box":
         box = tuple(numbers("xtl", "ytl", "xbr", "ybr"))
         return turned(box, degrees, middle(box))
     if shape.tag == "polygon":
-        return around([[number(place, "points", value) for value in _pair(place, point.split(","))]
-                       for point in (shape.get("points") or "").split(";")])
+        points = [_pair(place, point.split(",")) for point in (shape.get("points") or "").split(";")]
+        return around([[number(place, "points", value) for value in point] for point in points])
     if shape.tag == "ellipse":
         return around_ellipse(*numbers("cx", "cy", "rx", "ry"), degrees)
     if shape.tag == "mask":
@@ -204,6 +226,7 @@ def _pair(place, point):
 
 # Label Studio and COCO
 
+
 def read_label_studio(path, tasks):
     """Read Label Studio's tasks, of the full json or of JSON-MIN. Boxes are given in percent.
 
@@ -214,22 +237,21 @@ def read_label_studio(path, tasks):
         place = f"{path}: task {task.get('id', n)}"
         full = isinstance(task.get("data"), dict)
         if not full and "annotation_id" not in task:
-            raise InputError(f"{place}: neither \"data\" nor \"annotation_id\", so no task of Label Studio")
-        name = next((text for text in (task["data"] if full else task).values()
-                     if isinstance(text, str) and Path(_file_name(text)).suffix.lower() in PICTURES), None)
+            raise InputError(f'{place}: neither "data" nor "annotation_id", so no task of Label Studio')
+        texts = [_file_name(v) for v in (task["data"] if full else task).values() if isinstance(v, str)]
+        name = next((text for text in texts if Path(text).suffix.lower() in PICTURES), None)
         if name is None:
             raise InputError(f"{place}: names no picture")
         if full:
-            done = [a for a in task.get("annotations", task.get("completions")) or [] if isinstance(a, dict)
-                    and not a.get("was_cancelled") and not a.get("skipped")]
-            newest = max(done, key=lambda a: str(a.get("created_at") or ""), default=None)
-            result.left_out["older annotations of a task"] += max(len(done) - 1, 0)
-            regions = newest and [r for r in newest.get("result") or [] if isinstance(r, dict)]
+            done = [a for a in _dicts(task.get("annotations", task.get("completions")))
+                    if not a.get("was_cancelled") and not a.get("skipped")]
+            newest = max(done, key=lambda a: str(a.get("created_at") or ""), default={})
+            result.left_out["older annotations"] += max(len(done) - 1, 0)
+            regions = _dicts(newest.get("result"))
         else:
-            regions = None if task["annotation_id"] is None else [
-                {"value": region} for value in task.values() if isinstance(value, list)
-                for region in value if isinstance(region, dict)]
-        if regions is None:
+            done = task["annotation_id"] is not None
+            regions = [{"value": region} for value in task.values() for region in _dicts(value)]
+        if not done:
             result.left_out["tasks not annotated"] += 1
             continue
         labels, size = [], None
@@ -239,9 +261,14 @@ def read_label_studio(path, tasks):
             if own:
                 size = own[1] or size
                 labels += own[0]
-        name = _file_name(name)
-        result.photos.append(Photo([name, re.sub(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)", r"\1", name)], place, labels, size))
+        without_prefix = re.sub(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)", r"\1", name)  # of an upload
+        result.photos.append(Photo([name, without_prefix], place, labels, size))
     return result
+
+
+def _dicts(value):
+    """The objects in a JSON list, or nothing if it is none."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _file_name(text):
@@ -257,11 +284,13 @@ def _label_studio_region(place, region):
     """The labels of a region, one for each name, and the size of its photo if it says; None without a box."""
     value = region.get("value")
     value = value if isinstance(value, dict) else {}
-    size = [number(place, key, region.get(key, value.get(key)) or 0) for key in ("original_width", "original_height")]
+    size = [number(place, key, region.get(key, value.get(key)) or 0)
+            for key in ("original_width", "original_height")]
     stretch = size if all(size) else None
 
     def numbers(*keys):
         return [number(place, key, value[key]) / 100 for key in keys]
+
     degrees = number(place, "rotation", value.get("rotation") or 0)
     if degrees and stretch is None:
         raise InputError(f"{place}: a turned region without original_width and original_height")
@@ -274,8 +303,8 @@ def _label_studio_region(place, region):
         box = around([[number(place, "points", v) / 100 for v in _pair(place, p)] for p in value["points"]])
     else:
         return None
-    names = [name for key, own in value.items() if key.endswith("labels") and isinstance(own, list) for name in own]
-    return [Label(str(name), box) for name in names or [UNNAMED]], tuple(size)
+    lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
+    return [Label(str(name), box) for name in sum(lists, []) or [UNNAMED]], tuple(size)
 
 
 def read_coco(path, content):
@@ -283,7 +312,7 @@ def read_coco(path, content):
     for key in ("images", "annotations", "categories"):
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
-            raise InputError(f"{path}: \"{key}\" must be a list of objects with an id each")
+            raise InputError(f'{path}: "{key}" must be a list of objects with an id each')
     above = {c.get("supercategory") for c in content.get("categories", [])}
     names = {json.dumps(c["id"]): str(c.get("name")) for c in content.get("categories", [])}
     photos = {}
@@ -297,14 +326,15 @@ def read_coco(path, content):
         place = f"{path}: annotation {str(entry['id'])[:60]}"
         photo, category = (json.dumps(entry.get(key)) for key in ("image_id", "category_id"))
         if photo not in photos or names and category not in names:
-            raise InputError(f"{place}: belongs to image {photo[:60]} and category {category[:60]}, not both there")
+            raise InputError(
+                f"{place}: belongs to image {photo[:60]} and category {category[:60]}, not both there")
         more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}
         box = _coco_box(place, entry)
         box = turned(box, number(place, "rotation", more.get("rotation") or 0), middle(box))
         flags = {key: flag(own[key]) for own in (more, entry) for key in FLAGS if key in own}
         photos[photo].labels.append(Label(names.get(category, UNNAMED), box, flags))
     used = {label.category for photo in photos.values() for label in photo.labels}
-    declared = [name for name in names.values() if name in used or name not in above]  # Roboflow declares one above
+    declared = [name for name in names.values() if name in used or name not in above]  # Roboflow's
     return Labels("COCO", list(photos.values()), declared)
 
 
@@ -325,7 +355,7 @@ def _coco_box(place, entry):
 
 COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
            "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
-           "label": "label class class_name category name", "width": "width", "height": "height"}
+           "label": "label class class_name category name"}
 
 
 def read_csv(path):
@@ -346,20 +376,23 @@ def read_csv(path):
         head = [cell.lower() for cell in rows.pop(0)[1]]
         columns = {names.get(cell, cell): n for n, cell in reversed(list(enumerate(head)))}
     if not rows or not {"file", "x1", "y1", "x2", "y2"} <= columns.keys():
-        raise InputError(f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
-                         "names these columns")
+        raise InputError(
+                f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
+            "names these columns")
     photos, largest = {}, 0
     for n, row in rows:
         place = f"{path}:{n}"
         own = {key: row[at] for key, at in columns.items() if at < len(row)}
         if not own.get("file") or len(row) > max(columns.values()) + 1:
-            raise InputError(f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
+            raise InputError(
+                f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
         size = tuple(number(place, key, own.get(key) or 0) for key in ("width", "height"))
         photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], size))
         if any(own.get(key) for key in ("x1", "y1", "x2", "y2")):
             box = tuple(number(place, key, own.get(key)) for key in ("x1", "y1", "x2", "y2"))
             flags = {key: flag(own[key]) for key in FLAGS if key in own}
-            photo.labels.append(Label(own.get("label") or ("face" if "label" not in own else UNNAMED), box, flags))
+            category = own.get("label") or (UNNAMED if "label" in own else "face")
+            photo.labels.append(Label(category, box, flags))
             largest = max(largest, *map(abs, box))
     if 0 < largest <= 1:
         raise InputError(f"{path}: all boxes are within 0 to 1, pixels are expected")

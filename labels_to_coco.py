@@ -4,11 +4,11 @@
     python labels_to_coco.py export.json photos mine.json --category face mask
     python labels_to_coco.py mine.json --to yolo mine-yolo
 
-LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or of COCO, or
-CSV: which one is recognised. Photos are found by name anywhere below PHOTOS, or around the labels.
+LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, or
+CSV: which one, is recognised. Photos are found by name anywhere below PHOTOS, or around the labels.
 
 Every label of the face is kept. Those that are flagged difficult or ignore, or whose box is empty or outside
-the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. docs/labels.md has the formats.
+the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. More in docs/labels.md.
 """
 
 import os
@@ -20,12 +20,12 @@ from pathlib import Path, PurePosixPath
 # First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, read_json, write_json
 
-from labels import (FLAGS, PICTURES, Photo, find_files, read_coco, read_csv, read_cvat, read_label_studio,
-                    read_voc, read_xml)
+from labels import (FLAGS, LABEL_FOLDERS, PICTURES, Photo, find_files, photos_around, read_coco, read_csv,
+                    read_cvat, read_label_studio, read_voc, read_xml)
 from wider_to_coco import LISTED, clip, read_sizes
 from yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
 
-KINDS = {"labels", "label", "annotations", "images", "jpegimages"}  # folders that part labels from photos
+KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
 KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, "
          "or csv is expected")
 
@@ -45,25 +45,29 @@ def read_labels(path, own=None):
     if suffix == ".json":
         return _read_json(path)
     if suffix == ".xml":
-        return read_cvat(path, root) if (root := read_xml(path)).tag == "annotations" else read_voc([path])
+        root = read_xml(path)
+        return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
     if suffix == ".csv":
         return read_csv(path)
     if suffix in (".yaml", ".yml"):
         return read_yolo(path.parent)
-    hint = {".zip": "unpack it first", ".txt": "of YOLO, name the folder; WIDER FACE's text is for "
-            "wider_to_coco.py"}.get(suffix, KNOWN)
+    hint = {
+        ".zip": "unpack it first",
+        ".txt": "of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py",
+    }.get(suffix, KNOWN)
     raise InputError(f"{path}: not labels that are known; {hint}")
 
 
 def _read_folder(folder, own):
-    """Read the labels in a folder: the one kind of files that is there. A json counts where nothing else is."""
+    """Read the one kind of labels that is in a folder. A json counts where nothing else is."""
     files = {kind: find_files(folder, {f".{kind}"}, own) for kind in ("txt", "xml", "csv", "json")}
     files["txt"] = [file for file in files["txt"] if not is_other_text(file)]
-    files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, beside YOLO
+    files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, by YOLO
     kinds = [kind for kind in ("txt", "xml", "csv") if files[kind]] or ["json"]
     if len(kinds) > 1:
-        raise InputError(f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
-                         f"{files[kinds[1]][0]}; name the file or folder of one kind")
+        raise InputError(
+            f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
+            f"{files[kinds[1]][0]}; name the file or folder of one kind")
     found = files[kinds[0]]
     if kinds == ["txt"] or not found and any((folder / name).exists() for name in NAME_FILES):
         return read_yolo(folder)
@@ -72,8 +76,8 @@ def _read_folder(folder, own):
     if kinds == ["xml"] and (len(found) > 1 or read_xml(found[0]).tag == "annotation"):
         return read_voc(found, folder)
     if len(found) > 1:
-        raise InputError(f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; "
-                         "name one")
+        raise InputError(
+            f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; name one")
     return read_labels(found[0])
 
 
@@ -83,19 +87,10 @@ def _read_json(path):
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
     if not isinstance(content, list) or not content or not all(isinstance(task, dict) for task in content):
-        raise InputError(f"{path}: neither COCO, with lists \"images\" and \"annotations\", nor a list of "
-                         "Label Studio's tasks")
+        raise InputError(
+            f'{path}: neither COCO, with lists "images" and "annotations", nor a list of '
+            "Label Studio's tasks")
     return read_label_studio(path, content)
-
-
-def photos_around(path):
-    """The folder to search photos in: that of the labels, or the one above their `labels` or `annotations`."""
-    folder = path if path.is_dir() else path.parent
-    for above in list(Path(os.path.abspath(folder)).parents)[:3]:
-        inside = os.path.relpath(folder, above).split(os.sep)[0]
-        if inside.lower() in KINDS:
-            return Path(os.path.relpath(above))
-    return folder
 
 
 def _parts(name):
@@ -127,23 +122,26 @@ def find_photos(photos, root):
 
         def agreement(picture, own=own):
             theirs = _parts(picture)
-            same = next((n for n, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs)))
-            return same, own == theirs
+            return len(os.path.commonprefix([own, theirs])), own == theirs
+
         best = max(map(agreement, candidates), default=None)
         candidates = [picture for picture in candidates if agreement(picture) == best]
         if len(candidates) > 1:
-            raise InputError(f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
-                             f"{root}; name a folder that holds one of them")
+            raise InputError(
+                f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
+                f"{root}; name a folder that holds one of them")
         if not candidates:
             missing.append(photo.names[0])
         elif candidates[0] in found:
-            raise InputError(f"{photo.place}: labels {candidates[0]!r} a second time, first {found[candidates[0]].place}")
+            raise InputError(
+                f"{photo.place}: labels {candidates[0]!r} a second time, first {found[candidates[0]].place}")
         else:
             found[candidates[0]] = photo
     if missing:
         more = ", ..." if len(missing) > LISTED else ""
-        raise InputError(f"{root}: {len(missing):,} of the {len(photos):,} labelled photos are not below it "
-                         f"({', '.join(map(repr, missing[:LISTED]))}{more}); name their folder, and all are needed")
+        raise InputError(
+            f"{root}: {len(missing):,} of the {len(photos):,} labelled photos are not below it "
+            f"({', '.join(map(repr, missing[:LISTED]))}{more}); name their folder, and all are needed")
     return list(found), [picture for picture in pictures if picture not in found]
 
 
@@ -185,15 +183,15 @@ def to_coco(labels, names, sizes, faces):
                 kind = "inside"  # the tool's rounding
             ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
-                                "area": round(max(box[2], 0) * max(box[3], 0), 4), **label.flags,
-                                "iscrowd": int(ignored or kind in ("empty", "outside"))})
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
+                                "bbox": box, "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14),
+                                **label.flags, "iscrowd": int(ignored or kind in ("empty", "outside"))})
             for key in (*label.flags, kind):
                 if key in met:
                     met[key] += label.flags.get(key, 1)
     with_faces = len({a["image_id"] for a in annotations})
-    counts = {"photos": len(images), "without faces": len(images) - with_faces, "faces": len(annotations), **met,
-              "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
+    counts = {"photos": len(images), "without faces": len(images) - with_faces, "faces": len(annotations),
+              **met, "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
 
 
@@ -201,24 +199,26 @@ def _check_size(photo, size, relative):
     """Refuse labels of a photo that was resized or turned since: their boxes would be somewhere else."""
     stated = photo.size if photo.size and all(photo.size) else size
     if tuple(stated) != size and (not relative or tuple(stated) == size[::-1]):
-        raise InputError(f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} is "
-                         f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
+        raise InputError(
+            f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} is "
+            f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
 
 
 def convert(path, photos, out, wanted=(), to="coco", jobs=1):
     """Convert the labels `path` of photos below `photos` (None: around the labels) to `out`.
 
-    Returns the counts of what was found, and what to say besides. Raises InputError.
+    Returns the format, the folder of the photos, and the counts of what was found. Raises InputError.
     """
     path, out = Path(path), Path(out)
     if photos and not Path(photos).is_dir():
         raise InputError(f"{photos}: no such folder of photos")
     if os.path.realpath(out) == os.path.realpath(path) or out.is_dir():
-        raise InputError(f"{out}: is a folder that is there, or the labels themselves; name another for the output")
+        raise InputError(
+            f"{out}: is a folder that is there, or the labels themselves; name another for the output")
     labels = read_labels(path, out)
     if not labels.photos:
         raise InputError(f"{path}: labels no photos")
-    root = Path(photos) if photos else photos_around(path)
+    root = Path(photos) if photos else photos_around(path if path.is_dir() else path.parent)
     counts = Counter(dict.fromkeys(labels.categories, 0))
     counts.update(label.category for photo in labels.photos for label in photo.labels)
     faces = choose_categories(path, counts, wanted)
@@ -246,8 +246,8 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
         for face in content["annotations"]:
             if not face["iscrowd"]:
                 of_photo[face["image_id"]].append(face["bbox"])
-        write_yolo(out, [(root / name, "/".join([*reversed(_parts(name)), os.path.basename(name)]), size, boxes)
-                         for name, size, boxes in zip(names, sizes, of_photo.values())])
+        plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
+        write_yolo(out, list(zip([root / name for name in names], plain_names, sizes, of_photo.values())))
     return labels.format, root, report
 
 
@@ -259,7 +259,8 @@ def main(argv=None):
     add("labels", help="file or folder of labels")
     add("photos", nargs="?", help="folder that the photos are in (default: around the labels)")
     add("out", help="COCO json to write; with --to yolo a new folder")
-    add("--category", nargs="+", default=[], metavar="NAME", help="what is a face (default: face, or the only one)")
+    add("--category", nargs="+", default=[], metavar="NAME",
+        help="what is a face (default: face, or the only one)")
     add("--to", choices=("coco", "yolo"), default="coco", help="what to write (default %(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="threads to read photo sizes (default: all cores)")
     args = parser.parse_intermixed_args(argv)
@@ -271,9 +272,9 @@ def main(argv=None):
     for what, count in counts.items():
         print(f"{what:32}{count:>9,}")
     if counts.get("photos without txt"):
-        print("Photos without txt are kept as photos without faces, which YOLO means; are they not just unlabelled?")
+        print("Photos without txt are kept as photos without faces, as YOLO means it. Are they all labelled?")
     if args.to == "yolo" and counts["marked iscrowd"]:
-        print("YOLO has no regions to ignore: what is marked iscrowd was left out, and counts as background there.")
+        print("YOLO has no regions to ignore: what is marked iscrowd is left out, so it is background there.")
     print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
 
 

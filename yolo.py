@@ -7,17 +7,18 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from labels import PICTURES, Label, Labels, Photo, around, find_files, number, read_text
+from labels import PICTURES, Label, Labels, Photo, around, find_files, number, photos_around, read_text
 from script import InputError
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
-OTHER_TEXTS = {"classes", "predefined_classes", "train", "val", "valid", "test", "notes", "readme"}
+OTHER_TEXTS = {"classes", "predefined_classes", "labelmap", "train",
+               "val", "valid", "test", "notes", "readme"}
 
 
 def is_other_text(file):
     """Whether a txt that lies beside YOLO labels is none itself, such as classes.txt."""
-    return file.stem.lower().split(".")[0] in OTHER_TEXTS and not any(
-        file.with_suffix(suffix).exists() for suffix in PICTURES)
+    other = file.stem.lower().split(".")[0] in OTHER_TEXTS or "ImageSets" in file.parts
+    return other and not any(file.with_suffix(suffix).exists() for suffix in PICTURES)
 
 
 def read_yolo(folder):
@@ -30,15 +31,17 @@ def read_yolo(folder):
     places = [folder, *list(folder.resolve().parents)[:2]]
     file = next((place / name for place in places for name in NAME_FILES if (place / name).is_file()), None)
     names, keypoints = _yolo_names(file) if file else ([], None)
-    rows = []
-    for text in tqdm([f for f in find_files(folder, {".txt"}) if not is_other_text(f)], "labels", disable=None):
+    rows, base = [], photos_around(folder)
+    texts = [file for file in find_files(folder, {".txt"}) if not is_other_text(file)]
+    for text in tqdm(texts, "labels", disable=None):
         own = [(f"{text}:{n}", line.split()) for n, line in enumerate(read_text(text).split("\n"), 1)]
         rows.append((text, [(place, tokens) for place, tokens in own if tokens]))
     lengths = {len(tokens) for _, own in rows for _, tokens in own}
     if keypoints is None and 15 in lengths <= {5, 15}:
-        raise InputError(f"{folder}: lines have 15 numbers: a box and 5 landmarks, or a polygon of 7 points? Write "
-                         "kpt_shape: [5, 2] or kpt_shape: [0, 0] into data.yaml")
-    photos = [Photo([text.relative_to(folder).as_posix()], str(text),
+        raise InputError(
+            f"{folder}: lines have 15 numbers: a box and 5 landmarks, or a polygon of 7 points? Write "
+            "kpt_shape: [5, 2] or kpt_shape: [0, 0] into data.yaml")
+    photos = [Photo([Path(os.path.relpath(text, base)).as_posix()], str(text),
                     [_yolo_label(place, tokens, names, file, keypoints or 0) for place, tokens in own])
               for text, own in rows]
     return Labels("YOLO", photos, names, relative=True)
@@ -49,16 +52,19 @@ def _yolo_label(place, tokens, names, file, keypoints):
     values = [number(place, "a value", token) for token in tokens]
     category, *values = values
     if not category.is_integer() or category < 0 or names and category >= len(names):
-        raise InputError(f"{place}: class {tokens[0]!r}; " + (
-            f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"))
+        raise InputError(
+            f"{place}: class {tokens[0]!r}; "
+            + (f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"))
     count = len(values)
     pose = keypoints and count - 4 == keypoints or count > 5 and count % 2 and (count - 4) % 3 == 0
     if count not in (4, 5) and not pose and (count < 6 or count % 2):
-        raise InputError(f"{place}: {count + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
+        raise InputError(
+            f"{place}: {count + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
     shape = values[:4] if pose else values
     if max(map(abs, shape)) > 2:
-        raise InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-                         "YOLO's numbers are from 0 to 1")
+        raise InputError(
+            f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
+            "YOLO's numbers are from 0 to 1")
     if count in (4, 5) or pose:
         cx, cy, w, h = shape[:4]
         box = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
@@ -68,7 +74,7 @@ def _yolo_label(place, tokens, names, file, keypoints):
 
 
 def _yolo_names(file):
-    """The class names and, of data.yaml's kpt_shape, how many numbers keypoints take: (names, number or None)."""
+    """The class names, and how many numbers the keypoints of data.yaml take: (names, number or None)."""
     text = read_text(file)
     if file.suffix not in (".yaml", ".yml"):
         return [line.strip() for line in text.split("\n") if line.strip()], None
@@ -78,9 +84,9 @@ def _yolo_names(file):
     if not found:
         return [], keypoints
     body = re.sub(r"""("[^"]*"|'[^']*')|(?:^|(?<=\s))#[^\n]*""", lambda m: m[1] or "", found[1]).strip()
-    if body[:1] in "[{":
-        parts = re.findall(r"""(?:[^,"']|"[^"]*"|'[^']*')+""", body.strip("[]{} \n")) if body[-1] in "]}" else []
+    if body[:1] in ("[", "{"):
         keyed = body[0] == "{"
+        parts = re.findall(r"""(?:[^,"']|"[^"]*"|'[^']*')+""", body[1:-1]) if body[-1] in "]}" else []
     else:
         parts = [line.strip() for line in body.split("\n") if line.strip()]
         keyed = not all(part.startswith("- ") for part in parts)
@@ -110,19 +116,19 @@ def write_yolo(folder, photos):
         text = PurePosixPath(name).with_suffix(".txt")
         if texts.setdefault(text, path) != path:
             raise InputError(f"{path}: would share the label {text} with {texts[text]}; rename one")
-    if folder.exists():
-        raise InputError(f"{folder}: is there already, name a new folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for path, name, (width, height), faces in tqdm(photos, "copying", disable=None):
-            picture, text = temporary / "images" / name, temporary / "labels" / PurePosixPath(name).with_suffix(".txt")
+            picture = temporary / "images" / name
+            text = (temporary / "labels" / name).with_suffix(".txt")
             picture.parent.mkdir(parents=True, exist_ok=True)
             text.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, picture)
-            text.write_text("".join(f"0 {(x + w / 2) / width:.8f} {(y + h / 2) / height:.8f} {w / width:.8f} "
-                                    f"{h / height:.8f}\n" for x, y, w, h in faces))
-        (temporary / "data.yaml").write_text("train: images\nval: images  # train on one folder, validate on another\n"
-                                             "names: [face]\n")
+            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                    for x, y, w, h in faces]
+            text.write_text("".join("0 {:.8f} {:.8f} {:.8f} {:.8f}\n".format(*row) for row in rows))
+        (temporary / "data.yaml").write_text(
+            "train: images\nval: images  # train on one folder, validate on another\nnames: [face]\n")
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
