@@ -287,7 +287,7 @@ REFUSED = {  # the file: (its content, part of the message)
     "labels/word.txt": ("face 0.5 0.5 0.1 0.1", "word.txt:1: a value is 'face', a number is expected"),
     "labels/class.txt": ("0.5 0.5 0.5 0.1 0.1", "class.txt:1: class '0.5'; a whole number"),
     "labels/15.txt": ("0" + " 0.5" * 14, "lines have 15 numbers: a box and 5 landmarks, or a polygon of 7"),
-    "labels/none.txt": ("0 0.5 0.5 0.1 0.1", "1 of the 1 labelled photos are not below it ('labels/none.txt')")}
+    "labels/none.txt": ("0 0.5 0.5 0.1 0.1", "1 of the 1 labelled photos are not below it ('labels/none")}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -61,7 +61,7 @@ def truth(path):
 
 
 def by_datumaro():
-    """YOLO, Pascal VOC, CVAT, COCO, also with turned boxes and polygons."""
+    """YOLO, Pascal VOC, CVAT and COCO, the last two also of polygons."""
     import datumaro as dm
     from datumaro.components.media import Image
 
@@ -111,7 +111,7 @@ def by_datumaro():
 
 
 def by_label_studio():
-    """Label Studio's full json, and of it JSON-MIN, YOLO, COCO and Pascal VOC."""
+    """Label Studio's full json, and of it JSON-MIN and YOLO, also with turned boxes."""
     from label_studio_sdk.converter import Converter
     from label_studio_sdk.converter.imports.coco import convert_coco_to_ls
 
