@@ -173,6 +173,11 @@ def _load_exported(path, size, colour, white, threads):
     return detector
 
 
+def to_pixels(detector, image: Image.Image) -> torch.Tensor:
+    """A picture (PIL, RGB) as the detector takes it: uint8 `[3, H, W]`, whole where it has no `size`."""
+    return to_tensor(image.resize(detector.size or image.size, Image.Resampling.BILINEAR))
+
+
 def detect(detector, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """Find the faces on one picture: `[K, 5]`, xyxy in its pixels and the score, best first.
 
@@ -184,9 +189,8 @@ def detect(detector, image: str | Path | Image.Image | np.ndarray) -> np.ndarray
     elif isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     image = image.convert("RGB")
-    size = detector.size or image.size  # without one, it takes whole pictures
-    pixels = to_tensor(image.resize(size, Image.Resampling.BILINEAR))
-    return to_picture(detector(pixels[None])[0], size, image.size)
+    faces, = detector(to_pixels(detector, image)[None])
+    return to_picture(faces, detector.size or image.size, image.size)
 
 
 def detect_all(detector, annotations: Annotations, batch_size: int = 16, workers: int = 2, rank: int = 0,

@@ -17,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import (InputError, command, git_commit, new_parser, parse_picture, parse_size, whole_file,
-                    write_json)
+from script import (InputError, TilesFlag, command, git_commit, new_parser, parse_picture, parse_size,
+                    whole_file, write_json)
 
 import numpy as np
 
@@ -137,6 +137,7 @@ def parse_args(argv):
         help="AP50 of faces larger than these (default 0 30 60 100)")
     add = parser.add_argument_group("running the model").add_argument
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
+    add("--tiles", action=TilesFlag)
     add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
     add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
     add("--batch-size", type=int, default=16, help="photos at once (default %(default)s)")
@@ -166,6 +167,9 @@ def run_model(args, annotations):
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
+    if args.tiles:
+        from tiles import TiledDetector
+        detector = TiledDetector(detector, *args.tiles)
     detections, errors = detect_all(detector, annotations, args.batch_size, args.workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
