@@ -47,9 +47,9 @@ def at_inner_border(faces: np.ndarray, view: np.ndarray, size: tuple) -> np.ndar
 def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Merge the faces `[K, 5]` of all views so that each counts once: `[N, 5]`, best first.
 
-    `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the whole
-    for NMS. So those are dropped that lie mostly inside a box of another view, which then has the better
-    of both scores. Of two parts the better stays.
+    `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the
+    whole for NMS. So those are dropped that lie mostly inside a box of another view, which then has the
+    better of both scores. Of two parts the better stays.
     """
     whole, parts = faces[~part], faces[part]
     boxes, scores = torch.from_numpy(whole[:, :4]), torch.from_numpy(whole[:, 4])
@@ -69,7 +69,7 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 class TiledDetector:
-    """Any detector, on the whole picture and on tiles of it: whole pictures `[B, 3, H, W]` to B arrays `[K, 5]`.
+    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`.
 
     `side` and `overlap` are pixels of the picture. Every view is resized to the network's input as a picture
     is. A face up to `overlap` wide is seen whole in some tile, a larger one in the whole picture. `size` is
