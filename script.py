@@ -173,7 +173,7 @@ def parse_picture(text):
 
 
 class TilesFlag(argparse.Action):
-    """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; without OVERLAP a quarter of SIDE."""
+    """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; OVERLAP is SIDE / 4 if absent."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"),
