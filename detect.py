@@ -43,7 +43,7 @@ STREAMS = ("http://", "https://", "rtsp://")
 SHOWN = 0.4                # least score of a face that is shown, where neither --score nor the model says
 SURE, DOUBTFUL = 0.5, 0.2  # --coco: least score of a face, and of what may be one
 BATCH = 8                  # pictures that go through the network at once
-AHEAD = 2 * BATCH          # pictures that are read before it, or drawn after it, meanwhile
+AHEAD = BATCH              # pictures that are read before it, and drawn after it, meanwhile
 
 
 @dataclass

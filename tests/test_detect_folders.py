@@ -55,7 +55,7 @@ def test_threads_and_batches_give_what_one_by_one_gives(tmp_path, model_file, re
     """Order, names, failures: more pictures than are read ahead, of two sizes, some broken."""
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
-    for n in range(detect.AHEAD + 2 * detect.BATCH + 3):
+    for n in range(35):
         size = (30, 40, 3) if n % 3 else (220, 100, 3)
         Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(tmp_path / f"in/{n:02}.png")
     for n in (0, 9, 20):
