@@ -349,7 +349,7 @@ def parse_args(argv):
     add("--coco", metavar="JSON", help="write first labels as COCO: a face from score "
         f"{SURE} on, iscrowd (neither face nor background) from {DOUBTFUL} on")
     add("--mine", nargs=2, metavar=("SCORE", "JSON"), help="of photos without faces, write those with a "
-        "face of that score as COCO: to train on, see recipes/negatives.txt")
+        "face of that score as COCO, to train on")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.coco, args.mine, args.score is not None))) > 1:
         parser.error("--coco, --mine and --score: one of them (each sets the least score)")
