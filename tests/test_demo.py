@@ -5,7 +5,7 @@ import pytest
 from PIL import ImageColor
 
 import demo
-from coco import Detections, read_annotations, to_results
+from coco import Detections, read_annotations, read_results, to_results
 from script import InputError, write_json
 
 
@@ -33,7 +33,8 @@ def before_after(sample, tmp_path):
 
 def test_mistakes_are_counted_at_the_score(before_after):
     annotations, before, after = before_after
-    first, last = demo.judge(annotations, before), demo.judge(annotations, after)
+    first, last = (demo.judge(annotations, read_results(path, annotations), demo.SCORE)
+                   for path in (before, after))
     assert np.flatnonzero(first.missed).tolist() == [0] and first.false.sum() == 1
     assert not last.missed.any() and not last.false.any()  # its false detection is below SCORE
 
