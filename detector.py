@@ -140,7 +140,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
     with bad_values():
         content = read_checkpoint(path)
         model = rebuild(content, content.get("ema") or content["state_dict"], path)
-    detector = TorchDetector(model, size, choose_device(device))
+        detector = TorchDetector(model, size, choose_device(device))
     detector.threshold = check_threshold(content.get("threshold"), path)
     return detector
 

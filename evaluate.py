@@ -159,7 +159,7 @@ def check_args(parser, args):
 
 
 def choose_threshold(promise, annotations, outcomes):
-    """The score that keeps a thresholds.Promise, and what it costs. Raises InputError if no score keeps it."""
+    """The score that keeps a thresholds.Promise, and what it costs. Raises InputError if none does."""
     here, score = thresholds.choose(outcomes, promise)
     if score is None:
         raise InputError(f"{annotations.path}: {thresholds.refusal(outcomes, promise, here)}")

@@ -21,7 +21,7 @@ from script import InputError
 RESAMPLES, SEED = 1000, 0
 SURE = 0.9               # the share of resamples in which the promise has to hold
 INTERVAL = 0.025, 0.975  # the quantiles of the resamples that are reported
-CELLS = 2 ** 22          # resamples x detections computed at once; limits the memory
+CELLS = 2 ** 22          # resamples x photos, or x thresholds, computed at once; limits the memory
 POINTS = 1000            # of a curve that is written to a file
 CURVES = {"precision": "precision", "recall": "recall", "false": "false_per_photo"}  # of ScoreCurve
 
@@ -69,45 +69,54 @@ def parse_promise(text):
 
 def score_curve(outcomes: Outcomes) -> ScoreCurve:
     """Every threshold that makes a difference: the distinct scores of the detections that count."""
-    outcomes, ends = _best_first(outcomes)
-    found, false = (np.cumsum(flags)[ends] for flags in (outcomes.hit, outcomes.false))
-    faces, photos = outcomes.faces.sum(), len(outcomes.faces)
-    return ScoreCurve(outcomes.score[ends], *(_measure(name, found, false, faces, photos)
-                                              for name in CURVES))
+    counted = outcomes.hit | outcomes.false
+    order = np.argsort(-outcomes.score[counted], kind="stable")
+    score = outcomes.score[counted][order]
+    ends = np.flatnonzero(np.diff(score, append=-np.inf))  # equal scores are shown together or not at all
+    found, false = (np.cumsum(flags[counted][order])[ends] for flags in (outcomes.hit, outcomes.false))
+    counts = found, false, outcomes.faces.sum(), len(outcomes.faces)
+    return ScoreCurve(score[ends], *(_measure(name, *counts) for name in CURVES))
 
 
 def thin(curve: ScoreCurve, points: int = POINTS) -> ScoreCurve:
-    """Leave about `points` points of a longer curve, at even steps of recall and of false detections.
+    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
 
     The first and the last stay.
     """
     if len(curve.score) <= points:
         return curve
-    steps = sum(values / values.max() for values in (curve.recall, curve.false_per_photo) if values.max() > 0)
+    false = np.log1p(curve.false_per_photo / curve.false_per_photo.max() * len(curve.score))
+    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
     kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
     kept[-1] = True
     return ScoreCurve(*(values[kept] for values in vars(curve).values()))
 
 
-def choose(outcomes: Outcomes, promise: Promise, sure: float = SURE) -> tuple[float | None, float | None]:
+def choose(outcomes: Outcomes, promise: Promise) -> tuple[float | None, float | None]:
     """The cheapest thresholds that keep a promise: on these photos alone, and on others too; None: no score.
 
     Cheapest is the lowest for precision and false detections, and the highest for recall.
     """
-    outcomes, ends = _best_first(outcomes)
-    found, false = (np.cumsum(flags)[ends] for flags in (outcomes.hit, outcomes.false))
-    here = _kept(promise, found, false, outcomes.faces.sum(), len(outcomes.faces))
-    share = np.zeros(len(ends))
-    for weights in _resamples(len(outcomes.faces), len(outcomes.score)):
-        found, false = (np.cumsum(weights[:, outcomes.image] * flags, 1)[:, ends]
-                        for flags in (outcomes.hit, outcomes.false))
-        faces = (weights @ outcomes.faces)[:, None]
-        share += _kept(promise, found, false, faces, len(outcomes.faces), spare=1).sum(0)
-    scores = np.append(outcomes.score[ends], -np.inf)
-    cheapest = 0 if promise.measure == "recall" else -1
-    places = [np.flatnonzero(kept) for kept in (here, here & (share >= sure * RESAMPLES))]
-    return tuple(_round_down(scores[place[cheapest]], scores[place[cheapest] + 1]) if len(place) else None
-                 for place in places)
+    every, photos = score_curve(outcomes), len(outcomes.faces)
+    curve = thin(every, POINTS)
+    points = len(curve.score)
+    first = np.searchsorted(-curve.score, -outcomes.score)  # [D], the highest threshold that shows each
+    found, false = (np.bincount((outcomes.image * points + first)[flags], minlength=photos * points)
+                    .reshape(photos, points).cumsum(1).astype(np.float64)  # [I, T], at each threshold
+                    for flags in (outcomes.hit, outcomes.false))
+    share = np.zeros(points)
+    for weights in _resamples(photos, points):  # [b, I]
+        counts = weights @ found, weights @ false, weights @ outcomes.faces[:, None], photos
+        share += _keeps(promise, _measure(promise.measure, *counts, spare=1)).sum(0) / RESAMPLES
+    here = _keeps(promise, getattr(curve, CURVES[promise.measure]))
+    scores = []
+    for kept in (here, here & (share > SURE - 1e-9)):
+        if not kept.any():
+            scores.append(None)
+            continue
+        score = curve.score[kept][0 if promise.measure == "recall" else -1]
+        scores.append(_round_down(score, every.score[every.score < score].max(initial=-np.inf)))
+    return tuple(scores)
 
 
 def refusal(outcomes: Outcomes, promise: Promise, here: float | None) -> str:
@@ -115,8 +124,8 @@ def refusal(outcomes: Outcomes, promise: Promise, here: float | None) -> str:
     if not outcomes.faces.sum() and promise.measure != "false":
         return f"{promise}: there are no faces to measure it on"
     if here is not None:
-        return (f"{promise}: the score {here:g} keeps it on just these {len(outcomes.faces)} photos; they are "
-                "too few to promise it for others: measure on more, or ask for less")
+        return (f"{promise}: score {here:g} keeps it on these {len(outcomes.faces)} photos, but they are too "
+                "few to promise it for others; measure on more, or ask for less")
     curve = score_curve(outcomes)
     values = getattr(curve, CURVES[promise.measure])
     if not len(values):
@@ -129,9 +138,9 @@ def refusal(outcomes: Outcomes, promise: Promise, here: float | None) -> str:
 def check_threshold(entry: dict | str | None, path) -> dict | None:
     """The threshold that a model file holds, if any: a dict, or JSON in an exported file's metadata.
 
-    `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos) with
-    which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError if it
-    makes no sense.
+    `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
+    with which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError
+    if it makes no sense.
     """
     def numbers(*values):
         return all(type(value) in (int, float) and abs(value) < 1e9 for value in values)
@@ -155,26 +164,14 @@ def intervals(outcomes: Outcomes, score: float) -> dict[str, tuple[float, float,
     From `low` to `high` lie 95 % of the resamples of the photos.
     """
     photos, shown = len(outcomes.faces), outcomes.score >= score
-    found, false = (np.bincount(outcomes.image[shown & flags], minlength=photos)
-                    for flags in (outcomes.hit, outcomes.false))   # [I]
-    counts = np.stack([found, false, outcomes.faces])              # [3, I]
-    resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos, photos)]).T  # [3, R]
+    counts = np.stack([*(np.bincount(outcomes.image[shown & flags], minlength=photos)
+                         for flags in (outcomes.hit, outcomes.false)), outcomes.faces])      # [3, I]
+    resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T     # [3, RESAMPLES]
     result = {}
     for name in CURVES:
-        low, high = np.quantile(_measure(name, *resampled, photos), INTERVAL)
-        result[name] = float(_measure(name, *counts.sum(1), photos)), float(low), float(high)
+        value = _measure(name, *counts.sum(1), photos)
+        result[name] = (float(value), *np.quantile(_measure(name, *resampled, photos), INTERVAL).tolist())
     return result
-
-
-def _best_first(outcomes):
-    """The Outcomes that count, best first, and where each distinct score ends in them `[T]`."""
-    counting = np.flatnonzero(outcomes.hit | outcomes.false)
-    order = counting[np.argsort(-outcomes.score[counting], kind="stable")]
-    score = outcomes.score[order]
-    # A threshold shows equal scores together or not at all.
-    ends = np.flatnonzero(np.diff(score, append=-np.inf))
-    return Outcomes(outcomes.image[order], score, outcomes.hit[order], outcomes.false[order],
-                    outcomes.faces), ends
 
 
 def _measure(name, found, false, faces, photos, spare=0):
@@ -186,21 +183,20 @@ def _measure(name, found, false, faces, photos, spare=0):
     return (false + spare) / max(photos, 1)
 
 
-def _kept(promise, found, false, faces, photos, spare=0):
-    """Whether a promise is kept, as `_measure` counts."""
-    value = _measure(promise.measure, found, false, faces, photos, spare)
+def _keeps(promise, value):
+    """Whether a value of its measure keeps a promise."""
     return value <= promise.value if promise.measure == "false" else value >= promise.value
 
 
-def _resamples(photos, width):
-    """Yield RESAMPLES times how often each photo is drawn, in blocks `[b, I]`: photos drawn with replacement.
+def _resamples(photos, width=1):
+    """Yield in blocks `[b, I]` how often each photo is drawn: RESAMPLES draws of I photos with replacement.
 
-    The draws are the same whatever `width`, the values that the caller computes of each.
+    They are the same whatever `width`, the values that the caller computes of each.
     """
-    generator, left = np.random.default_rng(SEED), RESAMPLES
+    generator, left = np.random.default_rng(SEED), RESAMPLES if photos else 0
     while left:
-        block = min(left, max(1, CELLS // max(width, photos, 1)))
-        yield generator.multinomial(photos, np.full(photos, 1 / photos), block)
+        block = min(left, max(1, CELLS // max(width, photos)))
+        yield generator.multinomial(photos, np.full(photos, 1 / photos), block).astype(np.float64)
         left -= block
 
 

@@ -6,6 +6,7 @@ from PIL import ImageColor
 
 import demo
 from coco import Detections, read_annotations, read_results, to_results
+from pictures import FACE, FALSE, MISSED
 from script import InputError, write_json
 
 
@@ -48,8 +49,8 @@ def test_comparison_has_a_column_for_each_and_all_colours(before_after):
 
     def shows(side, colour):
         return (side == ImageColor.getrgb(colour)).all(2).sum() > 50
-    assert all(shows(left, colour) for colour in (demo.FACE, demo.MISSED, demo.FALSE))
-    assert shows(right, demo.FACE) and not shows(right, demo.MISSED) and not shows(right, demo.FALSE)
+    assert all(shows(left, colour) for colour in (FACE, MISSED, FALSE))
+    assert shows(right, FACE) and not shows(right, MISSED) and not shows(right, FALSE)
 
 
 def test_table_has_a_row_for_each_model():
