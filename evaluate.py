@@ -171,7 +171,7 @@ def threshold_text(chosen):
     """Set a threshold as text, with the 95 % interval of each number over resamples of the photos."""
     costs = ", ".join(f"{words} {{:.3f}} ({{:.3f}} to {{:.3f}})".format(*chosen[name]) for name, words in (
         ("precision", "precision"), ("recall", "recall"), ("false", "false per photo")))
-    return (f"{chosen['promise']}: score {chosen['score']:g} keeps it with one mistake more in "
+    return (f"{chosen['promise']}: score {chosen['score']:g} keeps it, also with one mistake more, in "
             f"{thresholds.SURE:.0%} of {thresholds.RESAMPLES:,} resamples of these photos\n"
             f"  here: {costs}\n  on these photos alone {chosen['only_here']:g} would do")
 
