@@ -169,8 +169,8 @@ def choose_threshold(promise, annotations, outcomes):
 
 def threshold_text(chosen):
     """Set a threshold as text, with the 95 % interval of each number over resamples of the photos."""
-    costs = ", ".join(f"{words} {{:.3f}} ({{:.3f}} to {{:.3f}})".format(*chosen[name]) for name, words in (
-        ("precision", "precision"), ("recall", "recall"), ("false", "false per photo")))
+    costs = ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(curve.replace("_", " "), *chosen[name])
+                      for name, curve in thresholds.CURVES.items())
     return (f"{chosen['promise']}: score {chosen['score']:g} keeps it, also with one mistake more, in "
             f"{thresholds.SURE:.0%} of {thresholds.RESAMPLES:,} resamples of these photos\n"
             f"  here: {costs}\n  on these photos alone {chosen['only_here']:g} would do")
@@ -264,20 +264,16 @@ def main(argv=None):
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
     print(table(scores))
-    outcomes = None if truth else judge_all(annotations, detections)
+    outcomes = None
+    if not truth:
+        every = judge(annotations, detections, -np.inf)
+        outcomes = thresholds.Outcomes(detections.image, detections.score, every.hit, every.false,
+                                       every.counts["faces"])
     if args.threshold_at:
         scores["threshold"] = choose_threshold(args.threshold_at, annotations, outcomes)
         print(threshold_text(scores["threshold"]))
     names = names if annotations else truth.names
     write_outputs(args, scores, curves, annotations, detections, names, outcomes)
-
-
-def judge_all(annotations, detections):
-    """The thresholds.Outcomes of Detections on Annotations."""
-    face, false, asked = metrics.match_faces(annotations.image, annotations.xywh, annotations.ignored,
-                                             detections.image, detections.xywh, detections.score)
-    faces = np.bincount(annotations.image[asked], minlength=len(annotations.ids))
-    return thresholds.Outcomes(detections.image, detections.score, face >= 0, false, faces)
 
 
 def write_outputs(args, scores, curves, annotations, detections, names, outcomes):
@@ -289,10 +285,11 @@ def write_outputs(args, scores, curves, annotations, detections, names, outcomes
     if args.wider_out:
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
-        curve = {"curve": {name: values.tolist() for name, values in vars(thresholds.thin(by_score)).items()}
-                 } if outcomes else {}
-        write_json(args.json, scores | curve | settings(args, model=args.model, data=args.data,
-                                                        predictions=args.predictions))
+        if by_score:
+            thinned = vars(thresholds.thin(by_score))
+            scores["curve"] = {name: values.tolist() for name, values in thinned.items()}
+        write_json(args.json, scores | settings(args, model=args.model, data=args.data,
+                                                predictions=args.predictions))
     if args.plot:
         plot_curves(curves, args.plot, by_score, args.threshold_at and score)
     if args.save_threshold:

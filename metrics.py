@@ -155,17 +155,6 @@ def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarra
     return face, false, asked
 
 
-def mistakes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the missed faces `[M]` and the false detections `[D]`: two bool arrays, in input order.
-
-    Faces are matched as in `match_faces`.
-    """
-    face, false, missed = match_faces(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
-    missed[face[face >= 0]] = False
-    return missed, false
-
-
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
              dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, Curve]:
     """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.

@@ -85,7 +85,7 @@ def thin(curve: ScoreCurve, points: int = POINTS) -> ScoreCurve:
     """
     if len(curve.score) <= points:
         return curve
-    false = np.log1p(curve.false_per_photo / curve.false_per_photo.max() * len(curve.score))
+    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
     steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
     kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
     kept[-1] = True
@@ -149,8 +149,9 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     try:
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
         (width, height), tiles = entry["size"], entry["tiles"]
-        side, overlap = tiles or (0, 0)
-        if numbers(entry["score"], width, height, side, overlap) and isinstance(entry["promise"], str):
+        side, overlap = (1, 0) if tiles is None else tiles
+        if (numbers(entry["score"], width, height, side, overlap) and min(width, height, side) >= 1
+                and isinstance(entry["promise"], str)):
             return entry
     except (KeyError, TypeError, ValueError, RecursionError):
         pass

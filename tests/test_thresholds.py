@@ -169,6 +169,8 @@ def test_a_long_curve_is_thinned_evenly():
     assert set(short.score) <= set(curve.score)
     assert np.diff(short.recall).max() < 0.03
     assert thin(short, 200) is short
+    right = outcomes([(0, n / 50, "hit") for n in range(50)], [50])  # nothing false at all
+    assert len(thin(score_curve(right), 20).score) in range(10, 22)
 
 
 def test_the_thinned_curve_is_still_kept_exactly(monkeypatch):
@@ -210,8 +212,9 @@ def test_check_threshold():
     assert check_threshold(GOOD | {"tiles": [400, 0.25], "data": {"photos": 3}}, "x")["data"] == {"photos": 3}
     assert check_threshold(json.dumps(GOOD), "x.onnx") == GOOD
     bad = [GOOD | {"score": value} for value in ("0.5", True, None, float("nan"), float("inf"), [0.5])]
-    bad += [GOOD | {"size": value} for value in (300, [300], ["a", "b"], None)]
-    bad += [GOOD | {"tiles": [400]}, GOOD | {"promise": 3}, GOOD | {"data": {1, 2}}]
+    bad += [GOOD | {"size": value} for value in (300, [300], ["a", "b"], [0, 300], None)]
+    bad += [GOOD | {"tiles": value} for value in ([400], 0, "", [0, 0])]
+    bad += [GOOD | {"promise": 3}, GOOD | {"data": {1, 2}}]
     bad += [{}, [], 0.5, "", "{", "[" * 9999]
     bad += [{key: value for key, value in GOOD.items() if key != left} for left in GOOD]
     for entry in bad:
