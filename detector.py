@@ -19,10 +19,11 @@ from anchors import decode, make_anchors
 from coco import Annotations, Detections, to_xywh
 from data import FaceDataset, eval_batches, make_loader, to_input, to_tensor
 from distributed import choose_device, gather
-from model import SSD, Config, load_model
+from model import SSD, Config, read_checkpoint, rebuild
 from pictures import load_picture
 from runtimes import SUFFIXES, first_line, open_network
 from script import InputError, bad_values
+from thresholds import check_threshold
 
 SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces on a picture
 MODEL = str(Path(__file__).resolve().parent / "weights/face_ssd300.pth")  # the shipped network
@@ -60,8 +61,11 @@ class TorchDetector:
     """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
 
     Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own. A larger
-    one finds smaller faces, since anchors keep their pixels.
+    one finds smaller faces, since anchors keep their pixels. `threshold` is the one its file holds, a dict
+    as `thresholds.check_threshold` has it, or None; it holds for the size that it names.
     """
+
+    threshold = None
 
     def __init__(self, model: SSD, size: tuple | None = None, device: str = "cpu", rounded: bool = True):
         self.model, self.device = model.to(device).eval(), device
@@ -79,8 +83,10 @@ class ExportedDetector:
 
     `size` is (width, height) of the pictures it takes. It is None for models with embedded preprocessing:
     these take whole pictures, one at a time. `colour` is RGB or BGR, `white` the value of white in the
-    input (1 or 255), `head` one of export.py's.
+    input (1 or 255), `head` one of export.py's. `threshold` is as in TorchDetector.
     """
+
+    threshold = None
 
     def __init__(self, network, colour: str, white: int, head: str):
         self.network, self.colour, self.white, self.head = network, colour, white, head
@@ -132,7 +138,11 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
         raise InputError(f"{path}: a checkpoint's input is known; "
                          "--colour and --range are for exported models of others")
     with bad_values():
-        return TorchDetector(load_model(path), size, choose_device(device))
+        content = read_checkpoint(path)
+        model = rebuild(content, content.get("ema") or content["state_dict"], path)
+        detector = TorchDetector(model, size, choose_device(device))
+    detector.threshold = check_threshold(content.get("threshold"), path)
+    return detector
 
 
 def _load_exported(path, size, colour, white, threads):
@@ -155,6 +165,7 @@ def _load_exported(path, size, colour, white, threads):
         except Exception as error:  # runtimes have exceptions of their own
             raise InputError(f"{path}: its inputs or outputs are not what its metadata says "
                              f"({first_line(error)})") from None
+        detector.threshold = check_threshold(metadata.get("threshold"), path)
     else:
         if not colour or not white:
             raise InputError(f"{path}: was not written by export.py; say what it takes with "
