@@ -9,19 +9,20 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python demo.py
 
-SEEDS = 1 2 3 4
-NEGATIVES = runs/negatives.json
-SETS = $(addprefix $(PHOTOS)/,masks_train.json masks_train.json webcam_train.json) $(NEGATIVES) $(NEGATIVES)
+# Nine parts in ten of each set; masks and webcam are shown twice.
+KINDS = masks_train_seen webcam_train_seen web_train street_train everyday_train sport_train crowd_train plain_train
+SETS = $(KINDS:%=runs/sets/%.json) runs/sets/masks_train_seen.json runs/sets/webcam_train_seen.json
+NEGATIVES = runs/sets/negatives_train.json
 
-weights: $(SEEDS:%=weights-%)
-	$(BIN)/python checkpoints.py $(SEEDS:%=runs/weights-%/last.pth) $(START) --shares 2 2 2 2 1 --out runs/face_ssd300.pth
+weights: $(SETS) $(NEGATIVES)
+	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
+		--val $(PHOTOS)/masks_val_seen.json --out runs/weights
+	$(BIN)/python checkpoints.py runs/weights/last.pth --out runs/face_ssd300.pth
 
-$(SEEDS:%=weights-%): weights-%: $(NEGATIVES)
-	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) --val $(PHOTOS)/masks_val.json \
-		--seed $* --out runs/weights-$*
+runs/sets/%.json: .venv/installed
+	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json
 
-$(NEGATIVES): .venv/installed
-	$(BIN)/python data.py --data $(PHOTOS)/negatives_train.json --out runs/negatives.png --split 2 $@ runs/negatives-kept-out.json
+$(NEGATIVES): PARTS = 2
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -41,4 +42,4 @@ test: .venv/installed-dev
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo check test weights $(SEEDS:%=weights-%)
+.PHONY: demo check test weights

@@ -219,8 +219,13 @@ def load_teacher(args, config):
 
 def save(path, model, **more):
     """Write a checkpoint, whole or not at all."""
+    write_content(path, checkpoint(model, **more))
+
+
+def write_content(path, content):
+    """Write what a checkpoint holds, whole or not at all."""
     buffer = io.BytesIO()  # torch.save's own errors do not tell a full disk
-    torch.save(checkpoint(model, **more), buffer)
+    torch.save(content, buffer)
     with whole_file(path) as temporary:
         # Not a view of it: left in the error of a full disk, that crashes Python 3.12.
         temporary.write_bytes(buffer.getvalue())

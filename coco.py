@@ -13,6 +13,9 @@ import numpy as np
 
 from script import InputError, read_json
 
+FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
+CONVERT = "labels_to_coco.py makes it of YOLO, Pascal VOC, CVAT, Label Studio and CSV"
+
 
 def to_xyxy(xywh: np.ndarray) -> np.ndarray:
     """Corners `[N, 4]` (left, top, right, bottom) of boxes `[N, 4]` given as x, y, width, height."""
@@ -71,6 +74,14 @@ class Annotations:
                            detections.score[found]))
 
 
+def moved_images(images: list[dict], source: str | Path, target: str | Path) -> list[dict]:
+    """The entries of "images" of the json `source` with file names as the json `target` needs them."""
+    # Names in a json are relative to it.
+    photos, folder = os.path.realpath(Path(source).parent), os.path.dirname(os.path.realpath(target))
+    to_photos = os.path.relpath(photos, folder)
+    return [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()} for image in images]
+
+
 def read_annotations(path: str | Path) -> Annotations:
     """Read a COCO file into `Annotations`.
 
@@ -79,10 +90,15 @@ def read_annotations(path: str | Path) -> Annotations:
     what cannot be read safely.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; "
+                         "wider_to_coco.py, labels_to_coco.py and sample.py make one")
+    if path.is_dir() or path.suffix.lower() in FOREIGN:
+        raise InputError(f"{path}: a COCO json is expected; {CONVERT}")
     content = read_json(path)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path}: not COCO annotations, no list \"{key}\"")
+            raise InputError(f"{path}: not COCO annotations, no list \"{key}\"; {CONVERT}")
     images, annotations = content["images"], content["annotations"]
     for kind, entries in (("images", images), ("annotations", annotations)):
         _check_ids(path, kind, entries)
@@ -202,7 +218,7 @@ def _face_category(path, categories, annotations):
     if len(named) != 1 and len(categories) != 1:
         names = ", ".join(str(c.get("name")) for c in categories) or "none"
         raise InputError(f"{path}: which category is the face? One must be named \"face\", "
-                         f"there are: {names}")
+                         f"there are: {names}; labels_to_coco.py --category chooses")
     known = {c["id"] for c in categories}
     for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
         if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:

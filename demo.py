@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
@@ -21,23 +20,14 @@ from script import InputError, command, new_parser
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from coco import Detections, read_annotations, read_results, to_xyxy
-from metrics import mistakes
-from pictures import FACE, FALSE, MISSED, draw_faces, load_picture, save_picture
+from coco import read_annotations, read_results
+from pictures import save_picture
+from report import LINE, draw_judged, draw_legend, judge
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe
 SCORE = 0.5                 # detections of this score or more are drawn
-TRUTH = "#ffffff"           # the colour of annotated faces
-WIDTH, LINE = 640, 40       # of a photo, and of a line of text, in the comparison: pixels
-
-
-@dataclass
-class Judged:
-    """The detections of SCORE or more in a results file, and what is wrong with them."""
-    found: Detections
-    false: np.ndarray       # [D] bool
-    missed: np.ndarray      # [M] bool: annotated faces that no detection finds
+WIDTH = 640                 # of a photo in the comparison, pixels
 
 
 def run(*arguments):
@@ -67,33 +57,13 @@ def table(measured):
     return "\n".join(lines)
 
 
-def judge(annotations, path):
-    """Compare a results file with its Annotations."""
-    every = read_results(path, annotations)
-    shown = every.score >= SCORE
-    found = Detections(every.image[shown], every.xywh[shown], every.score[shown])
-    missed, false = mistakes(annotations.image, annotations.xywh, annotations.ignored,
-                             found.image, found.xywh, found.score)
-    return Judged(found, false, missed)
-
-
-def draw_judged(annotations, index, judged):
-    """Photo `index`, WIDTH pixels wide, with its faces and detections in the legend's colours, and counts."""
-    photo = load_picture(annotations.file(index))
-    scale = WIDTH / photo.width
-    photo = photo.resize((WIDTH, round(photo.height * scale)), Image.Resampling.BICUBIC)
-    faces, own = (annotations.image == index) & ~annotations.ignored, judged.found.image == index
-    found, missed = faces & ~judged.missed, faces & judged.missed
-    right, false = own & ~judged.false, own & judged.false
-    for boxes, scores, colour in ((annotations.xywh[found], None, TRUTH),
-                                  (judged.found.xywh[right], judged.found.score[right], FACE),
-                                  (judged.found.xywh[false], judged.found.score[false], FALSE),
-                                  (annotations.xywh[missed], None, MISSED)):
-        photo = draw_faces(photo, to_xyxy(boxes) * scale, scores, colour, text_size=15)
+def draw_column(judged, index):
+    """Photo `index`, WIDTH pixels wide, with what was found, and the counts."""
+    photo, counts = draw_judged(judged, index, WIDTH), judged.counts
     draw, font = ImageDraw.Draw(photo), ImageFont.load_default(18)
-    counts = f"found {found.sum()} of {faces.sum()} faces, {false.sum()} false"
-    draw.rectangle((0, photo.height - 28, draw.textlength(counts, font) + 16, photo.height), "black")
-    draw.text((8, photo.height - 14), counts, "white", font, "lm")
+    text = f"found {counts['found'][index]} of {counts['faces'][index]} faces, {counts['false'][index]} false"
+    draw.rectangle((0, photo.height - 28, draw.textlength(text, font) + 16, photo.height), "black")
+    draw.text((8, photo.height - 14), text, "white", font, "lm")
     return photo
 
 
@@ -103,29 +73,21 @@ def comparison(annotations, results, titles, rows=3):
     The photos are those with most mistakes in the first results, and the one with most false detections
     in the last, so that each kind of mistake is seen.
     """
-    judged = [judge(annotations, path) for path in results]
-    first, last, photos = judged[0], judged[-1], len(annotations.ids)
-    mistaken = np.append(annotations.image[first.missed], first.found.image[first.false])
-    wrong = np.bincount(mistaken, minlength=photos)
-    false = np.bincount(last.found.image[last.false], minlength=photos)
-    worst = np.argsort(-wrong, kind="stable")
-    chosen = list(dict.fromkeys([*worst[:rows - 1], np.argmax(false), *worst]))[:rows]
-    drawn = [[draw_judged(annotations, index, side) for side in judged] for index in chosen]
+    judged = [judge(annotations, read_results(path, annotations), SCORE) for path in results]
+    first, last = judged[0].counts, judged[-1].counts
+    worst = np.argsort(-first["missed"] - first["false"], kind="stable")
+    chosen = list(dict.fromkeys([*worst[:rows - 1], np.argmax(last["false"]), *worst]))[:rows]
+    drawn = [[draw_column(side, index) for side in judged] for index in chosen]
 
     sheet = Image.new("RGB", (WIDTH * len(titles), sum(row[0].height for row in drawn) + 2 * LINE), "black")
-    draw, font, x, y = ImageDraw.Draw(sheet), ImageFont.load_default(22), 12, LINE
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(22), LINE
     for column, title in enumerate(titles):
         draw.text((WIDTH * (column + 0.5), LINE / 2), title, "white", font, "mm")
     for row in drawn:
         for column, photo in enumerate(row):
             sheet.paste(photo, (column * WIDTH, y))
         y += row[0].height
-    for colour, text in ((TRUTH, "annotated face"), (FACE, "found, with score"), (MISSED, "missed face"),
-                         (FALSE, "false detection"), (None, f"detections of score {SCORE} or more")):
-        if colour:
-            draw.rectangle((x, y + 12, x + 22, y + 28), outline=colour, width=3)
-        draw.text((x + 30, y + LINE / 2), text, "white", font, "lm")
-        x += 62 + round(draw.textlength(text, font))
+    draw_legend(sheet, f"detections of score {SCORE} or more")
     return sheet
 
 

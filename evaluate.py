@@ -2,6 +2,7 @@
 
     python evaluate.py --data data/val.json                            # the shipped network
     python evaluate.py --data data/val.json --model runs/face/best.pth --size 640 --plot pr.png --worst 12
+    python evaluate.py --data data/val.json --threshold-at precision=0.95 --save-threshold runs/face/sure.pth
     python evaluate.py --wider                                         # on WIDER val (see wider_to_coco.py)
     python evaluate.py --wider --predictions FOLDER_OR_RESULTS.json    # scores what any detector has written
     torchrun --nproc_per_node 4 evaluate.py --data data/val.json       # the same digits, from 4 processes
@@ -17,15 +18,18 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import (InputError, command, git_commit, new_parser, parse_picture, parse_size, whole_file,
-                    write_json)
+from script import (InputError, TilesFlag, bad_values, command, git_commit, new_parser, parse_picture,
+                    parse_size, write_json)
 
 import numpy as np
 
 import metrics
+import thresholds
 import wider
-from coco import Detections, read_annotations, read_results, to_results, to_xyxy
-from pictures import FALSE, MISSED, contact_sheet, draw_faces, load_picture, save_picture
+from coco import Detections, read_annotations, read_results, to_results
+from pictures import save_picture
+from report import judge, plot_curves, worst_sheet, write_per_photo
+from runtimes import SUFFIXES
 
 DATA = "data/val.json"
 
@@ -61,45 +65,14 @@ def table(scores):
         lines += ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
         for pair in zip_longest(left, right, fillvalue=("", "")):
             lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
-        lines.append("score >=   precision   recall   false per photo")
+        lines.append("score >=   precision   recall   false per photo   with faces   without faces")
         for point in scores["operating_points"]:
-            lines.append(
-                f"  {point['score']:.3f}       {point['precision']:.3f}      {point['recall']:.3f}      "
-                f"{point['false_per_picture']:.2f}")
+            apart = [f"{point[key]:.2f}" if point[key] >= 0 else "-"
+                     for key in ("false_with_faces", "false_without_faces")]
+            lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
+                         f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
         lines[-1] += f"   best F1 {point['f1']:.3f}"
     return "\n".join(lines)
-
-
-def plot_curves(curves, path):
-    """Plot precision-recall curves {name: metrics.Curve} to a PNG, the APs in the legend."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(6, 5), layout="constrained").subplots()
-    for name, curve in curves.items():
-        shown = curve.recall <= curve.recall.max()
-        axes.plot(curve.recall[shown], curve.precision[shown], label=f"{name}: AP {curve.ap:.3f}")
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    with whole_file(path) as temporary:
-        axes.figure.savefig(temporary, dpi=110)
-
-
-def draw_worst(annotations, detections, count, score, path):
-    """Draw the `count` photos with most mistakes at `score`: found green, missed red, false yellow."""
-    shown = detections.score >= score
-    image, xyxy = detections.image[shown], to_xyxy(detections.xywh[shown])
-    missed, false = metrics.mistakes(annotations.image, annotations.xywh, annotations.ignored, image,
-                                     detections.xywh[shown], detections.score[shown])
-    wrong = np.concatenate([annotations.image[missed], image[false]])
-    wrong = np.bincount(wrong, minlength=len(annotations.ids))
-    pictures = []
-    for index in np.argsort(-wrong, kind="stable")[:count]:
-        picture, own = load_picture(annotations.file(index)), image == index
-        picture = draw_faces(picture, xyxy[own & ~false])
-        picture = draw_faces(picture, xyxy[own & false], colour=FALSE)
-        missing = missed & (annotations.image == index)
-        pictures.append(draw_faces(picture, to_xyxy(annotations.xywh[missing]), colour=MISSED))
-    save_picture(contact_sheet(pictures), path)
 
 
 def file_hash(path):
@@ -137,6 +110,7 @@ def parse_args(argv):
         help="AP50 of faces larger than these (default 0 30 60 100)")
     add = parser.add_argument_group("running the model").add_argument
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
+    add("--tiles", action=TilesFlag)
     add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
     add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
     add("--batch-size", type=int, default=16, help="photos at once (default %(default)s)")
@@ -149,14 +123,77 @@ def parse_args(argv):
     add("--out", help="detections as COCO results json")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
-    add("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
-    add("--worst", type=int, metavar="N", help="draw the N photos with most mistakes to worst.png")
+    add("--plot", type=parse_picture, metavar="PNG",
+        help="precision-recall curves; precision, recall and false per photo against the score")
+    add("--worst", type=int, metavar="N", help="draw the N photos with most mistakes to --worst-out")
+    add("--worst-out", type=parse_picture, default="worst.png", metavar="PNG", help="default %(default)s")
+    add("--doubt", type=int, metavar="N",
+        help="write the N most probable label errors to doubt.png and doubt.json")
+    add("--per-photo", metavar="CSV", help="a row for each photo: faces, found, missed, false, scores")
+    add = parser.add_argument_group("threshold").add_argument
+    add("--threshold-at", type=thresholds.parse_promise, metavar="PROMISE",
+        help="choose the score for precision=0.95, recall=0.9 or false=0.1 (a photo), for other photos too")
+    add("--save-threshold", metavar="NEW.pth", help="write it into a copy of the checkpoint")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """Refuse what does not go together, before minutes are spent."""
+    if args.doubt is not None and args.doubt < 1:
+        parser.error("--doubt must be at least 1")
     if args.batch_size < 1 or args.workers < 0 or (args.worst is not None and args.worst < 1):
         parser.error("--batch-size and --worst must be at least 1, --workers at least 0")
     if args.predictions and os.path.isdir(args.predictions) and not args.wider:
         parser.error(f"{args.predictions} is a folder: WIDER predictions need --wider")
-    return args
+    if args.wider and (args.threshold_at or args.per_photo):
+        parser.error("--threshold-at and --per-photo need --data alone: WIDER's score has no such table")
+    new = args.save_threshold
+    if new and not args.threshold_at:
+        parser.error("--save-threshold needs the promise: --threshold-at precision=0.95")
+    if new and (args.predictions or str(args.model).endswith(SUFFIXES)):
+        parser.error("--save-threshold needs a checkpoint as --model; "
+                     "save it there, then export.py puts it into .onnx and .xml")
+    if new and new.endswith(SUFFIXES):
+        parser.error(f"--save-threshold {new}: a checkpoint is written, something like new.pth expected")
+    if new:
+        from detector import MODEL
+        if os.path.realpath(new) == os.path.realpath(args.model or MODEL):
+            parser.error(f"--save-threshold {new}: is the model itself, name a new file")
+
+
+def choose_threshold(promise, annotations, outcomes):
+    """The score that keeps a thresholds.Promise, and what it costs. Raises InputError if none does."""
+    here, score = thresholds.choose(outcomes, promise)
+    if score is None:
+        raise InputError(f"{annotations.path}: {thresholds.refusal(outcomes, promise, here)}")
+    costs = thresholds.intervals(outcomes, score)
+    return {"score": score, "promise": str(promise), "only_here": here, **costs}
+
+
+def threshold_text(chosen):
+    """Set a threshold as text, with the 95 % interval of each number over resamples of the photos."""
+    costs = ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(curve.replace("_", " "), *chosen[name])
+                      for name, curve in thresholds.CURVES.items())
+    return (f"{chosen['promise']}: score {chosen['score']:g} keeps it, also with one mistake more, in "
+            f"{thresholds.SURE:.0%} of {thresholds.RESAMPLES:,} resamples of these photos\n"
+            f"  here: {costs}\n  on these photos alone {chosen['only_here']:g} would do")
+
+
+def save_threshold(args, annotations, chosen):
+    """Write a copy of the checkpoint --model with the threshold in it."""
+    from checkpoints import write_content
+    from model import config_of, read_checkpoint
+    with bad_values():
+        content = read_checkpoint(args.model)
+        size, tiles = args.size or config_of(content, args.model).input_size, getattr(args, "tiles", None)
+    data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
+            "faces": int((~annotations.ignored).sum()), "fingerprint": annotations.fingerprint()}
+    entry = {"score": chosen["score"], "size": list(size), "tiles": list(tiles) if tiles else None,
+             "promise": chosen["promise"], "data": data,
+             "measured": {name: chosen[name][0] for name in thresholds.CURVES}}
+    write_content(args.save_threshold, content | {"threshold": entry})
 
 
 def run_model(args, annotations):
@@ -166,6 +203,9 @@ def run_model(args, annotations):
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
+    if args.tiles:
+        from tiles import TiledDetector
+        detector = TiledDetector(detector, *args.tiles)
     detections, errors = detect_all(detector, annotations, args.batch_size, args.workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
@@ -198,8 +238,8 @@ def main(argv=None):
         return
     truth = wider.read_ground_truth(args.wider) if args.wider else None
     folder = truth is not None and args.predictions and os.path.isdir(args.predictions)
-    if folder and not args.data and (args.out or args.worst):
-        raise InputError("--out and --worst need the photos: give their --data as well")
+    if folder and not args.data and (args.out or args.worst or args.doubt):
+        raise InputError("--out, --worst and --doubt need the photos: give their --data as well")
     args.data = args.data or (None if folder else DATA)
     annotations = read_annotations(args.data) if args.data else None
     names = None
@@ -232,24 +272,47 @@ def main(argv=None):
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
     print(table(scores))
-    write_outputs(args, scores, curves, annotations, detections, names if annotations else truth.names)
+    outcomes = None
+    if not truth:
+        every = judge(annotations, detections, -np.inf)
+        outcomes = thresholds.Outcomes(detections.image, detections.score, every.hit, every.false,
+                                       every.counts["faces"])
+    if args.threshold_at:
+        scores["threshold"] = choose_threshold(args.threshold_at, annotations, outcomes)
+        print(threshold_text(scores["threshold"]))
+    names = names if annotations else truth.names
+    write_outputs(args, scores, curves, annotations, detections, names, outcomes)
 
 
-def write_outputs(args, scores, curves, annotations, detections, names):
+def write_outputs(args, scores, curves, annotations, detections, names, outcomes):
     """Write the files that were asked for."""
+    by_score = outcomes and thresholds.score_curve(outcomes)
+    score = scores.get("threshold", scores.get("operating_points", [{"score": 0.5}])[-1])["score"]
     if args.out:
         write_json(args.out, to_results(annotations, detections))
     if args.wider_out:
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
+        if by_score:
+            thinned = vars(thresholds.thin(by_score))
+            scores["curve"] = {name: values.tolist() for name, values in thinned.items()}
         write_json(args.json, scores | settings(args, model=args.model, data=args.data,
                                                 predictions=args.predictions))
     if args.plot:
-        plot_curves(curves, args.plot)
+        plot_curves(curves, args.plot, by_score, args.threshold_at and score)
+    if args.save_threshold:
+        save_threshold(args, annotations, scores["threshold"])
+    if args.worst or args.per_photo:
+        judged = judge(annotations, detections, score)
+    if args.per_photo:
+        write_per_photo(judged, detections, args.per_photo)
     if args.worst:
-        score = scores["operating_points"][-1]["score"] if "operating_points" in scores else 0.5
-        draw_worst(annotations, detections, args.worst, score, "worst.png")
-    for path in (args.out, args.wider_out, args.json, args.plot, args.worst and "worst.png"):
+        save_picture(worst_sheet(judged, args.worst), args.worst_out)
+    if args.doubt:
+        from doubt import write_doubts  # it needs torch
+        print("\n".join(write_doubts(annotations, detections, args.doubt)))
+    for path in (args.out, args.wider_out, args.json, args.plot, args.save_threshold, args.per_photo,
+                 args.worst and args.worst_out):
         if path:
             print(f"wrote {path}")
 

@@ -39,6 +39,7 @@ from model import STRIDE, grid_size, load_model, read_checkpoint
 from pictures import load_picture
 from quantise import quantise, spread
 from runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
+from thresholds import check_threshold
 
 OPSET = 18
 
@@ -240,6 +241,9 @@ def describe(path, content, model, size, head):
     source = {"source": Path(path).name, "source_sha256": file_hash(path)}
     more = (({} if epoch is None else {"source_epoch": str(epoch)})
             | ({"decoding": DECODING} if head == "raw" else {}))
+    threshold = check_threshold(content.get("threshold"), path)
+    if threshold and tuple(threshold["size"]) == tuple(size):  # at another size the scores are others
+        more["threshold"] = json.dumps(threshold)
     return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
             "type": "float32", "size": "{}x{}".format(*size), "stride": str(STRIDE),
             "variances": json.dumps(VARIANCES), "anchors": json.dumps(model.config.anchors),
@@ -378,6 +382,9 @@ def main(argv=None):
         for name in ("model.xml", "model.bin"):
             (out / name).unlink(missing_ok=True)
         lines.append(f"{out / 'model.xml'}: removed, it was of an earlier export; --ir writes it anew")
+    if content.get("threshold") and "threshold" not in metadata:
+        lines.append("{}x{}: not the size of its threshold, {}x{}, which is left out".format(
+            *size, *content["threshold"]["size"]))
     print("\n".join(lines))
 
 

@@ -43,6 +43,8 @@ class OperatingPoint:
     recall: float
     f1: float
     false_per_picture: float
+    false_with_faces: float     # a picture that has faces, or regions to ignore; -1 where there is none such
+    false_without_faces: float  # a picture that has neither
 
 
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
@@ -107,22 +109,28 @@ def operating_points(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.n
                      pictures: int, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
     """Compute precision, recall and false detections per picture at IoU 0.5, over all faces.
 
-    Faces are matched as in `size_ap`. `pictures` is the number of images, with and without faces. Returns one
-    OperatingPoint for each of `scores`, then one more: the threshold with the best F1. That threshold is the
-    lowest score still shown (1 if there are no detections). 0/0 counts as 0.
+    Faces are matched as in `size_ap`. `pictures` is the number of images, with and without faces; false
+    detections are also counted on the two apart. Returns one OperatingPoint for each of `scores`, then one
+    more: the threshold with the best F1. That threshold is the lowest score still shown (1 if there are no
+    detections). 0/0 counts as 0.
     """
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
     face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
     faces = np.count_nonzero(asked)
     # [D + 1] each: entry n is for the n best detections
-    found, shown = (np.append(0, np.cumsum(flags)) for flags in (face >= 0, counted))
+    empty = ~np.isin(dt_image, gt_image)
+    with_faces = len(np.unique(gt_image))
+    found, shown, false_on_empty = (np.append(0, np.cumsum(flags)) for flags in (
+        face >= 0, counted, empty & counted))
     f1 = 2 * found / np.maximum(shown + faces, 1)
 
     def point(score):
         n = np.searchsorted(-dt_score, -score, side="right")
+        false, on_empty = shown[n] - found[n], false_on_empty[n]
         return OperatingPoint(float(score), float(found[n] / max(shown[n], 1)),
-                              float(found[n] / max(faces, 1)), float(f1[n]),
-                              float((shown[n] - found[n]) / max(pictures, 1)))
+                              float(found[n] / max(faces, 1)), float(f1[n]), float(false / max(pictures, 1)),
+                              *(float(count / of) if of > 0 else -1.0 for count, of in (
+                                  (false - on_empty, with_faces), (on_empty, pictures - with_faces))))
 
     # A threshold shows equal scores together or not at all.
     ends = 1 + np.flatnonzero(np.diff(dt_score, append=-np.inf))
@@ -130,18 +138,21 @@ def operating_points(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.n
     return [point(score) for score in (*scores, best)]
 
 
-def mistakes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the missed faces `[M]` and the false detections `[D]`: two bool arrays, in input order.
+def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+                dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes. Three arrays, in input order:
 
-    Faces are matched as in `size_ap`, at IoU 0.5 and for all sizes.
+    - face `[D]` int64: the index of the face that a detection finds, -1 if it finds none;
+    - false `[D]` bool: the false detections (those on regions to ignore are not);
+    - asked `[M]` bool: the faces that are to be found.
+
+    A score threshold changes nothing of this for the detections that it leaves.
     """
     order, dt_image, dt_xywh, _ = _best_first(dt_image, dt_xywh, dt_score)
-    face, counted, missed = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
-    missed[face[face >= 0]] = False
-    false = np.zeros(len(order), bool)
-    false[order] = counted & (face < 0)
-    return missed, false
+    found, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
+    face, false = np.empty(len(order), np.int64), np.empty(len(order), bool)
+    face[order], false[order] = found, counted & (found < 0)
+    return face, false, asked
 
 
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,

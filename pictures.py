@@ -76,7 +76,8 @@ def _decoding(path):
 def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
-    `text_size` is in pixels; without one it follows the size of the image.
+    `text_size` is in pixels; without one it follows the size of the image, as lines and margins do. Labels
+    stay inside the image.
     """
     image = image.copy()
     draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
@@ -86,9 +87,10 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
         if scores is not None:
             text = f"{scores[n]:.2f}"
             _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-            y = y1 - bottom - 2 if y1 > bottom + 2 else y1 + thickness
-            draw.rectangle((x1, y, x1 + right + 2, y + bottom + 1), fill=colour)
-            draw.text((x1 + 1, y), text, fill="black", font=font)
+            right, bottom = right + 2 * thickness, bottom + thickness
+            x, y = max(0, min(x1, image.width - right)), y1 - bottom if y1 > bottom else y1 + thickness
+            draw.rectangle((x, y, x + right, y + bottom), fill=colour)
+            draw.text((x + thickness, y), text, fill="black", font=font)
     return image
 
 

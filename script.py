@@ -194,6 +194,22 @@ def parse_picture(text):
     return text
 
 
+class TilesFlag(argparse.Action):
+    """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; OVERLAP is SIDE / 4 if absent."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"),
+                         help="also look at overlapping tiles of SIDE pixels of the picture, for small faces "
+                              "on large photos (OVERLAP: default SIDE / 4)", **more)
+
+    def __call__(self, parser, namespace, values, option=None):
+        side, overlap = [*values, values[0] // 4][:2]
+        if len(values) > 2 or side < 16 or not 0 <= overlap <= side * 3 // 4:
+            parser.error(f"{option} {' '.join(map(str, values))}: SIDE of at least 16 pixels and "
+                         "OVERLAP of at most three quarters of it expected")
+        setattr(namespace, self.dest, [side, overlap])
+
+
 def new_parser(description):
     """An argument parser that shows a script's docstring as it is written."""
     return argparse.ArgumentParser(

@@ -5,7 +5,8 @@ import pytest
 from PIL import ImageColor
 
 import demo
-from coco import Detections, read_annotations, to_results
+from coco import Detections, read_annotations, read_results, to_results
+from pictures import FACE, FALSE, MISSED
 from script import InputError, write_json
 
 
@@ -33,7 +34,8 @@ def before_after(sample, tmp_path):
 
 def test_mistakes_are_counted_at_the_score(before_after):
     annotations, before, after = before_after
-    first, last = demo.judge(annotations, before), demo.judge(annotations, after)
+    first, last = (demo.judge(annotations, read_results(path, annotations), demo.SCORE)
+                   for path in (before, after))
     assert np.flatnonzero(first.missed).tolist() == [0] and first.false.sum() == 1
     assert not last.missed.any() and not last.false.any()  # its false detection is below SCORE
 
@@ -47,8 +49,8 @@ def test_comparison_has_a_column_for_each_and_all_colours(before_after):
 
     def shows(side, colour):
         return (side == ImageColor.getrgb(colour)).all(2).sum() > 50
-    assert all(shows(left, colour) for colour in (demo.FACE, demo.MISSED, demo.FALSE))
-    assert shows(right, demo.FACE) and not shows(right, demo.MISSED) and not shows(right, demo.FALSE)
+    assert all(shows(left, colour) for colour in (FACE, MISSED, FALSE))
+    assert shows(right, FACE) and not shows(right, MISSED) and not shows(right, FALSE)
 
 
 def test_table_has_a_row_for_each_model():

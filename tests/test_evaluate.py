@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 import evaluate
+import train
 import wider
-from detector import detect_all, load_detector
+from checkpoints import make_model, save
+from detector import MODEL, detect_all, load_detector
 from evaluate import score_faces
-from coco import Detections, read_annotations, to_results
+from coco import Detections, read_annotations, read_results, to_results
 from script import write_json
-from model import checkpoint
+from model import checkpoint, read_checkpoint
 
 
 class Oracle:
@@ -67,6 +69,79 @@ def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch
     assert "AP50" in capsys.readouterr().out
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[key] == numbers[key] for key in ("coco", "AP50_by_size", "operating_points"))
+
+
+@pytest.fixture
+def answers(sample, tmp_path):
+    """Annotations of val.json, and a results file: all faces at 0.9, a false one at 0.5 where no face is."""
+    annotations = read_annotations(sample / "val.json")
+    empty = np.setdiff1d(np.arange(len(annotations.ids)), annotations.image)[:1]
+    found = Detections(np.append(annotations.image, empty), np.append(annotations.xywh, [[1, 1, 9, 9]], 0),
+                       np.append(np.full(len(annotations.image), 0.9), 0.5))
+    write_json(tmp_path / "answers.json", to_results(annotations, found))
+    return annotations, tmp_path / "answers.json"
+
+
+def test_threshold_curve_and_photos_as_files(sample, answers, tmp_path, capsys, refused):
+    annotations, results = answers
+    flags = ["--data", str(sample / "val.json"), "--predictions", str(results)]
+    files = {name: str(tmp_path / "out" / name) for name in ("n.json", "p.png", "w.jpg", "p.csv")}
+    evaluate.main([*flags, "--threshold-at", "false=0.2", "--json", files["n.json"], "--plot", files["p.png"],
+                   "--worst", "9", "--worst-out", files["w.jpg"], "--per-photo", files["p.csv"]])
+    out = capsys.readouterr().out
+    assert all(f"wrote {file}" in out for file in files.values())
+    assert "false=0.2: score 0.9 keeps it" in out and "recall 1.000 (1.000 to 1.000)" in out
+    numbers = json.loads((tmp_path / "out/n.json").read_text())
+    assert numbers["threshold"]["only_here"] == 0.5 < numbers["threshold"]["score"] == 0.9
+    assert numbers["curve"]["score"] == [0.9, 0.5] and numbers["curve"]["recall"] == [1, 1]
+    assert numbers["curve"]["false_per_photo"] == [0, 1 / 6]
+    empty = 6 - len(np.unique(annotations.image))
+    best = numbers["operating_points"][0]  # of score 0.3
+    assert (best["false_with_faces"], best["false_without_faces"]) == (0, 1 / empty)
+    rows = (tmp_path / "out/p.csv").read_text().splitlines()
+    assert rows[0] == "file,faces,ignored,found,missed,false,best_false,lowest_found" and len(rows) == 7
+
+    line = refused(evaluate.main, *flags, "--threshold-at", "precision=0.999", "--json", tmp_path / "no.json")
+    assert "val.json: precision=0.999: score 0.9 keeps it on these 6 photos" in line and "too few" in line
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_photos_without_faces_stand_apart(sample, answers):
+    annotations, results = answers
+    lines = evaluate.table(score_faces(annotations, read_results(results, annotations))[0]).splitlines()
+    assert lines[-5].endswith("with faces   without faces")
+    empty = 6 - len(np.unique(annotations.image))
+    assert lines[-4].split()[2:] == ["1.000", "0.17", "0.00", f"{1 / empty:.2f}"]
+
+
+def test_threshold_in_a_copy_of_the_checkpoint(sample, tmp_path, model_file, refused, monkeypatch):
+    """The scores of an untrained network are near 0.5; it keeps a promise that allows enough."""
+    new, flags = tmp_path / "new.pth", ["--data", sample / "val.json", "--workers", 0]
+    torch.save(read_checkpoint(model_file) | {"epoch": 3}, model_file)
+    before = model_file.read_bytes()
+    words = [*flags, "--model", model_file, "--threshold-at", "false=150", "--save-threshold"]
+    assert "is the model itself" in refused(evaluate.main, *words, model_file)
+    (tmp_path / "link.pth").symlink_to(model_file)
+    assert "is the model itself" in refused(evaluate.main, *words, tmp_path / "link.pth")
+    evaluate.main([str(word) for word in (*words, new, "--size", "96x64")])
+    assert model_file.read_bytes() == before
+    content, own = read_checkpoint(new), read_checkpoint(model_file)
+    entry = content.pop("threshold")
+    assert content.keys() == own.keys() and content["epoch"] == 3 and content["config"] == own["config"]
+    assert all(torch.equal(tensor, own["state_dict"][name]) for name, tensor in content["state_dict"].items())
+    assert entry["size"] == [96, 64] and entry["tiles"] is None and entry["promise"] == "false=150"
+    assert entry["data"]["file"] == "val.json" and entry["data"]["photos"] == 6
+    assert load_detector(new).threshold == entry and load_detector(model_file).threshold is None
+
+    # A run that starts from it makes other weights: the promise is none of theirs.
+    args = train.parse_args(["--data", str(sample / "train.json"), "--load-from", str(new)])
+    save(tmp_path / "next.pth", make_model(args, None))
+    assert load_detector(tmp_path / "next.pth").threshold is None
+
+    torch.save(content | {"threshold": entry | {"score": "high"}}, new)
+    assert refused(evaluate.main, *flags, "--model", new).endswith(
+        "new.pth: its threshold is damaged; choose it anew with evaluate.py --threshold-at ... "
+        "--save-threshold NEW.pth")
 
 
 def test_every_size_asked_for_is_shown(sample):
@@ -138,6 +213,17 @@ def test_refused(sample, tmp_path, refused):
     assert "no such file" in refused(evaluate.main, "--data", tmp_path / "absent.json")
     assert "need --wider" in refused(evaluate.main, "--predictions", tmp_path)
     assert "eval_tools" in refused(evaluate.main, "--wider", tmp_path, "--predictions", tmp_path)
+    promise = ["--threshold-at", "recall=0.9"]
+    for words, line in ((["--threshold-at", "recall=90"], "precision=0.95 or recall=0.9"),
+                        (["--save-threshold", "new.pth"], "needs the promise"),
+                        ([*promise, "--save-threshold", "new.onnx"], "something like new.pth"),
+                        ([*promise, "--save-threshold", "new.pth", "--model", "m.xml"], "needs a checkpoint"),
+                        ([*promise, "--save-threshold", "n.pth", "--predictions", "r.json"],
+                         "needs a checkpoint"),
+                        ([*promise, "--save-threshold", MODEL], "is the model itself"),
+                        ([*promise, "--wider", tmp_path], "need --data alone"),
+                        (["--worst-out", "worst.txt"], "something like worst.png")):
+        assert line in refused(evaluate.main, *words)
 
 
 @pytest.mark.slow

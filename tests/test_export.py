@@ -23,6 +23,7 @@ from pictures import load_picture
 from export import DetectionOutput, differences
 from runtimes import open_network, openvino_core
 from sample import photo
+from script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = [photo(np.random.default_rng(n), width, height, False)[1] for n, (width, height) in
@@ -153,6 +154,30 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
     np.testing.assert_allclose(names["boxes"], expected, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(names["scores"], torch.from_numpy(batch[0]).softmax(-1)[..., 1], atol=1e-6)
     assert len(metadata["decoding"].splitlines()) <= 10
+
+
+@pytest.mark.slow
+def test_a_threshold_goes_along_at_its_own_size(monkeypatch, graphs, tmp_path, lively, capsys):
+    monkeypatch.setattr(export, "build", graphs)
+    entry = {"score": 0.5125, "size": [64, 48], "tiles": [200, 50], "promise": "precision=0.95",
+             "data": {"file": "val.json"}}
+    torch.save(checkpoint(lively, threshold=entry), tmp_path / "sure.pth")
+    flags = ["--model", str(tmp_path / "sure.pth"), "--out", str(tmp_path)]
+    export.main([*flags, "--ir"])
+    for name in ("sure.pth", "model.onnx", "model.xml"):
+        assert load_detector(tmp_path / name).threshold == entry
+    assert "left out" not in capsys.readouterr().out
+
+    graph = onnx.load(tmp_path / "model.onnx")
+    for prop in graph.metadata_props:
+        prop.value = "{" if prop.key == "threshold" else prop.value
+    onnx.save(graph, tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match="broken.onnx: its threshold is damaged"):
+        load_detector(tmp_path / "broken.onnx")
+
+    export.main([*flags, "--head", "raw", "--size", "96x64"])
+    assert load_detector(tmp_path / "model.onnx").threshold is None
+    assert "96x64: not the size of its threshold, 64x48, which is left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow

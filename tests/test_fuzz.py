@@ -331,10 +331,10 @@ def test_metrics(truth, detections, copies):
         numbers, _ = metrics.coco_ap(*gt, gt[1][:, 2] * gt[1][:, 3], *dt)
         by_size, points = metrics.size_ap(*gt, *dt), metrics.operating_points(*gt, *dt, 4)
         levels = metrics.wider_ap(*gt[:2], {"easy": gt[2]}, *dt)
-        missed, false = metrics.mistakes(*gt, *dt)
+        face, false, asked = metrics.match_faces(*gt, *dt)
     assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
     assert all(0 <= value <= 1 for point in points for value in (point.precision, point.recall, point.f1))
-    assert len(missed) == len(truth) and len(false) == len(detections)
+    assert len(asked) == len(truth) and len(face) == len(false) == len(detections)
 
 
 @fuzz

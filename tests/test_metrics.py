@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import coco_ap, mistakes, operating_points, size_ap, wider_ap
+from metrics import coco_ap, match_faces, operating_points, size_ap, wider_ap
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2 ** 32 - 1)
@@ -209,25 +209,31 @@ def test_size_ap_by_hand():
     points = operating_points(*arguments, pictures=4, scores=(0.5, 0.7, 0.95))
     assert [(p.score, p.precision, p.recall, p.false_per_picture) for p in points[:3]] == [
         (0.5, 3 / 5, 1, 2 / 4), (0.7, 2 / 3, 2 / 3, 1 / 4), (0.95, 0, 0, 0)]
+    assert [(p.false_with_faces, p.false_without_faces) for p in points[:2]] == [(2 / 2, 0), (1 / 2, 0)]
+    assert operating_points(*arguments, pictures=2)[0].false_without_faces == -1  # there is no such picture
     assert points[3].score == 0.5 and points[3].f1 == pytest.approx(2 * 3 / (5 + 3))
 
 
-def test_mistakes_by_hand():
+def test_match_faces_by_hand():
     gt_xywh = [[0, 0, 50, 50], [200, 0, 20, 80], [0, 0, 100, 120], [300, 300, 200, 200]]
-    dt_xywh = [[400, 0, 40, 90], [0, 0, 50, 40], [310, 310, 40, 40], [0, 0, 50, 50]]
-    missed, false = mistakes([1, 1, 2, 2], gt_xywh, [0, 0, 0, 1], [2, 1, 2, 1], dt_xywh, [0.6, 0.3, 0.5, 0.9])
-    assert missed.tolist() == [False, True, True, False]  # a crowd region is never missed
-    assert false.tolist() == [True, True, False, False]   # nothing there; a face that is already found
+    dt_xywh = [[400, 0, 40, 90], [0, 0, 50, 40], [310, 310, 40, 40], [0, 0, 50, 50], [200, 0, 20, 70]]
+    face, false, asked = match_faces([1, 1, 2, 2], gt_xywh, [0, 0, 0, 1], [2, 1, 2, 1, 1], dt_xywh,
+                                     [0.6, 0.3, 0.5, 0.9, 0.2])
+    # false: nothing there, and a face that is already found; not false: on the crowd region
+    assert face.tolist() == [-1, -1, -1, 0, 1] and false.tolist() == [True, True, False, False, False]
+    assert asked.tolist() == [True, True, True, False]
 
 
 @SETTINGS
 @given(SEEDS)
-def test_mistakes_add_up_to_the_operating_point(seed):
+def test_matches_add_up_to_the_operating_point(seed):
     gt_image, gt_xywh, crowd, _, *detections = random_set(seed)
-    missed, false = mistakes(gt_image, gt_xywh, crowd, *detections)
+    face, false, asked = match_faces(gt_image, gt_xywh, crowd, *detections)
     point = operating_points(gt_image, gt_xywh, crowd, *detections, 6, (0,))[0]
     assert false.sum() == round(6 * point.false_per_picture)
-    assert missed.sum() == round((1 - point.recall) * (~crowd).sum())
+    assert (face >= 0).sum() == round(point.recall * asked.sum()) and asked.sum() == (~crowd).sum()
+    found = face[face >= 0]
+    assert len(set(found)) == len(found) and asked[found].all()  # a face is found once
 
 
 def test_size_ap_looks_only_at_the_best_face_of_a_detection():

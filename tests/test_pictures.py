@@ -85,6 +85,18 @@ def test_drawn_boxes_are_where_the_faces_are():
     assert draw_faces(drawn, np.zeros((0, 4))).tobytes() == drawn.tobytes()
 
 
+def test_lines_and_labels_scale_with_the_picture_and_stay_inside():
+    def label(side):
+        box = np.array([[0.97, 0.5, 0.99, 0.8]]) * side
+        drawn = np.asarray(draw_faces(Image.new("RGB", (side, side)), box, [0.5])).any(2)
+        above = drawn[:int(0.5 * side) - side // 200, :]
+        rows, columns = np.flatnonzero(above.any(1)), np.flatnonzero(above.any(0))
+        line = np.flatnonzero(drawn[int(0.7 * side), :int(0.98 * side)])
+        assert columns[-1] == side - 1 and columns[0] > 0  # its label is wider than the face, and whole
+        return np.array([np.ptp(rows), np.ptp(columns), len(line)])
+    np.testing.assert_allclose(label(2100) / label(700), 3, rtol=0.12)
+
+
 def test_a_contact_sheet_holds_every_picture():
     sheet = contact_sheet([Image.new("RGB", size, "white")
                            for size in [(10, 20), (300, 200), (1, 1), (5, 1), (40, 40)]], columns=2, side=50)

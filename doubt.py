@@ -1,0 +1,168 @@
+"""Probable label errors by a model's detections: evaluate.py --doubt N.
+
+Four kinds, each with a doubt from 0 to 1, so that one ranking orders them:
+
+    unlabelled   the score of a detection far from every label
+    off          score * (1 - (IoU / usual IoU) ** 2) of a label and the detection that stands for it
+    not found    usual score * (usual score - score of that detection, 0 if there is none)
+    doubled      the IoU of two labels
+
+"Usual" is the mean over labels of about the same size: a face of 6 px that no model finds is no suspect.
+Scores for boxes that are overlooked or badly placed are ObjectLab's (Tkachenko, Thyagarajan and Mueller
+2023), here for one class and beside what the model usually does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from anchors import covered
+from coco import Annotations, Detections, moved_images, to_xywh, to_xyxy
+from script import read_json, write_json
+from suspects import Suspect, doubled, draw_suspects
+
+PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant for it
+FOUND_IOU = 0.5         # a label that counts as found, to say what is usual
+NEAR_IOU = 0.3          # a detection that overlaps any label as much is not unlabelled
+IN_IGNORED = 0.5        # of its area: then it may be what is ignored there
+ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
+
+
+@dataclass
+class Doubt(Suspect):
+    """A suspect that a model points at."""
+    photo: int = -1     # its index in the Annotations
+    label: int = -1     # the index of the label in question, -1 for an unlabelled face
+
+
+def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Doubt]:
+    """The `count` most doubtful labels and unlabelled faces, the most doubtful first, one per label."""
+    kept = np.flatnonzero(~annotations.ignored)
+    labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
+    partner, iou, free = match(annotations, detections)
+    score = np.where(partner < 0, 0, np.append(detections.score, 0)[partner])
+
+    size = np.sqrt(annotations.xywh[:, 2:].clip(min=0).prod(1))
+    if (annotations.sizes > 0).all():  # the network sees a photo at its input's size
+        size = size / np.sqrt(annotations.sizes.prod(1))[annotations.image]
+    usual_score, usual_iou = np.zeros(len(labels)), np.ones(len(labels))
+    good = iou[kept] >= FOUND_IOU
+    usual_score[kept] = mean_of_alike(size[kept], score[kept] * good, np.ones(len(kept)))
+    usual_iou[kept] = mean_of_alike(size[kept], iou[kept] * good, good)
+
+    doubts = []
+
+    def add(doubt, reason, photo, shown, seen, detail=""):
+        doubts.append(Doubt(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown], found[seen],
+                            detail=detail, photo=int(photo), label=int(shown[0]) if shown else -1))
+
+    for n in free:
+        add(detections.score[n], "unlabelled", detections.image[n], [], [n])
+    for n in kept:
+        off = score[n] * max(0, 1 - (iou[n] / usual_iou[n]) ** 2)
+        missed = usual_score[n] * (usual_score[n] - score[n])
+        if off > max(missed, 0):  # then there is a detection
+            add(off, "off", annotations.image[n], [n], [partner[n]],
+                f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
+        elif missed > 0:
+            add(missed, "not found", annotations.image[n], [n], [], f"usual score {usual_score[n]:.2f}")
+    for one, other, shared in doubled(annotations.image[kept], labels[kept]):
+        one, other = sorted((kept[one], kept[other]), key=lambda n: iou[n] * score[n])  # the worse first
+        add(shared, "doubled", annotations.image[one], [one, other], [], f"IoU {shared:.2f}")
+
+    doubts.sort(key=lambda doubt: -doubt.score)
+    seen, first = set(), []
+    for doubt in doubts:
+        if doubt.label < 0 or doubt.label not in seen:
+            seen.add(doubt.label)
+            first.append(doubt)
+    return first[:count]
+
+
+def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each label the detection that stands for it, one to one, the highest score x IoU first.
+
+    Returns the detection of each label `[M]`, -1 for none; their IoU `[M]`; and the detections, indices, that
+    are far from every label and from what is ignored.
+    """
+    partner, ious = np.full(len(annotations.image), -1), np.zeros(len(annotations.image))
+    labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
+    by_photo = np.argsort(detections.image, kind="stable")
+    places = np.arange(len(annotations.ids))
+    cuts = [np.searchsorted(image, places, side)
+            for image in (annotations.image, detections.image[by_photo]) for side in ("left", "right")]
+    free = []
+    for first, last, start, end in zip(*cuts):
+        own, seen = np.arange(first, last), by_photo[start:end]
+        faces, boxes = torch.from_numpy(labels[own]), torch.from_numpy(found[seen])
+        iou, ignored = box_iou(faces, boxes).numpy(), annotations.ignored[own]       # [N, K]
+        within = covered(boxes, faces[annotations.crowd[own]]).numpy() >= IN_IGNORED
+        near = (iou >= NEAR_IOU).any(0) | within.any(0)
+        iou[ignored] = 0
+        value = np.where(iou >= PARTNER_IOU, iou * detections.score[seen], 0)
+        for n, k in zip(*np.unravel_index(np.argsort(-value, axis=None, kind="stable"), value.shape)):
+            if value[n, k] <= 0:
+                break
+            if partner[own[n]] < 0 and not np.isin(seen[k], partner[own]):
+                partner[own[n]], ious[own[n]], near[k] = seen[k], iou[n, k], True
+        free.append(seen[~near])
+    return partner, ious, np.concatenate([np.zeros(0, np.int64), *free])
+
+
+def mean_of_alike(size: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of `values` `[M]` over the labels of about the same `size`; 1 where no weight is."""
+    order = np.argsort(size, kind="stable")
+    width = min(len(size), max(ALIKE[0], round(ALIKE[1] * len(size))))
+    start = np.clip(np.arange(len(size)) - width // 2, 0, len(size) - width)
+    total, weight = (np.append(0, np.cumsum(part[order])) for part in (values, weights.astype(float)))
+    result = np.ones(len(size))
+    sums = total[start + width] - total[start], weight[start + width] - weight[start]
+    result[order] = np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), 1)
+    return result
+
+
+def write_doubts(annotations: Annotations, detections: Detections, count: int) -> list[str]:
+    """Write doubt.png and doubt.json to the working directory; returns lines that say so."""
+    doubts = find_doubts(annotations, detections, count)
+    write_json("doubt.json", corrected(annotations, doubts, "doubt.json"))
+    if doubts:
+        draw_suspects(doubts, "doubt.png")
+    return [f"{len(doubts)} doubts in doubt.json, corrections suggested"
+            + "; doubt.png shows the first: labels in question red, the model's yellow" * bool(doubts)]
+
+
+def corrected(annotations: Annotations, doubts: list[Doubt], path: str) -> dict:
+    """The COCO content of the whole set with all corrections made, the most doubtful photos first.
+
+    Changed annotations say `"doubt"`, `"reason"` and, if their box is another now, `"bbox_before"`. An
+    unlabelled face is added; what is off gets the model's box; what is doubled or not found gets iscrowd 1,
+    neither face nor background, and is to be deleted or kept by hand.
+    """
+    content = read_json(annotations.path)
+    place = {number: index for index, number in enumerate(annotations.ids.tolist())}
+    faces = [face for face in content["annotations"]
+             if face["category_id"] == annotations.category and face["image_id"] in place]
+    faces.sort(key=lambda face: place[face["image_id"]])  # stable: now as in the Annotations
+    number, doubt_of = max((face["id"] for face in content["annotations"]), default=0), {}
+    for doubt in doubts:
+        doubt_of.setdefault(annotations.ids[doubt.photo].item(), doubt.score)
+        box = to_xywh(doubt.found).round(2).tolist()
+        if doubt.label < 0:
+            number += 1
+            face = {"id": number, "image_id": annotations.ids[doubt.photo].item(),
+                    "category_id": annotations.category, "iscrowd": 0}
+            content["annotations"].append(face)
+        else:
+            face = faces[doubt.label]
+        face |= {"doubt": round(doubt.score, 4), "reason": doubt.reason}
+        if doubt.reason in ("doubled", "not found"):
+            face["iscrowd"] = 1
+        else:
+            if "bbox" in face:
+                face["bbox_before"] = face["bbox"]
+            face |= {"bbox": box[0], "area": round(box[0][2] * box[0][3], 2)}
+    images = moved_images(content["images"], annotations.path, path)
+    images.sort(key=lambda image: -doubt_of.get(image["id"], 0))
+    return content | {"images": images}

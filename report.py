@@ -1,0 +1,156 @@
+"""A measurement to look at: its curves, the photos with most mistakes, a row for each photo."""
+
+import csv
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from coco import Annotations, Detections, to_xyxy
+from metrics import match_faces
+from pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, load_picture
+from script import CONTROL, whole_file
+
+TRUTH = "#ffffff"                    # the colour of annotated faces
+LINE = 40                            # the height of a line of text, pixels
+TILE, COLUMNS = 640, 3               # the sides of a photo on the sheet of the worst, and photos in a row
+CAPTION, LETTERS = 56, 66            # below each: pixels for two lines, letters of one
+
+
+@dataclass
+class Judged:
+    """The detections of at least `score`, compared with the annotated faces."""
+    annotations: Annotations
+    score: float
+    found: Detections       # the D detections of at least `score`
+    hit: np.ndarray         # [D] bool: finds a face
+    false: np.ndarray       # [D] bool; neither are those on regions to ignore
+    asked: np.ndarray       # [M] bool: the faces that are to be found
+    missed: np.ndarray      # [M] bool
+    counts: dict            # {"faces", "ignored", "found", "missed", "false"}: [I] int64 each, by photo
+
+
+def judge(annotations: Annotations, detections: Detections, score: float) -> Judged:
+    """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
+    shown = detections.score >= score
+    found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
+    face, false, asked = match_faces(annotations.image, annotations.xywh, annotations.ignored,
+                                     found.image, found.xywh, found.score)
+    missed = asked.copy()
+    missed[face[face >= 0]] = False
+    images = {"faces": annotations.image[asked], "ignored": annotations.image[~asked],
+              "found": annotations.image[asked & ~missed], "missed": annotations.image[missed],
+              "false": found.image[false]}
+    counts = {name: np.bincount(image, minlength=len(annotations.ids)) for name, image in images.items()}
+    return Judged(annotations, score, found, face >= 0, false, asked, missed, counts)
+
+
+def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf) -> Image.Image:
+    """Photo `index`, fitted into `width` x `height` pixels, faces and detections in the legend's colours."""
+    annotations, found = judged.annotations, judged.found
+    photo = load_picture(annotations.file(index))
+    scale = min(width / photo.width, height / photo.height)
+    photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
+    faces, own = annotations.image == index, found.image == index
+    right, false = own & judged.hit, own & judged.false
+    for boxes, scores, colour in (
+            (annotations.xywh[faces & ~judged.asked], None, IGNORED),
+            (annotations.xywh[faces & judged.asked & ~judged.missed], None, TRUTH),
+            (found.xywh[right], found.score[right], FACE),
+            (found.xywh[false], found.score[false], FALSE),
+            (annotations.xywh[faces & judged.missed], None, MISSED)):
+        photo = draw_faces(photo, to_xyxy(boxes) * scale, scores, colour, text_size=15)
+    return photo
+
+
+def draw_legend(sheet, text):
+    """Say at the bottom of a picture, in a line of LINE pixels, what the colours mean, then `text`."""
+    draw, font, x, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 12, sheet.height - LINE
+    for colour, meaning in ((TRUTH, "annotated face"), (FACE, "found, with score"), (MISSED, "missed face"),
+                            (FALSE, "false detection"), (IGNORED, "to ignore"), (None, text)):
+        if colour:
+            draw.rectangle((x, y + 12, x + 22, y + 28), outline=colour, width=3)
+        draw.text((x + 30, y + LINE / 2), meaning, "white", font, "lm")
+        x += 62 + round(draw.textlength(meaning, font))
+
+
+def worst_sheet(judged: Judged, count: int) -> Image.Image:
+    """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
+    counts = judged.counts
+    worst = np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]
+    rows = [worst[n:n + COLUMNS] for n in range(0, len(worst), COLUMNS)]
+    drawn = [[draw_judged(judged, index, TILE, TILE) for index in row] for row in rows]
+    heights = [max(photo.height for photo in row) + CAPTION for row in drawn]
+    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), sum(heights) + LINE), "black")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 0
+    for row, photos, height in zip(rows, drawn, heights):
+        for x, index, photo in zip(range(4, sheet.width, TILE + 8), row, photos):
+            sheet.paste(photo, (x, y))
+            below = y + photo.height
+            draw.text((x, below + 6), shorten(judged.annotations.names[index]), "white", font)
+            draw.text((x, below + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
+                      f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
+        y += height
+    draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
+    return sheet
+
+
+def shorten(name):
+    """A file name as it can be drawn: its end, if it is long."""
+    name = name.translate(CONTROL).encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= LETTERS else "..." + name[3 - LETTERS:]
+
+
+def write_per_photo(judged: Judged, detections: Detections, path):
+    """Write a CSV with a row for each photo, in the order of the annotations.
+
+    Counts are at the threshold. `best_false` and `lowest_found` are scores, among all Detections: a
+    threshold above the first would show nothing false on the photo, one up to the second finds all that can
+    be found. They are empty where there is none.
+    """
+    photos = len(judged.annotations.ids)
+    every = judge(judged.annotations, detections, -math.inf)
+    best_false, lowest_found = np.full(photos, -np.inf), np.full(photos, np.inf)
+    np.maximum.at(best_false, detections.image[every.false], detections.score[every.false])
+    np.minimum.at(lowest_found, detections.image[every.hit], detections.score[every.hit])
+    with whole_file(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", *judged.counts, "best_false", "lowest_found"])
+            for index, name in enumerate(judged.annotations.names):
+                scores = (f"{score:.5f}" if math.isfinite(score) else ""
+                          for score in (best_false[index], lowest_found[index]))
+                rows.writerow([name, *(own[index] for own in judged.counts.values()), *scores])
+
+
+def plot_curves(curves, path, by_score=None, threshold=None):
+    """Plot precision-recall curves {name: metrics.Curve} to a picture file, the APs in the legend.
+
+    With a thresholds.ScoreCurve `by_score`, precision, recall and false detections a photo stand beside
+    them, against the score; a `threshold` is marked.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12 if by_score else 6, 5), layout="constrained")
+    panels = figure.subplots(1, 2 if by_score else 1, squeeze=False)[0]
+    for name, curve in curves.items():
+        shown = curve.recall <= curve.recall.max()
+        panels[0].plot(curve.recall[shown], curve.precision[shown], label=f"{name}: AP {curve.ap:.3f}")
+    panels[0].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    panels[0].legend(loc="lower left")
+    if by_score:
+        panels[1].plot(by_score.score, by_score.precision, label="precision")
+        panels[1].plot(by_score.score, by_score.recall, label="recall")
+        panels[1].set(xlabel="score of at least", ylabel="precision, recall", ylim=(0, 1.02))
+        right = panels[1].twinx()
+        right.plot(by_score.score, by_score.false_per_photo, "C3", label="false per photo")
+        right.set(ylabel="false per photo", yscale="log" if by_score.false_per_photo.any() else "linear")
+        if threshold is not None:
+            panels[1].axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+        lines = panels[1].get_lines() + right.get_lines()
+        panels[1].legend(lines, [line.get_label() for line in lines], ncols=4, fontsize="small",
+                         loc="lower center", bbox_to_anchor=(0.5, 1))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)

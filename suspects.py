@@ -1,0 +1,235 @@
+"""What a person should look at before training: suspect labels and photos, found without a model.
+
+data.py runs these checks. Each gives Suspects with a score from 0 to 1, and a reason:
+
+    leak, near-duplicate   a photo that is there twice, in training and validation or in one of them
+    doubled                two boxes on one face
+    odd shape, odd size    a box unlike the others of its set, or unlike any face
+    odd photo              a photo of a size or shape unlike the others
+"""
+
+import csv
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_iou
+
+from anchors import POSITIVE_IOU, shape_iou
+from coco import Annotations, to_xywh, to_xyxy
+from duplicates import near_duplicates, thumbnails
+from model import HAND_DESIGNED
+from pictures import FALSE, MISSED, contact_sheet, draw_faces, load_picture, save_picture
+from script import CONTROL, InputError, whole_file
+
+DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
+FAR = 4                     # robust standard deviations from the median
+LEAST_SPREAD = 0.15         # of a logarithm: where all are alike, a factor below 1.8 still passes
+FACE_SHAPE = 0.4, 2         # width / height of faces in general
+FACE_SIZE = 3, np.inf       # px, square root of the area: below it nothing can be seen
+PHOTO_SHAPE = 1 / 3, 3      # width / height: the network's input squeezes them to a square
+NO_BOXES = np.zeros((0, 4))
+SIDE, SHOWN = 320, 100      # px of a photo in the picture of suspects, and how many it has at most
+
+
+@dataclass
+class Suspect:
+    """Something to look at. Boxes are xyxy in pixels of the photo."""
+    score: float                                          # 0 to 1, 1 the surest
+    reason: str
+    file: Path                                            # of the photo
+    labels: np.ndarray = field(default_factory=lambda: NO_BOXES)  # [N, 4] the labels in question
+    found: np.ndarray = field(default_factory=lambda: NO_BOXES)   # [K, 4] what a model sees instead
+    other: Path | None = None                             # the photo it resembles
+    detail: str = ""
+
+
+def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotations], list[str]]:
+    """Read all photos of one set, or of training and validation, and compare them.
+
+    Returns Suspects; the sets with the sizes of photos whose json does not say; and a line for each photo
+    that cannot be read or whose size is not what its json says.
+    """
+    files = [annotations.file(index) for annotations in sets for index in range(len(annotations.ids))]
+    place = np.repeat(np.arange(len(sets)), [len(annotations.ids) for annotations in sets])
+    read, pixels = thumbnails(files)
+    errors = [str(size) for size in read if isinstance(size, Exception)]
+    sizes = np.array([(0, 0) if isinstance(size, Exception) else size for size in read]).reshape(-1, 2)
+    written = np.concatenate([annotations.sizes for annotations in sets])
+    for n in np.flatnonzero((written > 0).all(1) & (sizes > 0).all(1) & (written != sizes).any(1)):
+        errors.append("{}: is {}x{}, but its json says {}x{}".format(files[n], *sizes[n], *written[n]))
+    known = [np.where(written > 0, written, sizes)[place == n] for n in range(len(sets))]
+    sets = [replace(annotations, sizes=own) for annotations, own in zip(sets, known)]
+
+    suspects = []
+    for n, (other, score, mirrored) in partners(*near_duplicates(pixels), place).items():
+        reason = "leak" if place[n] != place[other] else "near-duplicate"
+        suspects.append(Suspect(score, reason, files[n], other=files[other],
+                                detail="mirrored" if mirrored else ""))
+    readable = np.flatnonzero((sizes > 0).all(1))
+    width, height = sizes[readable].T.astype(float)
+    far = np.maximum(oddness(np.sqrt(width * height), (0, np.inf)), oddness(width / height, PHOTO_SHAPE))
+    for n in np.flatnonzero(far > 1):
+        suspects.append(Suspect(1 - 0.5 / far[n], "odd photo", files[readable[n]],
+                                detail="{}x{} px".format(*sizes[readable[n]])))
+    return suspects, sets, errors
+
+
+def partners(pairs, correlation, mirrored, place) -> dict:
+    """Which earlier photo each near-duplicate resembles most: {index: (index, correlation, mirrored)}.
+
+    A photo of the training set is preferred, so that each leak is found. Arguments are as near_duplicates
+    returns them, and the number of each photo's set.
+    """
+    best = {}
+    for n in np.lexsort((-correlation, place[pairs[:, 0]] == place[pairs[:, 1]])):
+        best.setdefault(pairs[n, 1], (pairs[n, 0], float(min(correlation[n], 1)), mirrored[n]))
+    return best
+
+
+def check_labels(annotations: Annotations) -> list[Suspect]:
+    """Find doubled boxes, and boxes of odd shape or size; ignored ones are left alone."""
+    kept = ~annotations.ignored
+    image, xyxy = annotations.image[kept], to_xyxy(annotations.xywh[kept])
+    suspects = [Suspect(float(iou), "doubled", annotations.file(image[one]), xyxy[[one, other]])
+                for one, other, iou in doubled(image, xyxy)]
+    width, height = annotations.xywh[kept, 2:].T
+    photos = np.sqrt(annotations.sizes[image].prod(1))
+    size = np.sqrt(width * height)
+    share = size / np.where(photos > 0, photos, np.median(photos[photos > 0]) if photos.any() else 1)
+    whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
+    far = {"odd shape": oddness(width / height, FACE_SHAPE) * whole,
+           "odd size": np.maximum(oddness(share, (0, 1)), FACE_SIZE[0] / size)}
+    for reason, values in far.items():
+        for n in np.flatnonzero(values > 1):
+            suspects.append(Suspect(float(1 - 0.5 / values[n]), reason, annotations.file(image[n]), xyxy[[n]],
+                                    detail=f"{width[n]:.0f}x{height[n]:.0f} px"))
+    return suspects
+
+
+def doubled(image: np.ndarray, xyxy: np.ndarray) -> list[tuple]:
+    """Pairs of boxes of one photo with IoU 0.5 and more: [(index, index, IoU)]. `image` `[M]` is sorted."""
+    pairs = []
+    for first, count in zip(*np.unique(image, return_index=True, return_counts=True)[1:]):
+        own = torch.from_numpy(xyxy[first:first + count])
+        iou = box_iou(own, own).triu(1).numpy()
+        pairs += [(first + a, first + b, iou[a, b]) for a, b in np.argwhere(iou >= DOUBLED_IOU)]
+    return pairs
+
+
+def oddness(values: np.ndarray, limits: tuple) -> np.ndarray:
+    """How far positive `values` `[M]` are out, above 1 if suspect: beyond 4 spreads of the set, or `limits`.
+
+    Measured in logarithms, against the median and the median absolute deviation, which a few errors do not
+    move (Hampel 1974).
+    """
+    if not len(values):
+        return np.zeros(0)
+    logs = np.log(values)
+    off = np.abs(logs - np.median(logs))
+    spread = max(1.4826 * np.median(off), LEAST_SPREAD)  # 1.4826: the standard deviation of a normal one
+    return np.maximum.reduce([off / (FAR * spread), limits[0] / values, values / limits[1]])
+
+
+def anchor_table(sets: list[Annotations], size: tuple) -> list[str]:
+    """How many faces each hand-designed anchor answers for at the network's input `size`, as lines of text.
+
+    That is the anchor of the most alike shape. The photos need their sizes, see check_photos.
+    """
+    sides = []
+    for annotations in sets:
+        photos = annotations.sizes[annotations.image]
+        kept = ~annotations.ignored & (photos > 0).all(1)  # an unreadable photo has no size
+        sides.append(annotations.xywh[kept, 2:] * size / photos[kept])
+    sides = np.concatenate(sides)
+    anchors = np.array(sorted(HAND_DESIGNED, key=np.prod)) * size / 300
+    iou = shape_iou(sides, anchors)
+    counts = np.bincount(iou.argmax(1), minlength=len(anchors))
+    lines = ["faces at {}x{} by anchor".format(*size)]
+    for (width, height), count in zip(anchors, counts):
+        bar = "#" * round(40 * count / max(counts.max(), 1))
+        lines.append(f"  {width:6.1f} x {height:5.1f}{count:9,}  {bar}".rstrip())
+    small = ", ".join(f"below {limit} px: {(sides < limit).any(1).sum():,}" for limit in (6, 10))
+    return [*lines, f"  smaller side {small}; no anchor has a shape of IoU {POSITIVE_IOU}: "
+                    f"{(iou.max(1) < POSITIVE_IOU).sum():,}"]
+
+
+def write_csv(suspects: list[Suspect], path: Path) -> None:
+    """Write one row per suspect, as ordered; a box is that of the first label in question, or the model's."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                             errors="backslashreplace") as file:
+        rows = csv.writer(file)
+        rows.writerow(["score", "reason", "photo", "x", "y", "width", "height", "other photo", "detail"])
+        for suspect in suspects:
+            boxes = to_xywh(np.concatenate([suspect.labels, suspect.found])).round(1).tolist() or [[""] * 4]
+            rows.writerow([f"{suspect.score:.3f}", suspect.reason, suspect.file, *boxes[0],
+                           suspect.other or "", suspect.detail])
+
+
+def draw_suspects(suspects: list[Suspect], path) -> None:
+    """Draw the first 100: labels in question red, a model's boxes yellow, with reason and file name.
+
+    A photo that cannot be read is left grey.
+    """
+    save_picture(contact_sheet([_tile(suspect) for suspect in suspects[:SHOWN]], 4, SIDE), path)
+
+
+def _tile(suspect):
+    """One suspect: the part of the photo that matters, enlarged, or two photos side by side; a caption."""
+    tile = Image.new("RGB", (SIDE, SIDE), "#404040")
+    files, boxes = [suspect.file, suspect.other][:1 + bool(suspect.other)], (suspect.labels, suspect.found)
+    room = SIDE // len(files), SIDE - 36
+    for n, file in enumerate(files):
+        try:
+            part = _part(load_picture(file), boxes, room)
+        except InputError:  # named elsewhere
+            continue
+        tile.paste(part, (n * room[0] + (room[0] - part.width) // 2, (room[1] - part.height) // 2))
+    text = f"{suspect.score:.2f} {suspect.reason}, {suspect.detail}".rstrip(", ")
+    names = " | ".join(file.name for file in files)
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
+    for y, line in ((SIDE - 34, text), (SIDE - 18, names)):
+        plain = line.translate(CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
+        draw.text((4, y), plain if len(plain) <= 50 else f"{plain[:24]}...{plain[-23:]}", "white", font)
+    return tile
+
+
+def _part(image, boxes, room):
+    """Cut the boxes with their size around them out of a photo, fit it into `room`, draw them."""
+    view = np.array([0, 0, *image.size], float)
+    together = np.concatenate(boxes)
+    if len(together):
+        low, high = together[:, :2].min(0), together[:, 2:].max(0)
+        centre, half = (low + high) / 2, max(1.5 * (high - low).max(), 20)
+        view = np.concatenate([centre - half, centre + half]).clip(0, view[[2, 3, 2, 3]])
+    scale = min(room / np.maximum(view[2:] - view[:2], 1))
+    target = [max(1, round(side)) for side in (view[2:] - view[:2]) * scale]
+    part = image.resize(target, Image.Resampling.BILINEAR, tuple(view))
+    for own, colour in zip(boxes, (MISSED, FALSE)):
+        part = draw_faces(part, (own - np.tile(view[:2], 2)) * scale, colour=colour)
+    return part
+
+
+def report(sets: list[Annotations], size: tuple, folder: Path) -> list[str]:
+    """Run all checks on one set, or on training and validation; returns what was found as lines of text.
+
+    Writes suspects.png and suspects.csv to `folder` if there are any.
+    """
+    suspects, sets, errors = check_photos(sets)
+    suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
+    suspects.sort(key=lambda suspect: (suspect.reason != "leak", -suspect.score))
+    lines = anchor_table(sets, size)
+    if errors:
+        lines.append(f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5]))
+    counts = Counter(suspect.reason for suspect in suspects)
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    lines.append(f"suspects: {counted or 'none'}")
+    if suspects:
+        draw_suspects(suspects, folder / "suspects.png")
+        write_csv(suspects, folder / "suspects.csv")
+        lines.append(f"the first {min(len(suspects), SHOWN)} in {folder / 'suspects.png'}, "
+                     f"all in {folder / 'suspects.csv'}")
+    return lines

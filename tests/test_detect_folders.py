@@ -1,0 +1,253 @@
+"""detect.py on whole folders: threads and batches, first labels, false alarms, thresholds, live video."""
+
+import functools
+import http.server
+import json
+import os
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detect
+import detector
+import evaluate
+import train
+from coco import read_annotations
+from model import checkpoint
+from sample import draw_sample
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory, small):
+    path = tmp_path_factory.mktemp("model") / "small.pth"
+    torch.save(checkpoint(small), path)
+    return path
+
+
+class Brightness:
+    """A detector whose one face on a picture has the picture's brightness, in fifths, as its score."""
+
+    size, threshold = (50, 50), None
+
+    def __call__(self, images):
+        return [np.float32([[10, 20, 30, 40, image.float().mean() / 255]]) for image in images]
+
+
+@pytest.fixture
+def bright(tmp_path, monkeypatch):
+    """A folder in/ of grey pictures of 100x200, called by their brightness in percent, and a broken one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(detect, "load_detector", lambda *_: Brightness())
+    (tmp_path / "in/deep").mkdir(parents=True)
+    for percent in (10, 30, 45, 60, 90):
+        name = f"in/deep/{percent}.png" if percent == 60 else f"in/{percent}.png"
+        Image.new("RGB", (100, 200), (round(percent * 2.55),) * 3).save(tmp_path / name)
+    (tmp_path / "in/40.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def test_threads_and_batches_give_what_one_by_one_gives(tmp_path, model_file, refused, monkeypatch):
+    """Order, names, failures: more pictures than are read ahead, of two sizes, some broken."""
+    monkeypatch.setattr(detect, "batch_size", lambda detector, most: most)  # as on a GPU
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for n in range(35):
+        size = (30, 40, 3) if n % 3 else (220, 100, 3)
+        Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(tmp_path / f"in/{n:02}.png")
+    for n in (0, 9, 20):
+        (tmp_path / f"in/{n:02}.png").write_bytes(b"no picture")
+    line = refused(detect.main, tmp_path / "in", "--model", model_file, "--out", tmp_path / "out",
+                   "--score", "0.5", "--device", "cpu")
+    assert "3 of 35 failed: " in line
+    places = [line.index(f"{n}.png") for n in ("00", "09", "20")]
+    assert places == sorted(places)
+    entries = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [entry["drawn"] for entry in entries] == [f"{n:02}.png" for n in range(35) if n not in (0, 9, 20)]
+    alone = detector.load_detector(model_file, device="cpu")
+    for entry in entries:
+        expected = detector.detect(alone, entry["file"])
+        expected = expected[expected[:, 4] >= 0.5]
+        found = np.array([[*face["box"], face["score"]] for face in entry["faces"]]).reshape(-1, 5)
+        assert len(found) == len(expected) and os.path.basename(entry["file"]) == entry["drawn"]
+        np.testing.assert_allclose(found, expected, atol=0.02)
+        assert Image.open(tmp_path / "out" / entry["drawn"]).size == (entry["width"], entry["height"])
+
+
+def test_threads_read_no_further_ahead_than_they_may():
+    taken, pool = [], detect.ThreadPoolExecutor(2)
+
+    def items():
+        for n in range(200):
+            taken.append(n)
+            yield n
+    for place, result in enumerate(detect.in_threads(pool, lambda n: -n, items())):
+        assert result == -place and len(taken) - place <= detect.AHEAD + 1
+    assert place == 199
+
+
+def test_ctrl_c_ends_a_folder_and_leaves_no_half_file(bright, monkeypatch):
+    class Interrupted(Brightness):
+        def __call__(self, images):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(detect, "load_detector", lambda *_: Interrupted())
+    with pytest.raises(SystemExit) as end:
+        detect.main(["in", "--out", "out"])
+    assert end.value.code == 130 and not os.path.exists("out")
+
+
+def test_first_labels(bright, refused):
+    os.mkdir("labels")
+    line = refused(detect.main, "in", "--coco", "labels/pre.json", "--sheet", "sheet.png")
+    assert "1 of 6 failed: in/40.png" in line and not os.path.exists("detections")
+    assert os.path.exists("sheet.png")
+    content = json.loads((bright / "labels/pre.json").read_text())
+    names = ["10", "30", "45", "90", "deep/60"]
+    assert [image["file_name"] for image in content["images"]] == [f"../in/{name}.png" for name in names]
+    faces = {face["image_id"]: face for face in content["annotations"]}
+    assert [faces[n]["iscrowd"] if n in faces else None for n in range(1, 6)] == [None, 1, 1, 0, 0]
+    assert faces[5]["bbox"] == [20, 80, 40, 80] and faces[5]["score"] == pytest.approx(0.6, abs=0.01)
+    annotations = read_annotations("labels/pre.json")
+    assert annotations.crowd.tolist() == [True, True, False, False]
+    assert all(annotations.file(n).is_file() for n in range(5)) and (annotations.sizes == (100, 200)).all()
+
+
+def test_photos_that_fool_the_model(bright, refused, capsys):
+    refused(detect.main, "in", "--mine", "0.5", "negatives.json")
+    content = json.loads((bright / "negatives.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["in/90.png", "in/deep/60.png"]
+    assert content["annotations"] == [] and len(read_annotations("negatives.json").ids) == 2
+    os.remove("in/40.png")
+    detect.main(["in", "--mine", "0.95", "negatives.json"])
+    assert "0 of 5 files have a face of score 0.95" in capsys.readouterr().out
+    assert len(read_annotations("negatives.json").ids) == 0
+
+
+def test_flags_that_cannot_be_meant_are_refused(bright, refused):
+    assert "one of them" in refused(detect.main, "in", "--coco", "a.json", "--score", "0.3")
+    assert "in/10.png: the name of a .json" in refused(detect.main, "--coco", "in/10.png", "in/90.png")
+    assert "--mine high: a score is expected" in refused(detect.main, "in", "--mine", "high", "a.json")
+    (bright / "clip.mp4").write_bytes(b"")
+    assert "clip.mp4: a video; --coco and --mine" in refused(detect.main, "clip.mp4", "--coco", "a.json")
+
+
+@pytest.mark.parametrize("words, shown, said", [
+    ([], 2, "score 0.500 is the model's, for precision=0.95\n"),
+    (["--size", "300"], 2, "for precision=0.95 at 50x50: not at this size"),
+    (["--tiles", "600"], 2, "for precision=0.95 at 50x50: not at this size"),
+    (["--score", "0.2"], 4, "s\n")])
+def test_the_models_own_threshold_is_used_and_named(bright, monkeypatch, capsys, words, shown, said):
+    threshold = {"score": 0.5, "size": [50, 50], "tiles": None, "promise": "precision=0.95"}
+    monkeypatch.setattr(Brightness, "threshold", threshold)
+    os.remove("in/40.png")
+    detect.main(["in", *words])
+    out = capsys.readouterr().out
+    assert out.startswith(f"{shown} faces in 5 files") and out.endswith(said) or said in out
+    monkeypatch.setattr(Brightness, "threshold", None)
+    detect.main(["in"])
+    assert capsys.readouterr().out.startswith("3 faces in 5 files")  # 0.4
+
+
+class Camera:
+    """What detect_video needs of OpenCV, on a clock that only reading a frame moves."""
+
+    def __init__(self, times):
+        self.times, self.written, self.now, self.number = list(times), [], 0.0, 0
+
+    def __getattr__(self, name):  # CAP_PROP_... and COLOR_...
+        return name
+
+    def monotonic(self):
+        return 1000 + self.now
+
+    def get(self, what):
+        return {"CAP_PROP_FPS": 10.0, "CAP_PROP_FRAME_WIDTH": 50, "CAP_PROP_FRAME_HEIGHT": 50}.get(what, 0)
+
+    def read(self):
+        if not self.times:
+            raise KeyboardInterrupt
+        self.now, self.number = self.times.pop(0), self.number + 1
+        return True, np.full((50, 50, 3), self.number, np.uint8)
+
+    def cvtColor(self, frame, _):
+        return frame
+
+    def VideoWriter_fourcc(self, *_):
+        return 0
+
+    def VideoWriter(self, path, *_):
+        open(path, "w").close()
+        return SimpleNamespace(write=lambda frame: self.written.append(int(frame[0, 0, 0])),
+                               release=lambda: None)
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize("times, written", [
+    ([0, 0.35, 0.41, 0.81], [1, 1, 1, 2, 3, 3, 3, 3, 4]),         # too slow: the last one stays
+    ([0, 0.02, 0.07, 0.13, 0.18, 0.25], [1, 4, 6]),             # faster than its 10 frames a second
+    ([0, 0.1001, 0.2001, 0.3001], [1, 2, 3, 4])])
+def test_a_webcam_is_recorded_at_its_true_speed(tmp_path, monkeypatch, times, written):
+    camera = Camera(times)
+    monkeypatch.setattr(detect, "open_video", lambda source: (camera, camera))
+    monkeypatch.setattr(detect.time, "monotonic", camera.monotonic)
+    frames = detect.detect_video(Brightness(), 0, tmp_path / "out.mp4", 0.9)
+    assert camera.written == written and len(frames) == len(written)
+
+
+def test_outputs_of_streams_and_webcams_have_names_of_their_own(tmp_path):
+    sources = ["rtsp://camera:554/live", "http://host/a/clip.avi?x=1", "https://camera/", 0,
+               tmp_path / "live.mp4"]
+    names = [path.name for path in detect.name_outputs(sources, tmp_path / "out")]
+    assert names == ["live.mp4", "clip.mp4", "camera.mp4", "webcam0.mp4", "live-2.mp4"]
+
+
+@pytest.mark.slow
+def test_a_stream_over_http_is_read_by_opencv(tmp_path, model_file, refused):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: videos are not tested")
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for n in range(12):
+        writer.write(np.full((48, 64, 3), 20 * n, np.uint8))
+    writer.release()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        detect.main([f"{address}/clip.avi", "--model", str(model_file), "--out", str(tmp_path / "out")])
+        assert "absent.avi: cannot be opened as a video" in refused(
+            detect.main, f"{address}/absent.avi", "--model", model_file, "--out", tmp_path / "out")
+        server.shutdown()
+    entry, = json.loads((tmp_path / "out/detections.json").read_text())
+    assert len(entry["frames"]) == 12 and entry["drawn"] == "clip.mp4"
+    capture = cv2.VideoCapture(str(tmp_path / "out/clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 10 and capture.get(cv2.CAP_PROP_FRAME_COUNT) == 12
+
+
+def test_streams_need_opencv(bright, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert "http://127.0.0.1/x.avi: videos and webcams need OpenCV" in refused(
+        detect.main, "http://127.0.0.1/x.avi", "--out", "out")
+
+
+@pytest.mark.slow
+def test_from_unlabelled_photos_to_a_trained_detector(tmp_path, monkeypatch):
+    """detect.py --coco, train.py on its labels, evaluate.py on the true ones."""
+    monkeypatch.chdir(tmp_path)
+    draw_sample("drawn", train=24, val=12, seed=1)
+    words = ["--size", "640", "--device", "cpu"]
+    detect.main(["drawn/train", "--coco", "pre.json", *words])
+    pre, truth = read_annotations("pre.json"), read_annotations("drawn/train.json")
+    assert sorted(map(os.path.basename, pre.names)) == sorted(map(os.path.basename, truth.names))
+    assert (~pre.crowd).sum() > 0.3 * len(truth.image)  # it finds a good part of the drawn faces
+    train.main(["--load-from", detector.MODEL, "--data", "pre.json", "--val", "drawn/val.json",
+                "--out", "run", "--epochs", "1", "--repeat", "1", "--batch-size", "8", "--lr", "0.002",
+                "--warmup", "0", "--min-face", "0", "--workers", "0", "--device", "cpu", "--no-augment"])
+    evaluate.main(["--data", "drawn/val.json", "--model", "run/best.pth", "--json", "numbers.json",
+                   "--workers", "0", "--device", "cpu"])
+    assert json.loads((tmp_path / "numbers.json").read_text())["coco"]["AP50"] > 0.2

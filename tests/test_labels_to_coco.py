@@ -1,0 +1,350 @@
+"""Tests of labels_to_coco.py: files of real tools (tests/labels), what is refused, and back to YOLO."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from coco import InputError, read_annotations
+from labels import photos_around
+from labels_to_coco import main
+from yolo import _yolo_names
+
+SAMPLES = Path(__file__).parent / "labels"
+TRUTH = json.loads((SAMPLES / "truth.json").read_text())
+NAMES = {image["id"]: image["file_name"] for image in TRUTH["images"]}
+FACES = [(NAMES[a["image_id"]], *a["bbox"]) for a in TRUTH["annotations"] if a["category_id"] == 1]
+
+
+def boxes(path):
+    """The faces in a COCO file: `[(photo, x, y, w, h)]` in file order, photos without their folder."""
+    faces = read_annotations(path)
+    return [(Path(faces.names[n]).name, *box) for n, box in zip(faces.image, faces.xywh.tolist())]
+
+
+def assert_boxes(found, expected, within=0.01):
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    assert np.abs(np.array([row[1:] for row in found]) - [row[1:] for row in expected]).max() <= within
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def report(capsys):
+    """What a run printed, as {what: count}."""
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:32].strip(): int(line[32:]) for line in lines if line[32:].strip().isdecimal()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the photos a.jpg (96x72), b.jpg (60x80) and c.jpg (80x60) in images/."""
+    shutil.copytree(SAMPLES / "photos", tmp_path / "images")
+    return tmp_path
+
+
+def whole(rows):
+    """Faces with corners rounded to whole pixels."""
+    return [(name, round(x), round(y), round(x + w) - round(x), round(y + h) - round(y))
+            for name, x, y, w, h in rows]
+
+
+def turned(rows):
+    """The boxes around faces that are turned by 30 degrees about their top left corner, clipped."""
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in TRUTH["images"]}
+    cos, sin, found = math.cos(math.pi / 6), math.sin(math.pi / 6), []
+    for name, x, y, w, h in rows:
+        width, height = sizes[name]
+        x1, y1, x2, y2 = x - h * sin, y, x + w * cos, y + w * sin + h * cos
+        x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+        found.append((name, x1, y1, x2 - x1, y2 - y1))
+    return found
+
+
+WRITTEN = {  # labels: (what the faces must be, how far off: Ultralytics and supervision write 5 decimals)
+    "datumaro-coco_instances": FACES, "datumaro-coco_instances-polygons": FACES, "datumaro-cvat": FACES,
+    "datumaro-cvat-polygons": FACES, "datumaro-voc_detection": FACES, "datumaro-yolo": FACES,
+    "label-studio/full.json": FACES, "label-studio/min.json": FACES, "label-studio-yolo": FACES,
+    "label-studio/turned.json": turned(FACES), "label-studio-yolo-turned": turned(FACES),
+    "labelimg-voc": whole(FACES), "labelimg-yolo": whole(FACES), "supervision-coco.json": FACES,
+    "supervision-yolo": FACES, "ultralytics-boxes": FACES, "ultralytics-polygons": FACES,
+    "hand.csv": FACES, "hand-tensorflow.csv": FACES}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_boxes_in_are_boxes_out(folder, capsys, name):
+    run(SAMPLES / name, folder / "images", folder / "out.json", "--category", "face")
+    assert_boxes(boxes(folder / "out.json"), WRITTEN[name])
+    counts = report(capsys)
+    assert (counts["category face (face)"], counts["category mask"], counts["faces"]) == (3, 1, 3)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_to_yolo_and_back(folder, name):
+    run(SAMPLES / name, folder / "images", folder / "yolo", "--to", "yolo", "--category", "face")
+    run(folder / "yolo", folder / "back.json")
+    expected = WRITTEN[name]
+    if name in ("datumaro-voc_detection", "datumaro-coco_instances"):  # one is difficult; YOLO cannot say so
+        expected = [FACES[0], FACES[2]]
+    assert_boxes(boxes(folder / "back.json"), expected)
+
+
+def test_categories_are_chosen_and_merged(folder, capsys, refused):
+    run(SAMPLES / "truth.json", folder / "images", folder / "out.json", "--category", "mask", "face")
+    assert report(capsys)["faces"] == 4
+    assert read_annotations(folder / "out.json").counts["faces"] == 4
+    content = TRUTH | {"categories": [{"id": 1, "name": "head"}, {"id": 2, "name": "mask"}]}
+    (folder / "x.json").write_text(json.dumps(content))
+    assert refused(main, folder / "x.json", folder / "o.json").endswith(
+        "which category is the face? Choose with --category, there are: head 3, mask 1")
+    assert "no category 'nose', there are: face 3, mask 1" in refused(
+        main, SAMPLES / "truth.json", folder / "o.json", "--category", "nose")
+    assert not (folder / "o.json").exists()
+
+
+def yolo(folder, rows, names="", photos=("a.jpg",)):
+    """A YOLO folder of one text for each photo."""
+    (folder / "labels").mkdir(exist_ok=True)
+    for name in photos:
+        (folder / "labels" / name).with_suffix(".txt").write_text(rows)
+    if names:
+        (folder / "data.yaml").write_text(names)
+
+
+@pytest.mark.parametrize("where", ["labels", ".", "data.yaml"])
+def test_photos_are_found_around_the_labels(folder, where, capsys):
+    yolo(folder, "0 0.5 0.5 0.5 0.5\n", "names: [face]\n")
+    run(folder / where, folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 24, 18, 48, 36)])
+    content = json.loads((folder / "out.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [f"images/{name}.jpg" for name in "abc"]
+    assert report(capsys)["photos without txt"] == 2
+
+
+def test_a_split_takes_no_photos_of_another(folder, capsys):
+    """Photos without txt count as photos without faces only beside labelled ones."""
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        (folder / "images" / split).mkdir()
+        (folder / "images" / name).rename(folder / "images" / split / name)
+        (folder / "labels" / split).mkdir(parents=True)
+        (folder / "labels" / split / name).with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    shutil.copy(folder / "images/train/a.jpg", folder / "images/val/a.jpg")  # the same name in another folder
+    run(folder / "labels/train", folder / "out.json")
+    assert read_annotations(folder / "out.json").names == ["images/train/a.jpg"]
+    assert photos_around(folder / "labels/train") == folder
+
+
+def test_flags_mean_what_they_say(folder, capsys):
+    kept = {"difficult": 1, "truncated": 1, "occluded": 0}
+    objects = "".join(f"<object><name>face</name>{flags}<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax>"
+                      "<ymax>22</ymax></bndbox></object>" for flags in (
+                          "".join(f"<{key}>{value}</{key}>" for key, value in kept.items()),
+                          "<truncated>1</truncated><occluded>1</occluded>", "<ignore>true</ignore>"))
+    (folder / "a.xml").write_text(f"<annotation><filename>old-name.jpg</filename>{objects}</annotation>")
+    run(folder / "a.xml", folder / "out.json")
+    faces = json.loads((folder / "out.json").read_text())["annotations"]
+    assert [face["iscrowd"] for face in faces] == [1, 0, 1]
+    assert {key: faces[0][key] for key in kept} == kept
+    counts = report(capsys)
+    expected = {"difficult": 1, "ignore": 1, "truncated": 2, "occluded": 1, "marked iscrowd": 2}
+    assert expected.items() <= counts.items()
+
+
+def test_unusual_boxes_are_counted_and_marked(folder, capsys):
+    (folder / "x.csv").write_text("a.jpg,-10,5,20,30\na.jpg,96,5,120,30\na.jpg,20,20,20,30\n"
+                                  "a.jpg,30,30,20,40\nc.jpg,,,,\n")
+    run(folder / "x.csv", folder / "out.json")
+    content = json.loads((folder / "out.json").read_text())
+    assert [(face["bbox"], face["iscrowd"]) for face in content["annotations"]] == [
+        ([0, 5, 20, 25], 0), ([96, 5, 24, 25], 1), ([20, 20, 0, 10], 1), ([30, 30, -10, 10], 1)]
+    counts = report(capsys)
+    assert (counts["clipped"], counts["outside"], counts["empty"], counts["marked iscrowd"]) == (1, 1, 2, 3)
+    assert counts["without faces"] == 1
+
+
+def test_upright_size_is_meant(folder, refused):
+    """A photo that its EXIF turns is measured upright. Labels of the lying photo are refused."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (100, 60)).save(folder / "images/t.jpg", exif=exif)
+    yolo(folder, "0 0.5 0.25 0.5 0.5\n", photos=("t.jpg",))
+    run(folder / "labels", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("t.jpg", 15, 0, 30, 50)])
+    (folder / "t.csv").write_text("filename,width,height,xmin,ymin,xmax,ymax\nt.jpg,100,60,1,1,90,50\n")
+    assert "labelled at 100x60, but the photo 't.jpg' is 60x100, upright" in refused(
+        main, folder / "t.csv", folder / "x.json")
+
+
+@pytest.mark.parametrize("rows, box", [
+    ("0 0.5 0.5 0.25 0.5", (36, 18, 24, 36)),                                    # a box
+    ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36)),                               # with its score
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", (24, 18, 48, 36)),                 # an oriented box
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36)),                          # a polygon
+    ("0 0.5 0.5 0.25 0.5" + " 0.5 0.5 2" * 5, (36, 18, 24, 36)),                 # a box with landmarks
+    ("0 0.5 0.5 0.25 0.5" + " -1 -1" * 5, (36, 18, 24, 36))])
+def test_forms_of_yolo(folder, rows, box):
+    yolo(folder, rows + "\n", "kpt_shape: [5, 2]\nnames: [face]\n" if "-1" in rows else "")
+    run(folder / "labels", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", *box)])
+
+
+@pytest.mark.parametrize("text", [
+    "names: [face, 'a b']", "names: ['face', \"a b\"]  # two\nnc: 2", "names:\n- face\n- a b\nnc: 2",
+    "names:\n  - face\n\n  - 'a b'\n", "nc: 2\nnames:\n  0: face\n  1: a b\ntrain: x",
+    "names: {0: face, 1: a b}",
+    "names: [\n  'face',\n  'a b'\n]\n", "# names: [x]\nnames:\n    0: \"face\"  # the first\n    1: a b"])
+def test_names_of_data_yaml(tmp_path, text):
+    (tmp_path / "data.yaml").write_text(text)
+    assert _yolo_names(tmp_path / "data.yaml")[0] == ["face", "a b"]
+
+
+@pytest.mark.parametrize("text", ["names: &x [face]", "names: [face", "names:", "names:\n  1: face",
+                                  "names: {face: 0}", "names: face.names\n"])
+def test_other_names_are_refused(tmp_path, text):
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(InputError, match="names are not understood.*write names: "):
+        _yolo_names(tmp_path / "data.yaml")
+
+
+def test_label_studio_tasks_and_uploads(folder, capsys):
+    """Tasks that nobody finished are left out, of several annotations the newest counts."""
+    value = {"x": 10, "y": 10, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["face"]}
+
+    def annotation(day, x, **more):
+        region = {"original_width": 96, "original_height": 72, "value": value | {"x": x}}
+        return {"result": [region], "created_at": f"2026-01-0{day}", **more}
+    tasks = [{"id": 1, "data": {"image": "/data/upload/7/0123abcd-a.jpg"},
+              "annotations": [annotation(2, 25), annotation(1, 0), annotation(3, 1, was_cancelled=True)]},
+             {"id": 2, "data": {"image": "https://host/x/b.jpg?token=1"}, "annotations": []},
+             {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]}]
+    (folder / "x.json").write_text(json.dumps(tasks))
+    run(folder / "x.json", folder / "out.json")
+    assert [Path(name).name for name in read_annotations(folder / "out.json").names] == ["a.jpg", "c.jpg"]
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 24, 7.2, 48, 36)])
+    counts = report(capsys)
+    assert counts["left out: older annotations"] == counts["left out: tasks not annotated"] == 1
+
+
+def test_cvat_shapes(folder, capsys):
+    shapes = ('<box label="face" xtl="40" ytl="20" xbr="60" ybr="30" rotation="90">'
+              '<attribute name="difficult">true</attribute></box>'
+              '<ellipse label="face" cx="30" cy="30" rx="10" ry="5" rotation="0"/>'
+              '<mask label="face" left="1" top="2" width="3" height="4" rle="1"/>'
+              '<polyline label="face" points="1,1"/>')
+    (folder / "x.xml").write_text(f'<annotations><image id="0" name="d/a.jpg" width="96" height="72">{shapes}'
+                                  "</image></annotations>")
+    run(folder / "x.xml", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"),
+                 [("a.jpg", 45, 15, 10, 20), ("a.jpg", 20, 25, 20, 10), ("a.jpg", 1, 2, 3, 4)])
+    counts = report(capsys)
+    assert counts["left out: shapes: polyline"] == counts["marked iscrowd"] == 1
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "aa"><!ENTITY b "&a;&a;">]><annotation><filename>&b;</filename></annotation>'
+OBJECT = ("<annotation><object><name>face</name><bndbox><xmin>{}</xmin><ymin>1</ymin><xmax>9</xmax>"
+          "<ymax>9</ymax></bndbox></object></annotation>")
+REFUSED = {  # the file: (its content, part of the message)
+    "x.txt": ("0 0.5 0.5 0.1 0.1", "x.txt: not labels that are known; of YOLO, name the folder"),
+    "x.zip": ("PK", "x.zip: not labels that are known; unpack it first"),
+    "x.json": ("{}", "x.json: neither COCO, with lists"),
+    "broken.json": ("{", "broken.json: not JSON"),
+    "id.json": ('{"images": [1], "annotations": []}', 'id.json: "images" must be a list of objects'),
+    "orphan.json": ('{"images": [], "annotations": [{"id": 4, "image_id": 9, "bbox": [1, 1, 1, 1]}]}',
+                    "orphan.json: annotation 4: belongs to image 9"),
+    "rle.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 4, "image_id": 1, '
+                 '"segmentation": {"counts": "x"}}]}', "rle.json: annotation 4: has neither a bbox"),
+    "nan.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 4, "image_id": 1, '
+                 '"bbox": [NaN, 1, 1, 1]}]}', "nan.json: annotation 4: bbox is 'nan', a number is expected"),
+    "resized.json": ('{"annotations": [], "images": [{"id": 1, "file_name": "a.jpg", "width": 960, '
+                     '"height": 720}]}',
+                     "resized.json: image 1: labelled at 960x720, but the photo 'a.jpg' is 96x72"),
+    "twice.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "x/a.jpg"}], '
+                   '"annotations": []}', "twice.json: image 2: labels 'images/a.jpg' a second time"),
+    "tasks.json": ('[{"data": {"text": "x"}, "annotations": []}]', "tasks.json: task 0: names no picture"),
+    "bomb.xml": (BOMB, "bomb.xml: declares a document type or entities"),
+    "broken.xml": ("<annotation>", "broken.xml: not XML"),
+    "other.xml": ("<svg/>", "other.xml: <svg> is neither Pascal VOC's"),
+    "video.xml": ("<annotations><track/></annotations>", "video.xml: holds tracks of a video; export"),
+    "word.xml": (OBJECT.format("x"), "word.xml: object 1: xmin is 'x', a number is expected"),
+    "inf.xml": (OBJECT.format("1e999"), "inf.xml: object 1: xmin is '1e999', a number is expected"),
+    "x.csv": ("a,b\n1,2\n", "x.csv: rows of file,x1,y1,x2,y2 and maybe a label are expected"),
+    "empty.csv": ("", "empty.csv: rows of file,x1,y1,x2,y2"),
+    "unit.csv": ("a.jpg,0.1,0.1,0.5,0.5", "unit.csv: all boxes are within 0 to 1, pixels are expected"),
+    "word.csv": ("a.jpg,1,2,3,4\na.jpg,1,2,3,x", "word.csv:2: y2 is 'x', a number is expected"),
+    "absent.csv": ("a.jpg,1,2,3,4\nnone.jpg,1,2,3,4",
+                   "1 of the 2 labelled photos are not below it ('none.jpg')"),
+    "out.csv": ("../../secret.jpg,1,2,3,4",
+                "1 of the 1 labelled photos are not below it ('../../secret.jpg')"),
+    "utf-16.csv": ("\udcff\udcfe", "utf-16.csv: not UTF-8 text (byte 0)"),
+    "labels/a.txt": ("0 48 36 24 24", "a.txt:1: 48 is no fraction of a photo's side"),
+    "labels/short.txt": ("0 0.5 0.5 0.1", "short.txt:1: 4 numbers; class cx cy w h"),
+    "labels/word.txt": ("face 0.5 0.5 0.1 0.1", "word.txt:1: a value is 'face', a number is expected"),
+    "labels/class.txt": ("0.5 0.5 0.5 0.1 0.1", "class.txt:1: class '0.5'; a whole number"),
+    "labels/15.txt": ("0" + " 0.5" * 14, "lines have 15 numbers: a box and 5 landmarks, or a polygon of 7"),
+    "labels/none.txt": ("0 0.5 0.5 0.1 0.1", "1 of the 1 labelled photos are not below it ('labels/none")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_labels_are_refused(folder, refused, name):
+    (folder.parent / "secret.jpg").write_bytes((folder / "images/a.jpg").read_bytes())
+    content, message = REFUSED[name]
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    for to in ("coco", "yolo"):
+        labels = path.parent if "/" in name else path
+        assert message in refused(main, labels, folder / "new" / "out", "--to", to)
+    assert not list(folder.glob("new/*")) and not list(folder.glob("new/.*"))
+
+
+def test_mixed_and_ambiguous_folders_are_refused(folder, refused):
+    yolo(folder, "0 0.5 0.5 0.5 0.5\n")
+    shutil.copy(SAMPLES / "labelimg-voc/a.xml", folder / "a.xml")
+    assert "holds txt and xml files" in refused(main, folder, folder / "o.json")
+    (folder / "old").mkdir()
+    shutil.copy(folder / "images/a.jpg", folder / "old/a.jpg")
+    (folder / "z.csv").write_text("q/a.jpg,1,2,30,40\n")
+    assert "'q/a.jpg' may be 'images/a.jpg' or 'old/a.jpg' below" in refused(
+        main, folder / "z.csv", folder / "o.json")
+    (folder / "z.csv").write_text("old/a.jpg,1,2,30,40\n")
+    run(folder / "z.csv", folder / "o.json")
+    assert read_annotations(folder / "o.json").names == ["old/a.jpg"]
+
+
+def test_nothing_is_written_over(folder, refused):
+    shutil.copy(SAMPLES / "truth.json", folder / "x.json")
+    assert "or the labels themselves" in refused(main, folder / "x.json", folder / "x.json")
+    assert "is a folder that is there" in refused(main, folder / "x.json", folder / "images", "--to", "yolo")
+    for _ in range(2):  # the output in the labels' folder is no input the second time
+        run(folder, folder / "o.json")
+    (folder / "images/a.jpg").write_text("no picture")
+    before = (folder / "o.json").read_bytes()
+    assert "1 unreadable ('images/a.jpg')" in refused(main, folder / "x.json", folder / "o.json")
+    assert (folder / "o.json").read_bytes() == before
+
+
+def test_two_photos_cannot_share_a_yolo_label(folder, refused):
+    Image.new("L", (9, 9)).save(folder / "images/a.png")
+    (folder / "x.csv").write_text("a.jpg,1,2,30,40\na.png,1,2,3,4\n")
+    assert "would share the label a.txt" in refused(main, folder / "x.csv", folder / "new", "--to", "yolo")
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "x.csv"]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("labels", None), ("x.xml", "<annotation/>"), ("x.txt", "0 1 1 1 1"), ("x.csv", "a"), ("x.json", "[]"),
+    ("y.json", json.dumps(TRUTH | {"categories": [{"id": 1, "name": "head"}, {"id": 2, "name": "mask"}]})),
+    ("absent.json", None)])
+def test_other_scripts_name_this_one(tmp_path, refused, name, content):
+    if content is None and name == "labels":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_text(content)
+    message = refused(evaluate.main, "--data", tmp_path / name)
+    assert "labels_to_coco.py" in message
+    assert name != "absent.json" or "no such file; wider_to_coco.py, labels_to_coco.py and sample" in message

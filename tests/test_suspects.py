@@ -1,0 +1,125 @@
+"""Tests of duplicates.py and suspects.py: photos that are there twice, labels and photos unlike the rest."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import duplicates
+import suspects
+from coco import read_annotations
+from duplicates import near_duplicates, thumbnail
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """Write a json of photos of 400x300 without files; boxes is a list of xywh for each of them."""
+    def make(boxes, sizes=None, name="x.json"):
+        sizes = sizes or [(400, 300)] * len(boxes)
+        content = {"images": [{"id": n, "file_name": f"{n}.jpg", "width": w, "height": h}
+                              for n, (w, h) in enumerate(sizes)],
+                   "annotations": [{"image_id": n, "category_id": 1, "bbox": list(box)}
+                                   for n, own in enumerate(boxes) for box in own],
+                   "categories": [{"id": 1, "name": "face"}]}
+        for number, face in enumerate(content["annotations"], 1):
+            face["id"] = number
+        (tmp_path / name).write_text(json.dumps(content))
+        return read_annotations(tmp_path / name)
+    return make
+
+
+def pictures(count, seed=0):
+    """Smooth random pictures, each unlike the others."""
+    rng = np.random.default_rng(seed)
+    cells = rng.integers(0, 256, (count, 6, 8, 3), np.uint8)
+    return [Image.fromarray(own).resize((400, 300), Image.Resampling.BICUBIC) for own in cells]
+
+
+def test_copies_are_found_in_another_size_quality_and_mirrored(tmp_path):
+    first, *others = pictures(60)
+    mirror = first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    copies = [first, first.resize((200, 150)), mirror, first.convert("L")]
+    for n, image in enumerate([*copies, *others]):
+        image.save(tmp_path / f"{n}.jpg", quality=40 if n else 95)
+    pixels = np.stack([thumbnail(tmp_path / f"{n}.jpg")[1] for n in range(63)])
+    pairs, correlation, mirrored = near_duplicates(pixels)
+    assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert mirrored.tolist() == [False, True, False, True, False, True] and correlation.min() > 0.98
+
+
+def test_no_pair_where_there_is_none():
+    for count in (0, 1, 2):
+        pairs, _, _ = near_duplicates(np.zeros((count, 32, 32), np.uint8))  # of one colour: they say nothing
+        assert pairs.shape == (0, 2)
+
+
+def test_time_grows_as_the_number_of_photos(monkeypatch):
+    """Alike in 16 bits, as skies and walls are: each photo is still compared with 40 others at most."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 32, 32), np.uint8)
+    pixels[:, :12] = 0
+    compared = []
+    monkeypatch.setattr(duplicates, "correlate", lambda _, one, other: compared.append(len(one)) or one * 0.0)
+    monkeypatch.setattr(duplicates, "MOST_BITS", 112)
+    near_duplicates(pixels)
+    assert 3000 < sum(compared) <= 2 * 3000 * 7 * duplicates.NEIGHBOURS
+
+
+def test_doubled_boxes_and_odd_ones_are_found(faces):
+    rng = np.random.default_rng(0)
+    boxes = [[(50 + n, 50, side, 1.3 * side)] for n, side in enumerate(rng.uniform(20, 40, 60))]
+    boxes[7].append(np.array(boxes[7][0]) + (3, 0, 0, 0))      # IoU about 0.8
+    boxes[8].append(np.array(boxes[8][0]) + (30, 0, 0, 0))     # a neighbour
+    boxes[9].append((200, 100, 100, 20))
+    boxes[10].append((200, 100, 1, 1.3))
+    boxes[11].append((0, 100, 8, 40))                          # cut by the edge of the photo
+    found = suspects.check_labels(faces(boxes))
+    assert sorted((one.reason, one.file.name) for one in found) == [
+        ("doubled", "7.jpg"), ("odd shape", "9.jpg"), ("odd size", "10.jpg")]
+    assert all(0.5 <= one.score <= 1 for one in found) and len(found[0].labels) == 2
+
+
+def test_oddness_is_measured_against_the_set():
+    values = np.exp(np.random.default_rng(0).normal(0, 0.5, 1000))
+    odd = suspects.oddness(np.append(values, [100, 0.01]), (0, np.inf))
+    assert (odd[-2:] > 1).all() and (odd[:-2] > 1).mean() < 0.01
+    assert suspects.oddness(np.zeros(0), (0, 1)).shape == (0,)
+
+
+def test_the_table_counts_each_face_once(faces):
+    annotations = faces([[(10, 10, 20, 16), (50, 50, 100, 100)], [(5, 5, 8, 7)]])
+    lines = suspects.anchor_table([annotations], (300, 300))
+    counts = [int(line.split()[3].replace(",", "")) for line in lines[1:10]]
+    assert sum(counts) == 3 and "below 6 px: 0, below 10 px: 1;" in lines[-1]  # 6 x 7 px at the input
+
+
+def test_command_finds_leaks_and_goes_on_past_unreadable_photos(sample, tmp_path, capsys, refused):
+    shutil.copytree(sample, tmp_path / "s")
+    train, val = (read_annotations(tmp_path / f"s/{part}.json") for part in ("train", "val"))
+    Image.open(train.file(3)).save(val.file(1), quality=50)
+    for index in range(6):
+        train.file(6 + index).write_bytes(b"no picture")
+    data.main(["--data", str(train.path), str(val.path), "--out", str(tmp_path / "sheet.png")])
+    out = capsys.readouterr().out
+    assert "1 leak" in out and "6 photos that cannot be used" in out and "6 photos in" in out
+    assert "by anchor" in out
+    with open(tmp_path / "suspects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["reason"] == "leak"
+    assert (rows[0]["photo"], rows[0]["other photo"]) == (str(val.file(1)), str(train.file(3)))
+    assert Image.open(tmp_path / "suspects.png").width > 1000
+    assert "or two" in refused(data.main, "--data", *[train.path] * 3)
+    assert "0.jpg" in refused(data.main, "--data", train.path, tmp_path / "0.jpg")
+
+
+@pytest.mark.slow
+def test_leaks_in_real_photos(shared):
+    sets = [read_annotations(shared / f"data/masks_{part}.json") for part in ("train", "val")]
+    found, _, errors = suspects.check_photos(sets)
+    assert not errors
+    assert {(one.file.stem, one.other.stem) for one in found if one.reason == "leak"} == {
+        ("maksssksksss775", "maksssksksss653"), ("maksssksksss656", "maksssksksss690"),
+        ("maksssksksss369", "maksssksksss491")}
