@@ -5,7 +5,6 @@ predictions do without it.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import multiprocessing
@@ -91,6 +90,7 @@ def keep_memory():
     glibc gives large blocks back at once, and a training step on a CPU then spends much of its time in
     page faults. Other C libraries have no mallopt, or ignore these two settings (man 3 mallopt).
     """
+    import ctypes  # not above: until this file is imported, Ctrl-C is a traceback
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)

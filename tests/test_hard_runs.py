@@ -121,7 +121,7 @@ INTERRUPTED = {  # script: the function in which the signal arrives, arguments
     "anchors": ("fit", "--data good.json -k 1 --min-face 0"),
     "benchmark": ("interleaved", "latency good.pth"),
     "data": ("load_picture", "--data good.json"),
-    "detect": ("detect", "e/a.jpg --model good.pth --out new"),
+    "detect": ("search", "e/a.jpg --model good.pth --out new"),
     "evaluate": ("score_faces", "--data good.json --predictions r-good.json"),
     "export": ("build", "--model good.pth --out new"),
     "flops": ("count", ""),
