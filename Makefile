@@ -1,7 +1,7 @@
 # make demo     the shipped network on a photo, fine-tuned, exported, measured (demo.py)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
-# make weights START=checkpoint PHOTOS=folder     how weights/face_ssd300.pth was made, see weights/README.md
+# make weights START=checkpoint PHOTOS=folder     weights of the kind of weights/face_ssd300.pth, see its README.md
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +17,7 @@ NEGATIVES = runs/sets/negatives_train.json
 weights: $(SETS) $(NEGATIVES)
 	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
 		--val $(PHOTOS)/masks_val_seen.json --out runs/weights
-	$(BIN)/python checkpoints.py runs/weights/last.pth --out runs/face_ssd300.pth
+	$(BIN)/python checkpoints.py runs/weights/last.pth $(START) --shares 4 1 --out runs/face_ssd300.pth
 
 runs/sets/%.json: .venv/installed
 	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json
