@@ -123,3 +123,8 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
         np.testing.assert_array_equal(own[:, 4], found.score[found.image == index])
     for bad in (["8"], ["160", "160"], ["160", "-1"], ["160", "40", "3"]):
         assert "--tiles" in refused(evaluate.main, *words, "--tiles", *bad)
+
+
+def test_of_two_parts_of_a_face_the_better_stays_also_if_it_is_the_smaller():
+    faces = np.array([[0, 0, 10, 10, 0.9], [0, 0, 30, 30, 0.8]])
+    np.testing.assert_array_equal(merge(faces, np.array([True, True])), faces[:1])
