@@ -148,7 +148,8 @@ def command(main):
                 raise
             fail(known[0])
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
+                print("interrupted", file=sys.stderr)
             sys.exit(130)
         finally:
             _end_workers()

@@ -146,3 +146,14 @@ def test_a_script_keeps_the_memory_that_it_frees():
             "main()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 16384
+
+
+def test_ctrl_c_after_the_reader_has_gone_is_130():
+    """As `script 2>&1 | tee`, where Ctrl-C ends tee first."""
+    code = ("import time, script\ndef main(argv=None):\n    print('up', flush=True)\n    time.sleep(60)\n"
+            "script.command(main)()\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
