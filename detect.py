@@ -32,17 +32,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from coco import to_xywh
-from detector import MODEL, batch_size, detect, load_detector, to_picture, to_pixels
-from pictures import contact_sheet, draw_faces, load_picture, save_picture
+from detector import MODEL, detect, load_detector, to_picture, to_pixels
+from pictures import PICTURES, contact_sheet, draw_faces, load_picture, save_picture
 from tiles import TiledDetector
 
-DRAWN = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}  # drawings keep these formats
-PICTURES = DRAWN | {".avif", ".jp2"}
+DRAWN = PICTURES - {".avif", ".jp2"}  # drawings keep these formats
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 STREAMS = ("http://", "https://", "rtsp://")
 SHOWN = 0.4                # least score of a face that is shown, where neither --score nor the model says
 SURE, DOUBTFUL = 0.5, 0.2  # --coco: least score of a face, and of what may be one
-BATCH = 8                  # pictures that go through the network at once, on a GPU
+BATCH = 8                  # pictures that go through the network at once, where it has an input size
 AHEAD = BATCH              # pictures that are read before it, and drawn after it, meanwhile
 
 
@@ -207,7 +206,7 @@ def read(detector, work):
 
 def search(detector, works, score, videos):
     """Find the faces on what has been read, several pictures at once; videos only if they are wanted."""
-    for batch in batches(works, batch_size(detector, BATCH)):
+    for batch in batches(works, BATCH if detector.size else 1):
         pictures = [work for work in batch if work.pixels is not None]
         found = detector(torch.stack([work.pixels for work in pictures])) if pictures else []
         for work, faces in zip(pictures, found):

@@ -189,14 +189,6 @@ def to_pixels(detector, image: Image.Image) -> torch.Tensor:
     return to_tensor(image.resize(detector.size or image.size, Image.Resampling.BILINEAR))
 
 
-def batch_size(detector, most: int) -> int:
-    """How many pictures to give a detector at once: `most`, or one if it takes whole pictures or is on a CPU.
-
-    On a CPU a batch of 8 took 1.6 times the processor time of 8 single pictures.
-    """
-    return most if detector.size and getattr(detector, "device", None) != "cpu" else 1
-
-
 def detect(detector, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """Find the faces on one picture: `[K, 5]`, xyxy in its pixels and the score, best first.
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pictures import PICTURES
 from script import InputError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
 FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
 LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations
 LABEL_FOLDERS = {"labels", "annotations"}  # photos may be beside these

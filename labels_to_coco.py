@@ -20,8 +20,9 @@ from pathlib import Path, PurePosixPath
 # First, so that Ctrl-C during the slow imports below ends in one line.
 from script import InputError, command, new_parser, read_json, write_json
 
-from labels import (FLAGS, LABEL_FOLDERS, PICTURES, Photo, find_files, photos_around, read_coco, read_csv,
-                    read_cvat, read_label_studio, read_voc, read_xml)
+from labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv, read_cvat,
+                    read_label_studio, read_voc, read_xml)
+from pictures import PICTURES
 from wider_to_coco import LISTED, clip, read_sizes
 from yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from script import InputError, whole_file
+from script import CONTROL, InputError, whole_file
 
 ORIENTATION = 0x0112  # the EXIF tag
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}  # are read
 FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 
@@ -110,3 +111,8 @@ def save_picture(image, path):
     """Write a PIL image, whole or not at all."""
     with whole_file(path) as temporary:
         image.save(temporary)
+
+
+def drawable(text: str) -> str:
+    """A text, such as a file name, without what a font cannot draw: control characters, half characters."""
+    return text.translate(CONTROL).encode("utf-8", "backslashreplace").decode()

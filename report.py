@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from coco import Annotations, Detections, to_xyxy
 from metrics import match_faces
-from pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, load_picture
-from script import CONTROL, whole_file
+from pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture
+from script import whole_file
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels
@@ -98,7 +98,7 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
 
 def shorten(name):
     """A file name as it can be drawn: its end, if it is long."""
-    name = name.translate(CONTROL).encode("utf-8", "backslashreplace").decode()
+    name = drawable(name)
     return name if len(name) <= LETTERS else "..." + name[3 - LETTERS:]
 
 

@@ -22,8 +22,8 @@ from anchors import POSITIVE_IOU, shape_iou
 from coco import Annotations, to_xywh, to_xyxy
 from duplicates import near_duplicates, thumbnails
 from model import HAND_DESIGNED
-from pictures import FALSE, MISSED, contact_sheet, draw_faces, load_picture, save_picture
-from script import CONTROL, InputError, whole_file
+from pictures import FALSE, MISSED, contact_sheet, draw_faces, drawable, load_picture, save_picture
+from script import InputError, whole_file
 
 DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
 FAR = 4                     # robust standard deviations from the median
@@ -192,7 +192,7 @@ def _tile(suspect):
     names = " | ".join(file.name for file in files)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
     for y, line in ((SIDE - 34, text), (SIDE - 18, names)):
-        plain = line.translate(CONTROL).encode("utf-8", "backslashreplace").decode("utf-8")
+        plain = drawable(line)
         draw.text((4, y), plain if len(plain) <= 50 else f"{plain[:24]}...{plain[-23:]}", "white", font)
     return tile
 

@@ -14,9 +14,9 @@ import torch
 from torchvision.ops import nms
 
 from data import to_image
-from detector import NMS_IOU, batch_size, to_picture, to_pixels
+from detector import NMS_IOU, to_picture, to_pixels
 
-BATCH = 16      # tiles that go through the network at once, on a GPU
+BATCH = 16      # tiles that go through the network at once, where it has an input size
 BORDER = 0.02   # of a tile's side: a box that ends this near to an inner border may be cut by it
 COVERED = 0.5   # of the smaller box: a cut box and another that share more are one face
 
@@ -92,7 +92,7 @@ class TiledDetector:
         """The faces `[K, 5]` on one picture (PIL), in its pixels."""
         views = cut(image.size, self.side, self.overlap)
         faces, parts = [np.zeros((0, 5))], [np.zeros(0, bool)]
-        batch = batch_size(self.detector, BATCH)
+        batch = BATCH if self.detector.size else 1
         for first in range(0, len(views), batch):
             own = views[first:first + batch]
             pixels = torch.stack([to_pixels(self.detector, image.crop(view.tolist())) for view in own])

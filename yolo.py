@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from labels import PICTURES, Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from pictures import PICTURES
 from script import InputError
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
