@@ -51,9 +51,8 @@ def bright(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_threads_and_batches_give_what_one_by_one_gives(tmp_path, model_file, refused, monkeypatch):
+def test_threads_and_batches_give_what_one_by_one_gives(tmp_path, model_file, refused):
     """Order, names, failures: more pictures than are read ahead, of two sizes, some broken."""
-    monkeypatch.setattr(detect, "batch_size", lambda detector, most: most)  # as on a GPU
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for n in range(35):
