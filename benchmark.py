@@ -3,7 +3,7 @@
     python benchmark.py latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
     python benchmark.py pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
     python benchmark.py loading                                    # data.py against torchvision's transforms
-    python benchmark.py training --batch-sizes 16 65 --threads 2   # the step, by memory layout and precision
+    python benchmark.py training --batch-sizes 32 --threads 2      # the step: precision, compiling, memory
     python benchmark.py epoch --data data/train.json               # loader, step, and both together
 
 What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
@@ -11,7 +11,9 @@ is the time for one input of the model's own size, through everything in its fil
 network and NMS). Models compute in float32 on the CPU, except quantised ones.
 """
 
+import argparse
 import functools
+import multiprocessing
 import os
 import platform
 import tempfile
@@ -20,12 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, new_parser
+from script import InputError, command, keep_memory, new_parser
 
 import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -151,22 +154,76 @@ def loading(args):
 
 
 def training(args):
-    """Time the training step alone, by memory layout, precision and batch size: photos a second."""
-    names, jobs = [], []
+    """Time the training step: precision, compiling, freed memory kept or not; torchvision's beside it."""
+    compiled = [] if (trouble := train.cannot_compile(choose_device(args.device))) else [True]
+    if trouble:
+        print(f"not compiled: {trouble}")
+    rows = [("train.py", precision, compiles) for compiles in (False, *compiled)
+            for precision in ("fp32", "bf16")] + [("torchvision ssdlite320", "fp32", False)]
+    context = multiprocessing.get_context("spawn")
     with photos_for(args) as file:
         for size in args.batch_sizes:
-            for layout, precision in ((torch.contiguous_format, "fp32"), (torch.channels_last, "fp32"),
-                                      (torch.channels_last, "bf16")):
-                trainer = make_trainer(args, file, size, precision, 0)
-                trainer.layout = layout
-                trainer.raw_model.to(memory_format=layout).train()
-                photos = trainer.loader.dataset
-                batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
-                jobs.append(lambda trainer=trainer, batch=batch: trainer.update(batch).tolist())
-                names.append(f"batch {size}, {precision}, {str(layout).split('.')[1]}")
-        measured = interleaved(jobs, args.rounds, 1)
-    print(f"training step on {trainer.device}, {args.threads} threads")
-    speeds(names, np.repeat(args.batch_sizes, 3)[:, None] / measured)
+            jobs, names, first = [], [], []
+            for keeps in (False, True):
+                mine, its = context.Pipe()
+                how = {"device": args.device, "threads": args.threads, "photos": args.photos}
+                context.Process(target=step_on_request, args=(its, how, str(file), size, keeps),
+                                daemon=True).start()
+                for row in rows:
+                    jobs.append(lambda pipe=mine, row=row: (pipe.send(row), pipe.recv()))
+                    names.append(f"{row[0]} {row[1]}{', compiled' if row[2] else ''}, "
+                                 f"memory {'kept' if keeps else 'given back'}")
+                    started = time.perf_counter()
+                    jobs[-1]()
+                    first.append(time.perf_counter() - started)
+            print(f"training step, batch {size}, {args.threads} threads; the seconds are of the first call")
+            measured = interleaved(jobs, args.rounds, 1)
+            speeds([f"{name:54}{once:4.0f} s" for name, once in zip(names, first)], size / measured)
+
+
+def step_on_request(pipe, how, file, size, keeps):
+    """Do one training step for each row (whose, precision, compiled) that comes through `pipe`; answer then.
+
+    A process of its own: whether freed memory is kept holds for a whole process.
+    """
+    if keeps:
+        keep_memory()
+    torch.set_num_threads(how["threads"])
+    args, steps = argparse.Namespace(**how), {}
+    while True:
+        row = pipe.recv()
+        if row not in steps:
+            make = our_step if row[0] == "train.py" else torchvision_step
+            steps[row] = make(args, file, size, *row[1:])
+        pipe.send(steps[row]())
+
+
+def our_step(args, file, size, precision, compiles):
+    """One step of train.py on a batch of augmented photos, as a function."""
+    trainer = make_trainer(args, file, size, precision, 0, compiles)
+    trainer.raw_model.train()
+    photos = trainer.loader.dataset
+    batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
+    return lambda: trainer.update(batch).tolist()
+
+
+def torchvision_step(args, file, size, *_):
+    """One step of torchvision's light SSD on a batch of noise with five faces each, as a function."""
+    device = choose_device(args.device)
+    model = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=2).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    images = list(torch.rand(size, 3, 320, 320, device=device))
+    corners = 200 * torch.rand(size, 5, 2, device=device)
+    targets = [{"boxes": torch.cat([own, own + 60], 1), "labels": torch.ones(5, dtype=int, device=device)}
+               for own in corners]
+
+    def step():
+        optimizer.zero_grad()
+        loss = sum(model(images, targets).values())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    return step
 
 
 def epoch(args):
@@ -207,12 +264,15 @@ def photos_for(args):
             yield Path(folder) / "train.json"
 
 
-def make_trainer(args, file, batch_size, precision, workers):
+def make_trainer(args, file, batch_size, precision, workers, compiles=False):
     """Make a Trainer of a new network on the photos of `file`, which does not save."""
     device = choose_device(args.device)
     flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
-                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000"])
-    return train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), 0, 1, device)
+                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000",
+                              "--compile" if compiles else "--no-compile"])
+    trainer = train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), device=device)
+    trainer.connect()
+    return trainer
 
 
 @command

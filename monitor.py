@@ -26,7 +26,7 @@ def describe_run(trainer, dataset, content):
           f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
           f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
     print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
-          f"{args.precision}; {goal}")
+          f"{args.precision}{', compiled in the first iteration' if args.compile else ''}; {goal}")
     iterations = args.epochs * trainer.batches.total
     if args.epochs and args.warmup >= iterations:
         print(f"the run has {iterations:,} iterations, all within the warm-up of {args.warmup:,}: "

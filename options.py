@@ -2,7 +2,7 @@
 
 import math
 import os
-from argparse import SUPPRESS
+from argparse import SUPPRESS, BooleanOptionalAction
 
 from detector import MODEL
 from script import FlagFileParser, parse_sides, parse_size
@@ -56,11 +56,13 @@ def make_parser(description=None):
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/face", help="folder of the run (default %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, else fp32")
+    add("--precision", choices=("fp32", "bf16"),
+        help="default bf16 on a GPU and on a CPU that computes in it, else fp32")
     add("--workers", type=int, help="loading processes for each process (default: share the cores)")
     add("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action=BooleanOptionalAction,
+        help="torch.compile the network (default: on a CPU, in one process, if an epoch is long enough)")
     add("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
     return parser
 

@@ -9,6 +9,7 @@ python train.py --resume --epochs 80                       # a finished run long
 
 import copy
 import functools
+import math
 import sys
 import time
 from contextlib import suppress
@@ -34,6 +35,43 @@ from evaluate import score_faces
 from loss import Criterion
 from monitor import Monitor, describe_run
 from options import parse_args
+from runtimes import first_line
+
+
+PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
+
+
+def settle_speed(args, content, device, processes, photos, pixels):
+    """Settle --precision and --compile where the flags leave them open.
+
+    A run that is resumed keeps its own. A new one takes what is fast here; `photos` are those of an epoch, of
+    so many `pixels`. How many epochs there will be plays no part: it changes when a run is resumed.
+    """
+    before = content["flags"] if content else {}
+    if args.precision is None:
+        fast = device.startswith("cuda") or device == "cpu" and not content and computes_bf16()
+        args.precision = before.get("precision") or ("bf16" if fast else "fp32")
+    if args.compile is None:
+        long = photos * pixels >= PAYS * 300 * 300
+        args.compile = bool(before["compile"] if "compile" in before else
+                            not content and device == "cpu" and processes == 1 and long)
+    if args.compile and (trouble := cannot_compile(device)):
+        say(f"cannot compile here ({trouble}): training goes on without, which is slower")
+        args.compile = False
+
+
+def computes_bf16():
+    """Whether this CPU multiplies bfloat16 numbers itself. Where it does not, they are far slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def cannot_compile(device):
+    """Why torch.compile does not work here, in one line (no C++ compiler, no Python.h); None if it does."""
+    try:
+        torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(64, device=device))
+    except Exception as error:  # the compilers' own kinds
+        return first_line(error)[:160]
 
 
 def lr_at(step, epoch, lr, milestones, warmup):
@@ -59,7 +97,7 @@ class Trainer:
         self.args, self.rank, self.processes, self.device = args, rank, processes, device
         self.marks = marks or {}
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
-        self.model = self.raw_model = model.to(device, memory_format=self.layout)
+        self.model = self.eager = self.raw_model = model.to(device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.teacher = None
         if args.distill:
@@ -114,6 +152,7 @@ class Trainer:
         if self.processes > 1:
             own_gpu = [self.device] if self.device.startswith("cuda") else None
             self.model = DistributedDataParallel(self.model, device_ids=own_gpu)
+        self.eager = self.model
         if self.args.compile:
             self.model = torch.compile(self.model)
 
@@ -131,8 +170,10 @@ class Trainer:
         """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
         batch = batch.to(self.device)
         images = to_input(batch.images.contiguous(memory_format=self.layout))     # [B, 3, H, W]
+        # Compiled is the shape of whole batches: the last, smaller one of an epoch would be compiled again.
+        network = self.model if len(images) == self.args.batch_size else self.eager
         with self.autocast():
-            outputs = self.model(images)                                          # [B, A, 2], [B, A, 4]
+            outputs = network(images)                                             # [B, A, 2], [B, A, 4]
             teacher = self.teacher(images) if self.teacher else None              # the same shapes
         losses, distilled = self.criterion(outputs, batch, teacher)
         self.optimizer.zero_grad()
@@ -302,7 +343,6 @@ def prepare(args):
     rank, processes, device = join_processes(args.device)
     if args.sync_bn and not device.startswith("cuda"):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
-    args.precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
     torch.backends.cudnn.benchmark = True
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
@@ -311,6 +351,8 @@ def prepare(args):
     if val:
         marks["val"] = val.fingerprint()
     dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size)
+    settle_speed(args, content, device, processes, len(dataset) * args.repeat,
+                 math.prod(model.config.input_size))
     trainer = together(lambda: Trainer(args, model, dataset, content, marks, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)

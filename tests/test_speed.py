@@ -1,0 +1,105 @@
+"""What train.py does to be fast: bfloat16 and compiling where they pay, as decided once for a run."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3", "--lr",
+         "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
+LONG, SHORT = 6000, 4000  # photos of 300x300 in an epoch
+
+
+def settled(monkeypatch, flags=(), content=None, device="cpu", processes=1, photos=LONG, side=300, fast=True):
+    """(precision, compile) of a run."""
+    monkeypatch.setattr(train, "computes_bf16", lambda: fast)
+    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
+    args = train.parse_args(list(flags))
+    train.settle_speed(args, content, device, processes, photos, side * side)
+    return args.precision, args.compile
+
+
+@pytest.mark.parametrize("more, expected", [
+    ({}, ("bf16", True)),
+    ({"fast": False}, ("fp32", True)),
+    ({"photos": SHORT}, ("bf16", False)),
+    ({"photos": SHORT, "side": 480}, ("bf16", True)),
+    ({"side": 160}, ("bf16", False)),
+    ({"processes": 2}, ("bf16", False)),
+    ({"device": "cuda:0", "fast": False}, ("bf16", False)),
+    ({"device": "mps"}, ("fp32", False)),
+    ({"flags": ["--precision", "fp32", "--no-compile"]}, ("fp32", False)),
+    ({"flags": ["--compile"], "photos": 10, "processes": 2}, ("bf16", True)),
+    ({"flags": ["--epochs", "1"]}, ("bf16", True)),  # more epochs change nothing: a resumed run is the same
+])
+def test_a_new_run_takes_what_is_fast_here(monkeypatch, more, expected):
+    assert settled(monkeypatch, **more) == expected
+
+
+@pytest.mark.parametrize("before, expected", [
+    ({"precision": "fp32", "compile": False}, ("fp32", False)),
+    ({"precision": "bf16", "compile": True}, ("bf16", True)),
+    ({"precision": "fp32"}, ("fp32", False)),
+    ({}, ("fp32", False)),  # a CPU's run before there were such flags
+])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_resumed_run_keeps_its_own(monkeypatch, before, expected, fast):
+    assert settled(monkeypatch, content={"flags": before}, fast=fast) == expected
+    asked = settled(monkeypatch, ["--precision", "bf16", "--compile"], {"flags": before}, fast=fast)
+    assert asked == ("bf16", True)
+
+
+class Network(torch.nn.Module):
+    """A stand-in for a compiled network: remembers the shapes that it was given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes, self.model = [], [model]
+
+    def forward(self, images):
+        self.shapes.append(tuple(images.shape))
+        return self.model[0](images)
+
+
+@pytest.mark.slow
+def test_only_whole_batches_of_the_training_are_compiled(sample, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(Network(model)) or compiled[-1])
+    train.main([*SMALL, "--data", str(sample / "train.json"), "--val", str(sample / "val.json"), "--out",
+                str(tmp_path / "r"), "--epochs", "2", "--compile"])  # 12 photos: batches of 5, 5, 2
+    assert [one.shapes for one in compiled] == [[(5, 3, 64, 64)] * 4]
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["compile"] is True
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_line_says_so(sample, tmp_path):
+    (tmp_path / "cache").mkdir()
+    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--data", sample / "train.json", "--val", "none",
+                           "--out", tmp_path / "r", "--epochs", "1", "--compile"], cwd=REPOSITORY, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot compile here (") == 1 and "Traceback" not in done.stdout + done.stderr
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["compile"] is False
+
+
+@pytest.mark.slow
+def test_compiled_and_bf16_parts_are_bitwise_the_whole(sample, tmp_path):
+    """On a CPU that has no bfloat16 as well: slow, but the same."""
+    def run(name, *flags):
+        train.main([*SMALL, "--data", str(sample / "train.json"), "--val", "none", "--out", str(tmp_path / name),
+                    *flags])
+        return torch.load(tmp_path / name / "last.pth", weights_only=True)
+
+    speed = "--precision", "bf16", "--compile"
+    whole = run("whole", "--epochs", "2", *speed)
+    run("parts", "--epochs", "1", *speed)
+    parts = run("parts", "--epochs", "2", "--resume")
+    assert parts["flags"]["compile"] and parts["flags"]["precision"] == "bf16"
+    assert all(torch.equal(value, parts["state_dict"][key]) for key, value in whole["state_dict"].items())
