@@ -66,7 +66,18 @@ def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, ima
           crowd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Match the anchors with the faces of a whole batch: labels `[B, A]` and offsets `[B, A, 4]`.
 
-    Labels are 1 for a face, 0 for background, -1 for neither; offsets are 0 where there is no face.
+    As `assign`, with the offsets to each anchor's face; they are 0 where there is no face.
+    """
+    labels, face = assign(anchors, faces, ignored, image, batch, crowd)
+    boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
+    return labels, encode(boxes, anchors).masked_fill(labels[..., None] != 1, 0)
+
+
+def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
+           crowd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assign the faces of a whole batch to the anchors: labels `[B, A]` and which face it is, `[B, A]`.
+
+    Labels are 1 for a face, 0 for background, -1 for neither; the face is T where the label is not 1.
     anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool;
     image `[T]`, the place in the batch of each face's image; batch B; crowd `[T]` bool, which of the
     ignored are crowd regions (None: none of them).
@@ -94,9 +105,7 @@ def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, ima
     if crowd is not None:
         unsure |= (covered(anchors, faces) >= CROWD_COVER) & crowd[:, None]
     unsure = zeros.scatter_reduce(0, rows, unsure.to(iou.dtype), "amax") > 0
-    labels = positive.long() - (unsure & ~positive).long()
-    boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
-    return labels, encode(boxes, anchors).masked_fill(~positive[..., None], 0)
+    return positive.long() - (unsure & ~positive).long(), face.masked_fill(~positive, len(faces))
 
 
 def covered(anchors, regions):

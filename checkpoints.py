@@ -136,7 +136,7 @@ def report_changes(args, content):
     """Print which flags differ from those of the checkpoint that is resumed. They are what is used."""
     before = content["flags"]
     silent = {"resume", "out", "workers", "device", "size", "width", "anchors", "pretrained"}
-    if not args.distill:
+    if args.teacher or not args.distill:
         silent.add("load_from")  # else it is the teacher
     for key in sorted((vars(args).keys() & before.keys()) - silent):
         now = getattr(args, key)
@@ -206,15 +206,6 @@ def load_momentum(optimizer, content):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise InputError(f"{content['path']}: cannot be resumed, its optimizer is of another model") from None
-
-
-def load_teacher(args, config):
-    """The network that --distill learns from: that of --load-from. Its anchors must be those of `config`."""
-    with bad_values():
-        teacher = load_model(args.load_from)
-    if teacher.config.anchors != config.anchors:
-        raise InputError(f"{args.load_from}: --distill needs the same anchors in the model that is trained")
-    return teacher.requires_grad_(False)
 
 
 def save(path, model, **more):

@@ -61,6 +61,13 @@ class Annotations:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def unlabelled(self) -> "Annotations":
+        """The same photos without their boxes: each is one region where no anchor is face or background."""
+        sides = np.where(self.sizes > 0, self.sizes, 10 ** 6).astype(float)  # unknown: larger than any photo
+        count = len(self.ids)
+        return replace(self, image=np.arange(count), xywh=np.concatenate([np.zeros((count, 2)), sides], 1),
+                       area=sides.prod(1), ignored=np.ones(count, bool), crowd=np.ones(count, bool))
+
     def without(self, dropped, detections: Detections):
         """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
         kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))

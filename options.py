@@ -15,6 +15,8 @@ def make_parser(description=None):
     parser = FlagFileParser(description)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help=f"COCO json to train on, or several (default {DATA})")
+    add("--unlabelled", nargs="+", metavar="PHOTOS",
+        help="COCO json of more photos, whose boxes are not used: the teacher alone says what is on them")
     add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
     add("--min-face", type=int, default=17,
         help="ignore faces with a side below this, in the photo (default 17 px)")
@@ -32,8 +34,11 @@ def make_parser(description=None):
     add("--load-from", nargs="?", const=MODEL, metavar="CHECKPOINT",
         help="start from a detector's weights (named without a value: the shipped ones)")
     add("--distill", type=float, nargs=2, metavar=("SCORES", "BOXES"),
-        help="learn from --load-from as a teacher too, and forget less: weights of its scores where no face "
-             "is labelled, and of its boxes (default off; begin with 0.3 0.4)")
+        help="learn from a teacher too, and forget less: weights of its scores where no face is labelled, "
+             "and of its boxes (default off; begin with 0.3 0.4)")
+    add("--teacher", nargs="+", metavar="CHECKPOINT[@SIZE]",
+        help="who teaches: networks with the same anchors, of any width, at SIZE or WxH if given, such as "
+             "start.pth@480; the mean of several (default --load-from)")
     add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     add = parser.add_argument_group("schedule").add_argument
@@ -81,8 +86,12 @@ def parse_args(argv, description=None):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32 or not 0 <= args.min_size < math.inf:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32, --min-size 0 or more")
-    if args.distill and not (args.load_from and all(0 <= weight < math.inf for weight in args.distill)):
-        parser.error("--distill takes weights of 0 or more, and needs --load-from")
+    if args.distill and not all(0 <= weight < math.inf for weight in args.distill):
+        parser.error("--distill takes weights of 0 or more")
+    if args.distill and not (args.load_from or args.teacher):
+        parser.error("--distill needs a network to learn from: --load-from or --teacher")
+    if (args.teacher or args.unlabelled) and not args.distill:
+        parser.error("--teacher and --unlabelled need weights of what is learned: --distill 0.3 0.4")
     args.data = args.data or [DATA]
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

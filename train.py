@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import (find_checkpoint, load_momentum, load_teacher, make_model, report_changes,
-                         resume_command, resume_model, save)
+from checkpoints import (find_checkpoint, load_momentum, make_model, report_changes, resume_command,
+                         resume_model, save)
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
@@ -36,6 +36,7 @@ from loss import Criterion
 from monitor import Monitor, describe_run
 from options import parse_args
 from runtimes import first_line
+from teacher import load_teacher
 
 
 PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
@@ -101,7 +102,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.teacher = None
         if args.distill:
-            self.teacher = load_teacher(args, model.config).to(device, memory_format=self.layout)
+            self.teacher = load_teacher(args.teacher or [args.load_from], model.config)
+            self.teacher.to(device, memory_format=self.layout)
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay)
         self.anchors = make_anchors(self.raw_model.config).to(device)
@@ -328,7 +330,9 @@ def read_val(args):
 
 def read_inputs(args, content):
     """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
-    faces, val = join([read_annotations(path) for path in args.data]), read_val(args)
+    parts = [read_annotations(path) for path in args.data]
+    parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
+    faces, val = join(parts), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
     if args.patience and not val:

@@ -81,9 +81,9 @@ def test_only_whole_batches_of_the_training_are_compiled(sample, tmp_path, monke
 def test_without_a_compiler_one_line_says_so(sample, tmp_path):
     (tmp_path / "cache").mkdir()
     env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "train.py", *SMALL, "--data", sample / "train.json", "--val", "none",
-                           "--out", tmp_path / "r", "--epochs", "1", "--compile"], cwd=REPOSITORY, env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--data", sample / "train.json", "--val",
+                           "none", "--out", tmp_path / "r", "--epochs", "1", "--compile"], cwd=REPOSITORY,
+                          env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot compile here (") == 1 and "Traceback" not in done.stdout + done.stderr
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["compile"] is False
@@ -93,8 +93,8 @@ def test_without_a_compiler_one_line_says_so(sample, tmp_path):
 def test_compiled_and_bf16_parts_are_bitwise_the_whole(sample, tmp_path):
     """On a CPU that has no bfloat16 as well: slow, but the same."""
     def run(name, *flags):
-        train.main([*SMALL, "--data", str(sample / "train.json"), "--val", "none", "--out", str(tmp_path / name),
-                    *flags])
+        train.main([*SMALL, "--data", str(sample / "train.json"), "--val", "none", "--out",
+                    str(tmp_path / name), *flags])
         return torch.load(tmp_path / name / "last.pth", weights_only=True)
 
     speed = "--precision", "bf16", "--compile"

@@ -1,0 +1,93 @@
+"""Teachers: networks whose scores and boxes another one learns, at a larger input where they see more."""
+
+from argparse import ArgumentTypeError
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anchors import assign, encode, make_anchors
+from detector import postprocess
+from model import load_model
+from script import InputError, bad_values, parse_size
+
+LEAST = 1e-6  # of a score, so that its logarithm is finite
+
+
+class Teacher(nn.Module):
+    """The mean of several networks, as soft targets for a student of the configuration `config`.
+
+    networks: pairs of an SSD and a size (width, height). At the student's own input size a network answers
+    anchor by anchor. At a larger one it gets the same pictures enlarged. Its anchors are then others, so what
+    it detects is matched with the student's anchors, as labelled faces are.
+    """
+
+    def __init__(self, networks: list, config):
+        super().__init__()
+        self.networks = nn.ModuleList(network for network, _ in networks)
+        self.sizes, self.own = [size for _, size in networks], config.input_size
+        self.register_buffer("anchors", make_anchors(config), persistent=False)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `[B, 3, H, W]`, the student's input, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
+
+        The score is the mean of the networks'. The box is the mean of theirs by score.
+        """
+        answers = [network(images) if size == self.own else self.enlarged(network, size, images)
+                   for network, size in zip(self.networks, self.sizes)]
+        if len(answers) == 1:
+            return answers[0]
+        scores = torch.stack([logits.float().softmax(-1)[..., 1] for logits, _ in answers])  # [N, B, A]
+        offsets = torch.stack([offsets.float() for _, offsets in answers])  # [N, B, A, 4]
+        shares = (scores.clamp(min=LEAST) / scores.clamp(min=LEAST).sum(0))[..., None]
+        return to_logits(scores.mean(0)), (offsets * shares).sum(0)
+
+    def enlarged(self, network, size, images):
+        """What `network` answers for the pictures enlarged to `size`, at the student's anchors."""
+        memory = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else (
+            torch.contiguous_format)
+        large = F.interpolate(images, size=size[::-1], mode="bilinear", align_corners=False)
+        logits, offsets = network(large.contiguous(memory_format=memory))
+        anchors = make_anchors(network.config, size).to(images.device)
+        found = postprocess(logits, offsets, anchors)  # B of [K, 5]
+        faces = torch.cat(found)  # [T, 5]
+        boxes = faces[:, :4] * faces.new_tensor([own / side for own, side in zip(self.own, size)] * 2)
+        image = torch.arange(len(found), device=faces.device).repeat_interleave(
+            torch.tensor([len(own) for own in found], device=faces.device))
+        ignored = torch.zeros_like(image, dtype=torch.bool)
+        labels, face = assign(self.anchors, boxes, ignored, image, len(found))
+        scores = torch.cat([faces[:, 4], faces.new_zeros(1)])[face]  # [B, A]
+        boxes = torch.cat([boxes, boxes.new_ones(1, 4)])[face]
+        return to_logits(scores), encode(boxes, self.anchors).masked_fill(labels[..., None] != 1, 0)
+
+
+def to_logits(scores):
+    """Two logits `[..., 2]` whose softmax has the face score `[...]`."""
+    scores = scores.clamp(LEAST, 1 - LEAST)
+    return torch.stack([(1 - scores).log(), scores.log()], -1)
+
+
+def load_teacher(words: list[str], config) -> Teacher:
+    """The Teacher of CHECKPOINT or CHECKPOINT@SIZE, one or several, for a student of `config`.
+
+    Raises InputError if one cannot be read, has other anchors, or a size smaller than the student's.
+    """
+    networks = []
+    for word in words:
+        path, at, size = word.rpartition("@")
+        try:
+            size = parse_size(size) if at else None
+        except ArgumentTypeError:  # an @ in the name of a file
+            size = None
+        path, size = (path, size) if size else (word, config.input_size)
+        with bad_values():
+            network = load_model(path)
+        if network.config.anchors != config.anchors:
+            raise InputError(f"{path}: --distill needs the same anchors in the model that is trained")
+        if any(side < own for side, own in zip(size, config.input_size)):
+            raise InputError("{}: the input of a teacher must be at least that of the model that is trained, "
+                             "{}x{}".format(word, *config.input_size))
+        networks.append((network, size))
+    return Teacher(networks, config)
