@@ -18,7 +18,7 @@ import os
 import platform
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
@@ -169,6 +169,7 @@ def training(args):
                 how = {"device": args.device, "threads": args.threads, "photos": args.photos}
                 context.Process(target=step_on_request, args=(its, how, str(file), size, keeps),
                                 daemon=True).start()
+                its.close()  # else, should that process fail, this one would wait for its answer for ever
                 for row in rows:
                     jobs.append(lambda pipe=mine, row=row: (pipe.send(row), pipe.recv()))
                     names.append(f"{row[0]} {row[1]}{', compiled' if row[2] else ''}, "
@@ -190,12 +191,13 @@ def step_on_request(pipe, how, file, size, keeps):
         keep_memory()
     torch.set_num_threads(how["threads"])
     args, steps = argparse.Namespace(**how), {}
-    while True:
-        row = pipe.recv()
-        if row not in steps:
-            make = our_step if row[0] == "train.py" else torchvision_step
-            steps[row] = make(args, file, size, *row[1:])
-        pipe.send(steps[row]())
+    with suppress(EOFError):  # the end: nothing more is asked
+        while True:
+            row = pipe.recv()
+            if row not in steps:
+                make = our_step if row[0] == "train.py" else torchvision_step
+                steps[row] = make(args, file, size, *row[1:])
+            pipe.send(steps[row]())
 
 
 def our_step(args, file, size, precision, compiles):
@@ -230,20 +232,28 @@ def epoch(args):
     """Time a whole epoch, and its two parts alone (loading in --workers processes, step): photos a second."""
     with photos_for(args) as file:
         size = args.batch_sizes[0]
-        trainer = make_trainer(args, file, size, args.precision, args.workers)
-        trainer.run_epoch([])  # warm up: workers start, kernels are chosen
+        trainer, stop = make_trainer(args, file, size, args.precision, args.workers), NoStop()
+        trainer.run_epoch(stop)  # warm up: workers start, kernels are chosen
         started = time.perf_counter()
         loaded = sum(len(batch.index) for batch in trainer.loader)
         loader_speed = loaded / (time.perf_counter() - started)
-        record = trainer.run_epoch([])
+        trainer.run_epoch(stop)
         batch = next(iter(trainer.loader))
         steps = interleaved([lambda: trainer.update(batch).tolist()], args.rounds, 1)
-    whole = record["photos_per_second"]
+    whole = trainer.record["photos_per_second"]
     print(f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, "
           f"photos a second: loader alone {loader_speed:.0f}, step alone {size / np.median(steps):.0f}, "
           f"together {whole:.0f}\n"
           "the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: "
           f"{12_880 * 2 * 70 / whole / 60:.0f} minutes")
+
+
+class NoStop:
+    """In the place of distributed.StopFlag: Ctrl-C ends the measurement, nothing is saved."""
+    at_once = False
+
+    def agreed(self):
+        return False
 
 
 def speeds(names, measured):
@@ -270,7 +280,7 @@ def make_trainer(args, file, batch_size, precision, workers, compiles=False):
     flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
                               "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000",
                               "--compile" if compiles else "--no-compile"])
-    trainer = train.Trainer(flags, SSD(), None, FaceDataset(read_annotations(file), 300, 300), device=device)
+    trainer = train.Trainer(flags, SSD(), FaceDataset(read_annotations(file), 300, 300), device=device)
     trainer.connect()
     return trainer
 
