@@ -51,7 +51,9 @@ def settle_speed(args, content, device, processes, photos, pixels):
     before = content["flags"] if content else {}
     if args.precision is None:
         fast = device.startswith("cuda") or device == "cpu" and not content and computes_bf16()
-        args.precision = before.get("precision") or ("bf16" if fast else "fp32")
+        args.precision = "bf16" if fast else "fp32"
+        if before.get("precision") in ("bf16", "fp32"):
+            args.precision = before["precision"]
     if args.compile is None:
         long = photos * pixels >= PAYS * 300 * 300
         args.compile = bool(before["compile"] if "compile" in before else
