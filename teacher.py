@@ -46,10 +46,8 @@ class Teacher(nn.Module):
 
     def enlarged(self, network, size, images):
         """What `network` answers for the pictures enlarged to `size`, at the student's anchors."""
-        memory = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else (
-            torch.contiguous_format)
-        large = F.interpolate(images, size=size[::-1], mode="bilinear", align_corners=False)
-        logits, offsets = network(large.contiguous(memory_format=memory))
+        larger = F.interpolate(images, size=size[::-1], mode="bilinear", align_corners=False)
+        logits, offsets = network(larger)
         anchors = make_anchors(network.config, size).to(images.device)
         found = postprocess(logits, offsets, anchors)  # B of [K, 5]
         faces = torch.cat(found)  # [T, 5]
