@@ -163,12 +163,13 @@ def training(args):
     context = multiprocessing.get_context("spawn")
     with photos_for(args) as file:
         for size in args.batch_sizes:
-            jobs, names, first = [], [], []
+            jobs, names, first, helpers = [], [], [], []
             for keeps in (False, True):
                 mine, its = context.Pipe()
                 how = {"device": args.device, "threads": args.threads, "photos": args.photos}
-                context.Process(target=step_on_request, args=(its, how, str(file), size, keeps),
-                                daemon=True).start()
+                helpers.append((mine, context.Process(
+                    target=step_on_request, args=(its, how, str(file), size, keeps), daemon=True)))
+                helpers[-1][1].start()
                 its.close()  # else, should that process fail, this one would wait for its answer for ever
                 for row in rows:
                     jobs.append(lambda pipe=mine, row=row: (pipe.send(row), pipe.recv()))
@@ -180,6 +181,9 @@ def training(args):
             print(f"training step, batch {size}, {args.threads} threads; the seconds are of the first call")
             measured = interleaved(jobs, args.rounds, 1)
             speeds([f"{name:54}{once:4.0f} s" for name, once in zip(names, first)], size / measured)
+            for pipe, process in helpers:
+                pipe.close()
+                process.join()
 
 
 def step_on_request(pipe, how, file, size, keeps):

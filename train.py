@@ -204,6 +204,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             stop.at_once = args.compile and before is None  # it compiles, for minutes, and nothing is lost
+            if stop.at_once and stop.number:                # told while the first batch was loaded
+                raise SystemExit(stop.code)
             losses = self.update(batch)
             stop.at_once = False
             self.sums += torch.cat([losses, losses.new_ones(1)])

@@ -101,6 +101,10 @@ USED = {
     "--tensorboard": ([], lambda t, v, m: m.writer is not None),
     "--distill": (["0.3", "0.4", "--load-from", "{start}"],
                   lambda t, v, m: t.teacher is not None and t.criterion.distill == [0.3, 0.4]),
+    "--teacher": (["{start}", "{start}@96", "--distill", "0.3", "0.4"],
+                  lambda t, v, m: t.teacher.sizes == [(64, 64), (96, 96)]),
+    "--unlabelled": (["{sample}/val.json", "--teacher", "{start}", "--distill", "0.3", "0.4"],
+                     lambda t, v, m: len(t.loader.dataset) == 18),
 }
 # These begin a run or name its place, or shape what cannot change any more: refused, see test_train.py.
 OTHERS = {"--help", "--size", "--width", "--anchors", "--pretrained", "--load-from", "--hold", "--resume",

@@ -1,5 +1,6 @@
 """What train.py does to be fast: bfloat16 and compiling where they pay, as decided once for a run."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,22 @@ def test_compiled_and_bf16_parts_are_bitwise_the_whole(sample, tmp_path):
     parts = run("parts", "--epochs", "2", "--resume")
     assert parts["flags"]["compile"] and parts["flags"]["precision"] == "bf16"
     assert all(torch.equal(value, parts["state_dict"][key]) for key, value in whole["state_dict"].items())
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_first_batch_is_loaded_waits_for_no_compiler(sample, tmp_path, monkeypatch):
+    load, updates = train.FaceDataset.__getitem__, []
+
+    def told(dataset, key):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(dataset, key)
+
+    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(train.FaceDataset, "__getitem__", told)
+    monkeypatch.setattr(train.Trainer, "update", lambda *_: updates.append(1))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--data", str(sample / "train.json"), "--val", "none", "--out",
+                    str(tmp_path / "r"), "--epochs", "1", "--compile"])
+    assert stop.value.code == 143 and not updates
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["step"] == 0
