@@ -38,7 +38,6 @@ from options import parse_args
 from runtimes import first_line
 from teacher import load_teacher
 
-
 PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
 
 
@@ -74,7 +73,7 @@ def cannot_compile(device):
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(64, device=device))
     except Exception as error:  # the compilers' own kinds
-        return first_line(error)[:160]
+        return first_line(error)
 
 
 def lr_at(step, epoch, lr, milestones, warmup):
