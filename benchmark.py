@@ -166,7 +166,7 @@ def training(args):
             jobs, names, first, helpers = [], [], [], []
             for keeps in (False, True):
                 mine, its = context.Pipe()
-                how = {"device": args.device, "threads": args.threads, "photos": args.photos}
+                how = {"device": args.device, "threads": args.threads}
                 helpers.append((mine, context.Process(
                     target=step_on_request, args=(its, how, str(file), size, keeps), daemon=True)))
                 helpers[-1][1].start()
@@ -257,6 +257,7 @@ class NoStop:
     at_once = False
 
     def agreed(self):
+        """Nobody asks the run to stop."""
         return False
 
 

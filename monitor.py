@@ -22,7 +22,8 @@ def describe_run(trainer, dataset, content):
     """Print what is trained on what, from where, and what of the schedule lies beyond the run."""
     args, config = trainer.args, trainer.raw_model.config
     goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
-    print(f"{' + '.join(args.data)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
+    sets = args.data + [f"{path} (unlabelled)" for path in args.unlabelled or []]
+    print(f"{' + '.join(sets)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
           f"({dataset.ignored.sum():,} ignored); an epoch is {args.repeat} passes, "
           f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
     print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "

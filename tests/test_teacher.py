@@ -141,7 +141,7 @@ def test_nothing_is_learned_from_the_boxes_of_unlabelled_photos(sample):
 
 
 @pytest.mark.slow
-def test_a_run_with_teachers_and_unlabelled_photos_resumes_bit_by_bit(sample, files):
+def test_a_run_with_teachers_and_unlabelled_photos_resumes_bit_by_bit(sample, files, capsys):
     nameless = json.loads((sample / "val.json").read_text())
     for entry in nameless["images"]:
         del entry["width"], entry["height"]
@@ -158,6 +158,7 @@ def test_a_run_with_teachers_and_unlabelled_photos_resumes_bit_by_bit(sample, fi
               f"{files}/wide@2.pth", "--distill", "0.5", "0.5",
               "--unlabelled", f"{files}/more.json"]
     whole = run("whole", *taught, "--epochs", "2")
+    assert f"train.json + {files}/more.json (unlabelled): 18 photos" in capsys.readouterr().out
     run("parts", *taught, "--epochs", "1")
     parts = run("parts", *taught, "--epochs", "2", "--resume")
     assert all(torch.equal(value, parts["state_dict"][key]) for key, value in whole["state_dict"].items())
