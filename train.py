@@ -57,6 +57,8 @@ def settle_speed(args, content, device, processes, photos, pixels):
         long = photos * pixels >= PAYS * 300 * 300
         args.compile = bool(before["compile"] if "compile" in before else
                             not content and device == "cpu" and processes == 1 and long)
+    if args.compile:
+        say("trying the compiler, up to half a minute the first time")
     if args.compile and (trouble := cannot_compile(device)):
         say(f"cannot compile here ({trouble}): training goes on without, which is slower")
         args.compile = False
