@@ -348,7 +348,7 @@ def read_inputs(args, content):
 
 
 def prepare(args):
-    """Everything before the loop: (Trainer, validation Annotations or None, Monitor)."""
+    """Everything before the loop: (Trainer, validation Annotations or None, Monitor, StopFlag)."""
     rank, processes, device = join_processes(args.device)
     if args.sync_bn and not device.startswith("cuda"):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
@@ -366,13 +366,14 @@ def prepare(args):
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)
     monitor = together(lambda: None if rank else Monitor(args, model, validated))
+    stop = StopFlag()  # before the lines below: who has read them may count on a signal saving the run
     if rank == 0:
         if content:
             report_changes(args, content)
         describe_run(trainer, dataset, content)
         if not val:
             print("no validation (no --val): best.pth is not written")
-    return trainer, val, monitor
+    return trainer, val, monitor, stop
 
 
 @command
@@ -380,8 +381,7 @@ def main(argv=None):
     """Train, validating and saving after each epoch."""
     args = parse_args(argv, __doc__)
     last, again = str(Path(args.out) / "last.pth"), resume_command(args, argv)
-    trainer, val, monitor = prepare(args)
-    stop = StopFlag()
+    trainer, val, monitor, stop = prepare(args)
     try:
         if args.resume != last:
             trainer.save()  # from here on there is a checkpoint, and the folder is known to be writable

@@ -144,7 +144,7 @@ def test_a_flag_that_is_changed_is_used(sample, tmp_path, begun, start, flag, ca
     words = [value.format(sample=sample, start=start) for value in values]
     args = train.parse_args([*SMALL, "--data", str(sample / "train.json"), "--out", str(tmp_path / "r"),
                              "--val", "none", "--resume", flag, *words])
-    trainer, val, monitor = train.prepare(args)
+    trainer, val, monitor, _ = train.prepare(args)
     assert used(trainer, val, monitor)
     if flag not in ("--workers", "--val"):
         assert f"resumed with {flag} " in capsys.readouterr().out
