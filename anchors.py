@@ -20,6 +20,7 @@ from model import HAND_DESIGNED, STRIDE, Config, grid_size
 
 VARIANCES = (0.1, 0.1, 0.2, 0.2)
 POSITIVE_IOU = 0.4
+ALIGNED, LEAST_IOU = 9, 0.2  # of task_aligned: how many anchors for each face, and their own IoU with it
 CROWD_COVER = 0.5  # of its own area, as evaluation has it: the union with a crowd is the detection alone
 MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no offset overflows exp
 
@@ -63,35 +64,40 @@ def decode(offsets: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
-          crowd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+          crowd: torch.Tensor | None = None,
+          chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Match the anchors with the faces of a whole batch: labels `[B, A]` and offsets `[B, A, 4]`.
 
     As `assign`, with the offsets to each anchor's face; they are 0 where there is no face.
     """
-    labels, face = assign(anchors, faces, ignored, image, batch, crowd)
+    labels, face = assign(anchors, faces, ignored, image, batch, crowd, chosen)
     boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
     return labels, encode(boxes, anchors).masked_fill(labels[..., None] != 1, 0)
 
 
 def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
-           crowd: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+           crowd: torch.Tensor | None = None,
+          chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Assign the faces of a whole batch to the anchors: labels `[B, A]` and which face it is, `[B, A]`.
 
     Labels are 1 for a face, 0 for background, -1 for neither; the face is T where the label is not 1.
     anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool;
     image `[T]`, the place in the batch of each face's image; batch B; crowd `[T]` bool, which of the
-    ignored are crowd regions (None: none of them).
+    ignored are crowd regions (None: none of them); chosen `[T, A]` bool, the anchors that may answer for
+    each face (None: those whose IoU with it is 0.4 or more).
 
-    An anchor is positive if its IoU with a face that is not ignored is 0.4 or more. Besides, each such face
-    takes its best anchor, if it overlaps any. Of faces that share their best anchor, the one of higher IoU
-    takes it. Of the other anchors, neither are those whose IoU with an ignored face is 0.4 or more, and
-    those with half their area or more in a crowd region.
+    Positive are the chosen anchors of faces that are not ignored. Besides, each such face takes its best
+    anchor, if it overlaps any. Of faces that share an anchor, the one of highest IoU takes it, but those
+    whose best it is come first. Of the other anchors, neither are those whose IoU with an ignored face is
+    0.4 or more, and those with half their area or more in a crowd region.
     """
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
+    near = iou >= POSITIVE_IOU
     learned = iou.masked_fill(ignored[:, None], 0)
     highest, best = learned.max(1)
-    learned[number, best] += 2 * (highest > 0)                              # its best anchor above all others
+    learned = learned * (near if chosen is None else chosen)
+    learned[number, best] = highest + 2 * (highest > 0)                     # its best anchor above all others
     rows = image[:, None].expand_as(iou)
     zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
     top = zeros.scatter_reduce(0, rows, learned, "amax")
@@ -100,12 +106,37 @@ def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, im
     # row of its own below.
     claims = (learned == top[image]) * (len(faces) - number[:, None]).to(iou.dtype)
     face = len(faces) - zeros.scatter_reduce(0, rows, claims, "amax").long()
-    positive = top >= POSITIVE_IOU
-    unsure = (iou >= POSITIVE_IOU) & ignored[:, None]
+    positive = top > 0
+    unsure = near & ignored[:, None]
     if crowd is not None:
         unsure |= (covered(anchors, faces) >= CROWD_COVER) & crowd[:, None]
     unsure = zeros.scatter_reduce(0, rows, unsure.to(iou.dtype), "amax") > 0
     return positive.long() - (unsure & ~positive).long(), face.masked_fill(~positive, len(faces))
+
+
+@torch.no_grad()
+def task_aligned(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor, faces: torch.Tensor,
+                 image: torch.Tensor) -> torch.Tensor:
+    """The anchors `[T, A]`, bool, that answer best for each face (TOOD, Feng et al. 2021, section 3.2).
+
+    logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's answers; the rest is as in `assign`. They
+    are the 9 of highest score x IoU ** 6, the IoU that of the box they predict, among the anchors whose own
+    IoU with the face is 0.2 or more. So scores and boxes are learned in the same places.
+    """
+    scores = logits.float().softmax(-1)[..., 1][image]                      # [T, A]
+    iou = pair_iou(decode(offsets.float(), anchors)[image], faces[:, None])
+    alignment = scores * iou ** 6 * (box_iou(faces, anchors) >= LEAST_IOU)
+    highest, best = alignment.topk(min(ALIGNED, len(anchors)))
+    return torch.zeros_like(alignment, dtype=torch.bool).scatter(1, best, highest > 0)
+
+
+def pair_iou(boxes, others):
+    """IoU `[...]` of each of boxes `[..., 4]` with its partner in others `[..., 4]`, xyxy."""
+    start = torch.maximum(boxes[..., :2], others[..., :2])
+    end = torch.minimum(boxes[..., 2:], others[..., 2:])
+    common = (end - start).clamp(min=0).prod(-1)
+    areas = sum((one[..., 2:] - one[..., :2]).clamp(min=0).prod(-1) for one in (boxes, others))
+    return common / (areas - common).clamp(min=1e-6)
 
 
 def covered(anchors, regions):

@@ -58,6 +58,14 @@ def make_parser(description=None):
     add("--patience", type=int, metavar="N",
         help="stop after N validated epochs in a row without a better AP50 (default: all epochs are trained)")
     add("--seed", type=int, default=0, help="default 0")
+    add = parser.add_argument_group("loss").add_argument
+    add("--matching", choices=("iou", "aligned"), default="iou",
+        help="which anchors learn a face: those of IoU 0.4, or the 9 that answer best for it (default iou)")
+    add("--class-loss", choices=("cross-entropy", "quality-focal"), default="cross-entropy",
+        help="cross-entropy with hard negatives, or quality focal loss: a score is to be its box's IoU "
+             "(default cross-entropy)")
+    add("--box-loss", choices=("smooth-l1", "eiou"), default="smooth-l1",
+        help="smooth L1 of the offsets, or EIoU of the boxes (default smooth-l1)")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/face", help="folder of the run (default %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")

@@ -110,7 +110,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay)
         self.anchors = make_anchors(self.raw_model.config).to(device)
-        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill)
+        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill, args.matching,
+                                   args.class_loss, args.box_loss)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                                           args.precision == "bf16")
         self.epoch = self.step = self.done = 0     # epochs trained, iterations in all, photos of this epoch

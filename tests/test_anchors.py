@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 import anchors as module
-from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, shape_iou
+from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, pair_iou, shape_iou, task_aligned
 from coco import read_annotations
 from model import HAND_DESIGNED, Config
 
@@ -69,15 +69,16 @@ def inside(anchor, region):
     return max(0.0, width) * max(0.0, height) / ((x2 - x1) * (y2 - y1))
 
 
-def slow_match(own, faces, ignored, crowd=None):
+def slow_match(own, faces, ignored, crowd=None, chosen=None):
     """The matching rule written out, one anchor at a time, for one image."""
     labels, assigned = [], []
     iou = box_iou(faces, own) if len(faces) else torch.zeros(0, len(own))
     best = {n: int(iou[n].argmax()) if iou[n].any() else None for n in range(len(faces)) if not ignored[n]}
     for a in range(len(own)):
-        claims = [(float(iou[n, a] + 2 * (best[n] == a)), -n) for n in best]
+        may = {n: iou[n, a] >= POSITIVE_IOU if chosen is None else bool(chosen[n, a]) for n in best}
+        claims = [(float(iou[n, a] + 2 * (best[n] == a)), -n) for n in best if may[n] or best[n] == a]
         overlap, face = max(claims, default=(0.0, 0))
-        taken = overlap >= POSITIVE_IOU
+        taken = overlap > 0
         unsure = any(ignored[n] and (iou[n, a] >= POSITIVE_IOU or crowd is not None and crowd[n]
                                      and inside(own[a], faces[n]) >= 0.5) for n in range(len(faces)))
         labels.append(1 if taken else -1 if unsure else 0)
@@ -86,8 +87,8 @@ def slow_match(own, faces, ignored, crowd=None):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("crowds", [False, True])
-def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
+@pytest.mark.parametrize("crowds, chosen", [(False, False), (True, False), (True, True)])
+def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds, chosen):
     """Also for faces that are equal, that lie beyond all anchors, that are empty, and that tie."""
     generator = torch.Generator().manual_seed(seed)
     own = make_anchors(Config.scaled_from_300(96, 96))
@@ -100,10 +101,12 @@ def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
     ignored = [torch.rand(n, generator=generator) < 0.4 for n in counts]
     crowd = [marks & (torch.rand(len(marks), generator=generator) < 0.5) for marks in ignored]
     image = torch.arange(5).repeat_interleave(torch.tensor(counts))
-    more = [torch.cat(crowd)] if crowds else []
-    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5, *more)
+    may = [torch.rand(n, len(own), generator=generator) < 0.1 for n in counts]
+    labels, offsets = match(own, torch.cat(faces), torch.cat(ignored), image, 5,
+                            torch.cat(crowd) if crowds else None, torch.cat(may) if chosen else None)
     for n in range(5):
-        expected, assigned = slow_match(own, faces[n], ignored[n], crowd[n] if crowds else None)
+        expected, assigned = slow_match(own, faces[n], ignored[n], crowd[n] if crowds else None,
+                                        may[n] if chosen else None)
         assert labels[n].tolist() == expected
         for a, face in enumerate(assigned):
             if face is None:
@@ -111,6 +114,32 @@ def test_matching_a_batch_follows_the_rule_one_by_one(seed, crowds):
             else:
                 torch.testing.assert_close(offsets[n, a], encode(faces[n][face], own[a]))
     assert {0, 1} <= set(labels.unique().tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_anchors_that_answer_best_are_chosen_one_by_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    own = make_anchors(Config.scaled_from_300(96, 96))
+    faces, image = random_boxes(generator, 6, 3, 90) / 2.5, torch.tensor([0, 0, 2, 2, 2, 2])
+    faces[5] = torch.tensor([-90.0, -90, -50, -50])                         # no anchor overlaps it
+    logits = torch.randn(3, len(own), 2, generator=generator)
+    offsets = torch.randn(3, len(own), 4, generator=generator)
+    chosen = task_aligned(logits, offsets, own, faces, image)
+    for n in range(6):
+        scores, boxes = logits[image[n]].softmax(-1)[:, 1], decode(offsets[image[n]], own)
+        worth = [float(scores[a] * box_iou(faces[n:n + 1], boxes[a:a + 1]) ** 6)
+                 if box_iou(faces[n:n + 1], own[a:a + 1]) >= 0.2 else 0.0 for a in range(len(own))]
+        best = sorted(range(len(own)), key=lambda a: -worth[a])[:9]
+        assert chosen[n].nonzero().flatten().tolist() == sorted(a for a in best if worth[a] > 0)
+    assert chosen[:5].any(1).sum() > 2 and not chosen[5].any()
+    assert task_aligned(logits[:, :4], offsets[:, :4], own[:4], faces[:0], image[:0]).shape == (0, 4)
+
+
+def test_iou_of_pairs():
+    boxes, others = random_boxes(torch.Generator().manual_seed(0), 40, 3, 90).view(2, 20, 4)
+    assert torch.allclose(pair_iou(boxes, others), box_iou(boxes, others).diagonal())
+    nothing = torch.tensor([5.0, 5, 5, 5])
+    assert pair_iou(nothing, nothing) == 0 and pair_iou(boxes[0], boxes[0]) == 1
 
 
 def test_a_crowd_region_protects_the_anchors_that_lie_in_it():

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import batch_divisor, confidence, distillation_loss, multibox_loss, soft_targets
+from anchors import decode, make_anchors
+from loss import (Criterion, batch_divisor, confidence, distillation_loss, eiou, multibox_loss, quality_focal,
+                  soft_targets)
+from model import Config
 
 
 def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
@@ -138,3 +141,84 @@ def test_a_confident_teacher_sets_the_box_and_what_it_sees_is_no_background_besi
     assert targets[0, :, 0].tolist() == pytest.approx([-1 + w * (4 * n + 1) for n, w in enumerate(expected)])
     _, distance = distillation_loss(logits, offsets + 1, logits, offsets, weight, labels, 2)
     assert distance.item() == pytest.approx(4 * 3 * sum(expected) / 2)
+
+
+def iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    common = max(width, 0) * max(height, 0)
+    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
+
+
+def test_quality_focal_loss_equals_the_formula():
+    """Also a face whose box is right: its score is to be 1. One whose box misses it: 0."""
+    anchors = make_anchors(Config())[:200]
+    logits, offsets, labels, targets = case()
+    right, off = (labels == 1).nonzero()[:2].tolist()
+    targets[tuple(right)] = offsets[tuple(right)]
+    targets[tuple(off)] = offsets[tuple(off)] + torch.tensor([80.0, 0, 0, 0])
+    boxes, faces = decode(offsets, anchors).double().tolist(), decode(targets, anchors).double().tolist()
+    expected, qualities = 0.0, []
+    for n, a in (labels >= 0).nonzero().tolist():
+        score = logits[n, a].double().softmax(0)[1].item()
+        quality = iou(boxes[n][a], faces[n][a]) if labels[n, a] == 1 else 0.0
+        qualities.append(quality)
+        cost = -quality * math.log(score) - (1 - quality) * math.log(1 - score)
+        expected += cost * (score - quality) ** 2
+    assert max(qualities) == pytest.approx(1) and 0.01 < sorted(qualities)[-10] < 0.99
+    loss = quality_focal(logits, offsets, labels, targets, anchors)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_quality_focal_loss_teaches_scores_alone_and_background_little_once_it_is_known():
+    anchors = make_anchors(Config())[:200]
+    logits, offsets, labels, targets = case(positives=0)
+    leaves = [logits.requires_grad_(), offsets.requires_grad_()]
+    quality_focal(*leaves, labels, targets, anchors).backward()
+    assert offsets.grad is None and not logits.grad[labels == -1].any()
+    assert (logits.grad[..., 1][labels == 0] > 0).all()                     # a face's score falls
+    easy = torch.tensor([4.0, -4]).expand_as(logits)
+    assert quality_focal(easy, offsets, labels, targets, anchors) < 1e-6
+
+
+def test_eiou_equals_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 50, 2, 2, generator=generator, dtype=torch.float64) * 90
+    boxes, faces = (corners.sort(2).values + torch.tensor([[0.0, 0], [1, 1]])).flatten(2)
+    for value, a, b in zip(eiou(boxes, faces).tolist(), boxes.tolist(), faces.tolist()):
+        width, height = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
+        x, y = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+        wider, higher = (a[2] - a[0]) - (b[2] - b[0]), (a[3] - a[1]) - (b[3] - b[1])
+        expected = (1 - iou(a, b) + (x * x + y * y) / (width ** 2 + height ** 2) + (wider / width) ** 2
+                    + (higher / height) ** 2)
+        assert value == pytest.approx(expected, rel=1e-9)
+    assert eiou(boxes, boxes).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("losses", [{"class_loss": "quality-focal"}, {"box_loss": "eiou"}])
+def test_newer_losses_move_boxes_towards_faces_that_no_longer_overlap_and_are_finite_without_any(losses):
+    anchors = make_anchors(Config())[:200]
+    for positives in (0, 0.05):
+        logits, offsets, labels, targets = case(positives=positives)
+        targets, offsets = targets * 9, offsets.requires_grad_()
+        total, *_ = multibox_loss(logits, offsets, labels, targets, torch.zeros(2), batch_divisor(labels),
+                                  anchors, **losses)
+        total.backward()
+        assert total.isfinite() and offsets.grad.isfinite().all()
+        assert offsets.grad[labels == 1].any(1).all() and not offsets.grad[labels != 1].any()
+
+
+def test_the_criterion_uses_what_it_is_told(monkeypatch):
+    """The batch's labels are those of the anchors that answer best; both losses get through."""
+    from data import Batch
+    anchors, seen = make_anchors(Config()), []
+    face = torch.tensor([[100.0, 100, 160, 160]])
+    no = torch.tensor([False])
+    batch = Batch(torch.zeros(1, 3, 300, 300), face, no, no, torch.tensor([0]), [0], [(300, 300)], {})
+    logits, offsets = torch.zeros(1, len(anchors), 2), torch.zeros(1, len(anchors), 4)
+    monkeypatch.setattr("loss.multibox_loss",
+                        lambda *values: seen.append(values) or (torch.zeros(()),) * 3)
+    for more in ([], ["aligned", "quality-focal", "eiou"]):
+        Criterion(anchors, torch.zeros(2), (0, 0), *more)((logits, offsets), batch)
+    (_, _, near, *_, first, second), (_, _, aligned, *_, third, fourth) = seen
+    assert (first, second, third, fourth) == ("cross-entropy", "smooth-l1", "quality-focal", "eiou")
+    assert (aligned == 1).sum() == 9 and (near == 1).sum() > 9
