@@ -14,10 +14,15 @@ KINDS = masks_train_seen webcam_train_seen web_train street_train everyday_train
 SETS = $(KINDS:%=runs/sets/%.json) runs/sets/masks_train_seen.json runs/sets/webcam_train_seen.json
 NEGATIVES = runs/sets/negatives_train.json
 
+TRAIN = $(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
+	--val $(PHOTOS)/masks_val_seen.json
+ALIGNED = --matching aligned --class-loss cross-entropy --box-loss smooth-l1
+
+# Two runs that differ in what they find best, and their mean. Stopped, the same line goes on.
 weights: $(SETS) $(NEGATIVES)
-	$(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
-		--val $(PHOTOS)/masks_val_seen.json --out runs/weights
-	$(BIN)/python checkpoints.py runs/weights/last.pth $(START) --shares 4 1 --out runs/face_ssd300.pth
+	$(TRAIN) --out runs/weights $(if $(wildcard runs/weights/last.pth),--resume) $(FLAGS)
+	$(TRAIN) $(ALIGNED) --out runs/aligned $(if $(wildcard runs/aligned/last.pth),--resume) $(FLAGS)
+	$(BIN)/python checkpoints.py runs/weights/last.pth runs/aligned/last.pth --shares 2 1 --out runs/face_ssd300.pth
 
 runs/sets/%.json: .venv/installed
 	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json
