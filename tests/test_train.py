@@ -11,12 +11,12 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from anchors import make_anchors, match
+from anchors import make_anchors
 from data import FaceDataset, collate
 from coco import read_annotations
 from detector import MODEL
 from distributed import mean
-from loss import batch_divisor, multibox_loss
+from loss import Criterion
 from model import SSD, Config, checkpoint, load_model
 
 SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1",
@@ -288,7 +288,7 @@ def test_unreadable_photos_within_and_beyond_the_budget(sample, tmp_path, capsys
     assert "2 photos could not be used" in refused(train.main, *flags, tmp_path / "s", "--max-unreadable", 1)
 
 
-def batch_gradients(rank, world, folder, port):
+def batch_gradients(rank, world, folder, port, losses):
     """Save the gradients of one batch of 6 photos, shared by `world` processes; batch norm in eval mode."""
     torch.set_num_threads(1)
     if world > 1:
@@ -299,20 +299,19 @@ def batch_gradients(rank, world, folder, port):
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model
     dataset = FaceDataset(read_annotations(f"{folder}/train.json"), 64, 64)
     batch = collate([dataset[index, (7, index)] for index in range(rank, 6, world)])
-    labels, targets = match(make_anchors(raw_model.config), batch.faces,
-                            batch.ignored, batch.image, len(batch.images))
-    logits, offsets = model(batch.images.float() / 255)
-    multibox_loss(logits, offsets, labels, targets, raw_model.loss_weights,
-                  batch_divisor(labels))[0].backward()
+    criterion = Criterion(make_anchors(raw_model.config), raw_model.loss_weights, (0, 0), *losses)
+    criterion(model(batch.images.float() / 255), batch)[0][0].backward()
     assert mean(torch.tensor([rank + 1.0])).tolist() == [(world + 1) / 2]
     torch.save({name: p.grad for name, p in raw_model.named_parameters()},
                f"{folder}/gradients-{world}-{rank}.pth")
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_gradients_of_one(sample):
-    batch_gradients(0, 1, sample, 0)
-    torch.multiprocessing.spawn(batch_gradients, (2, str(sample), 29517 + os.getpid() % 1000), nprocs=2)
+@pytest.mark.parametrize("losses", [(), ("aligned", "quality-focal", "eiou")])
+def test_two_processes_compute_the_gradients_of_one(sample, losses):
+    batch_gradients(0, 1, sample, 0, losses)
+    arguments = 2, str(sample), 29517 + os.getpid() % 1000, losses
+    torch.multiprocessing.spawn(batch_gradients, arguments, nprocs=2)
     one, *two = (torch.load(sample / f"gradients-{name}.pth") for name in ("1-0", "2-0", "2-1"))
     for name, gradient in one.items():
         for other in two:
