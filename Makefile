@@ -1,7 +1,8 @@
 # make demo     the shipped network on a photo, fine-tuned, exported, measured (demo.py)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
-# make weights START=checkpoint PHOTOS=folder     weights of the kind of weights/face_ssd300.pth, see its README.md
+# make weights START=checkpoint PHOTOS=folder     weights of the kind of weights/face_ssd300.pth, see its README.md.
+#              FLAGS="--device cuda" and the like are handed on to train.py
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,13 +17,13 @@ NEGATIVES = runs/sets/negatives_train.json
 
 TRAIN = $(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
 	--val $(PHOTOS)/masks_val_seen.json
-ALIGNED = --matching aligned --class-loss cross-entropy --box-loss smooth-l1
+ALIGNED = --seed 1 --matching aligned --class-loss cross-entropy --box-loss smooth-l1
 
 # Two runs that differ in what they find best, and their mean. Stopped, the same line goes on.
 weights: $(SETS) $(NEGATIVES)
-	$(TRAIN) --out runs/weights $(if $(wildcard runs/weights/last.pth),--resume) $(FLAGS)
+	$(TRAIN) --out runs/quality $(if $(wildcard runs/quality/last.pth),--resume) $(FLAGS)
 	$(TRAIN) $(ALIGNED) --out runs/aligned $(if $(wildcard runs/aligned/last.pth),--resume) $(FLAGS)
-	$(BIN)/python checkpoints.py runs/weights/last.pth runs/aligned/last.pth --shares 2 1 --out runs/face_ssd300.pth
+	$(BIN)/python checkpoints.py runs/quality/last.pth runs/aligned/last.pth --shares 2 1 --out runs/face_ssd300.pth
 
 runs/sets/%.json: .venv/installed
 	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json

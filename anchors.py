@@ -77,7 +77,7 @@ def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, ima
 
 def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
            crowd: torch.Tensor | None = None,
-          chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+           chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Assign the faces of a whole batch to the anchors: labels `[B, A]` and which face it is, `[B, A]`.
 
     Labels are 1 for a face, 0 for background, -1 for neither; the face is T where the label is not 1.
@@ -119,9 +119,10 @@ def task_aligned(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Ten
                  image: torch.Tensor) -> torch.Tensor:
     """The anchors `[T, A]`, bool, that answer best for each face (TOOD, Feng et al. 2021, section 3.2).
 
-    logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's answers; the rest is as in `assign`. They
-    are the 9 of highest score x IoU ** 6, the IoU that of the box they predict, among the anchors whose own
-    IoU with the face is 0.2 or more. So scores and boxes are learned in the same places.
+    Each face's anchors are ranked by score x IoU ** 6, the IoU of the box they predict with the face. Chosen
+    are the best nine of those whose own IoU with it is 0.2 or more; small faces have fewer. So scores and
+    boxes are learned in the same places. logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's
+    outputs; the rest is as in `assign`.
     """
     scores = logits.float().softmax(-1)[..., 1][image]                      # [T, A]
     iou = pair_iou(decode(offsets.float(), anchors)[image], faces[:, None])

@@ -132,18 +132,6 @@ def claim(out):
     return file
 
 
-def report_changes(args, content):
-    """Print which flags differ from those of the checkpoint that is resumed. They are what is used."""
-    before = content["flags"]
-    silent = {"resume", "out", "workers", "device", "size", "width", "anchors", "pretrained"}
-    if args.teacher or not args.distill:
-        silent.add("load_from")  # else it is the teacher
-    for key in sorted((vars(args).keys() & before.keys()) - silent):
-        now = getattr(args, key)
-        if now != before[key]:
-            print(f"resumed with --{key.replace('_', '-')} {now}, it was {before[key]}")
-
-
 def wanted_config(args, config):
     """`config` with what the flags ask for in its place. --anchors are given for 300 x 300 and scaled."""
     width, height = args.size or config.input_size

@@ -8,8 +8,7 @@ from anchors import decode, match, pair_iou, task_aligned
 
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
-# So that the newer losses weigh about as much as those whose place they take.
-QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2
+QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # of the newer losses, as tried in weights/TRIALS.md; no other was
 
 
 def batch_divisor(labels):
@@ -26,35 +25,26 @@ def batch_divisor(labels):
     return counts.max() / processes
 
 
-def multibox_loss(logits, offsets, labels, targets, loss_weights, divisor, anchors=None,
+def multibox_loss(logits, offsets, labels, targets, anchors, loss_weights, divisor,
                   class_loss="cross-entropy", box_loss="smooth-l1"):
     """The loss of a batch and its two parts, each a scalar: total, class, box.
 
     logits `[B, A, 2]`, offsets `[B, A, 4]`, labels `[B, A]` (1 face, 0 background, -1 neither), targets
-    `[B, A, 4]` (finite everywhere), loss_weights `[2]`. Class: cross-entropy of all positives and, per
-    image, the max(3 x positives, 10) hardest negatives (SSD, Liu et al. 2016, section 2.2), or
-    `quality_focal`. Box: smooth L1 of the positives, or `eiou` of their boxes; these two need the anchors
-    `[A, 4]`. Balance: exp(-w0) class + w0 / 2 + exp(-w1) box + w1 / 2 (Kendall et al. 2018).
-    Computed in float32 whatever the inputs are.
+    `[B, A, 4]` (finite everywhere), anchors `[A, 4]`, loss_weights `[2]`. The parts are those of CLASS_LOSSES
+    and BOX_LOSSES with these names. Balance: exp(-w0) class + w0 / 2 + exp(-w1) box + w1 / 2 (Kendall et al.
+    2018). Computed in float32 whatever the inputs are.
     """
-    logits, offsets = logits.float(), offsets.float()
-    positive = labels == 1
-    if class_loss == "quality-focal":
-        class_sum = QUALITY_WEIGHT * quality_focal(logits, offsets, labels, targets, anchors)
-    else:
-        class_sum = hard_cross_entropy(logits, labels)
-    if box_loss == "eiou":
-        own = anchors.expand_as(offsets)[positive]
-        box_sum = EIOU_WEIGHT * eiou(decode(offsets[positive], own), decode(targets[positive], own)).sum()
-    else:
-        box_sum = (F.smooth_l1_loss(offsets, targets, reduction="none").sum(-1) * positive).sum()
-    parts = torch.stack([class_sum, box_sum]) / divisor
+    inputs = logits.float(), offsets.float(), labels, targets, anchors
+    parts = torch.stack([CLASS_LOSSES[class_loss](*inputs), BOX_LOSSES[box_loss](*inputs)]) / divisor
     total = (torch.exp(-loss_weights) * parts + 0.5 * loss_weights).sum()
     return total, *parts
 
 
-def hard_cross_entropy(logits, labels):
-    """Cross-entropy of all positives and of the hardest negatives, their sum."""
+def hard_cross_entropy(logits, offsets, labels, targets, anchors):
+    """Cross-entropy of all positives and, per image, of the max(3 x positives, 10) hardest negatives, summed.
+
+    SSD, Liu et al. 2016, section 2.2.
+    """
     positive, negative = labels == 1, labels == 0
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), positive.flatten().long(), reduction="none")
     cross_entropy = cross_entropy.view_as(labels)
@@ -75,21 +65,32 @@ def quality_focal(logits, offsets, labels, targets, anchors):
         quality = pair_iou(decode(offsets, anchors), decode(targets, anchors)) * (labels == 1)      # [B, A]
     background, face = logits.log_softmax(-1).unbind(-1)
     cost = -(quality * face + (1 - quality) * background) * (face.exp() - quality).detach() ** 2
-    return (cost * (labels >= 0)).sum()
+    return QUALITY_WEIGHT * (cost * (labels >= 0)).sum()
 
 
-def eiou(boxes, others):
-    """EIoU loss `[N]` of boxes `[N, 4]` and what they should be, xyxy (Zhang et al. 2022).
+def smooth_l1(logits, offsets, labels, targets, anchors):
+    """Smooth L1 of the positives' offsets, summed."""
+    return (F.smooth_l1_loss(offsets, targets, reduction="none").sum(-1) * (labels == 1)).sum()
+
+
+def eiou(logits, offsets, labels, targets, anchors):
+    """EIoU loss (Zhang et al. 2022) of the positives' boxes, summed.
 
     1 - IoU, and three distances squared: of the centres, by the diagonal of the box around both, and of
     the widths and heights, by its sides.
     """
-    around = torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])
-    around = (around ** 2).clamp(min=1e-6)                                              # [N, 2]
-    centres = (boxes[:, :2] + boxes[:, 2:] - others[:, :2] - others[:, 2:]) / 2
-    sides = boxes[:, 2:] - boxes[:, :2] - others[:, 2:] + others[:, :2]
+    # Over all anchors: to pick the positives a GPU would have to wait for their number.
+    boxes, faces = decode(offsets, anchors), decode(targets, anchors)                   # [B, A, 4]
+    around = torch.maximum(boxes[..., 2:], faces[..., 2:]) - torch.minimum(boxes[..., :2], faces[..., :2])
+    around = (around ** 2).clamp(min=1e-6)                                              # [B, A, 2]
+    centres = (boxes[..., :2] + boxes[..., 2:] - faces[..., :2] - faces[..., 2:]) / 2
+    sides = boxes[..., 2:] - boxes[..., :2] - faces[..., 2:] + faces[..., :2]
     apart = (centres ** 2).sum(-1) / around.sum(-1) + (sides ** 2 / around).sum(-1)
-    return 1 - pair_iou(boxes, others) + apart
+    return EIOU_WEIGHT * ((1 - pair_iou(boxes, faces) + apart) * (labels == 1)).sum()
+
+
+CLASS_LOSSES = {"cross-entropy": hard_cross_entropy, "quality-focal": quality_focal}
+BOX_LOSSES = {"smooth-l1": smooth_l1, "eiou": eiou}
 
 
 def confidence(teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -112,10 +113,10 @@ def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, weight, 
 
 
 class Criterion:
-    """The loss of a batch: match, multibox loss and, with a teacher, distillation.
+    """The loss of a batch: matching, multibox loss and, with a teacher, distillation.
 
     anchors `[A, 4]`; loss_weights `[2]`, the model's; distill: the weights of the distillation's two parts;
-    matching "iou" or "aligned" (`task_aligned`); class_loss and box_loss as in `multibox_loss`.
+    matching: "iou" or "aligned" (`task_aligned`); class_loss and box_loss: names in CLASS_LOSSES, BOX_LOSSES.
     """
 
     def __init__(self, anchors, loss_weights, distill=(0, 0), matching="iou", class_loss="cross-entropy",
@@ -123,23 +124,27 @@ class Criterion:
         self.anchors, self.loss_weights, self.distill = anchors, loss_weights, distill
         self.matching, self.class_loss, self.box_loss = matching, class_loss, box_loss
 
+    def match(self, outputs, batch):
+        """Labels `[B, A]` and offsets `[B, A, 4]` to learn on a Batch, for the network's outputs on it."""
+        chosen = None
+        if self.matching == "aligned":
+            chosen = task_aligned(*outputs, self.anchors, batch.faces, batch.image)
+        return match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images), batch.crowd,
+                     chosen)
+
     def __call__(self, outputs, batch, teacher=None):
         """The losses `[3]` (total, class, box) and what distillation adds to the first of them.
 
         outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None.
         """
-        chosen = None
-        if self.matching == "aligned":
-            chosen = task_aligned(*outputs, self.anchors, batch.faces, batch.image)
-        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images),
-                                batch.crowd, chosen)
+        labels, targets = self.match(outputs, batch)
         divisor, distilled = batch_divisor(labels), 0
         if teacher:
             has_faces = torch.zeros_like(labels[:, 0], dtype=torch.bool).index_fill(0, batch.image, True)
             labels, targets, weight = soft_targets(labels, targets, *teacher, has_faces)
             scores, boxes = distillation_loss(*outputs, *teacher, weight, labels, divisor)
             distilled = self.distill[0] * scores + self.distill[1] * boxes
-        losses = multibox_loss(*outputs, labels, targets, self.loss_weights, divisor, self.anchors,
+        losses = multibox_loss(*outputs, labels, targets, self.anchors, self.loss_weights, divisor,
                                self.class_loss, self.box_loss)
         return torch.stack(losses), distilled
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from anchors import match
 from checkpoints import claim
-from data import collate, to_image
+from data import collate, to_image, to_input
 from detector import TorchDetector, detect
 from pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
 from script import InputError, git_commit, whole_file
@@ -138,11 +137,12 @@ def training_sheet(trainer):
     items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
              for place, index in enumerate(
                  np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
-    batch = collate(items)
-    anchors = trainer.anchors.cpu()
-    labels, _ = match(anchors, batch.faces, batch.ignored, batch.image, len(items), batch.crowd)
+    batch = collate(items).to(trainer.device)
+    with torch.no_grad():
+        outputs = (trainer.ema or trainer.raw_model).eval()(to_input(batch.images))
+    labels, _ = trainer.criterion.match(outputs, batch)
     for item, own in zip(items, labels):
-        image = draw_faces(to_image(item.picture), anchors[own == 1], colour=FALSE)
+        image = draw_faces(to_image(item.picture), trainer.anchors[own == 1].cpu(), colour=FALSE)
         image = draw_faces(image, item.faces[~item.ignored])
         pictures.append(draw_faces(image, item.faces[item.ignored], colour=IGNORED))
     return contact_sheet(pictures)

@@ -105,3 +105,17 @@ def parse_args(argv, description=None):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return args
+
+
+def report_changes(args, content):
+    """Print which flags differ from those of the checkpoint that is resumed. They are what is used."""
+    # What an older version had no flag for was as the default of today has it; None is settled elsewhere.
+    defaults = {key: value for key, value in vars(make_parser().parse_args([])).items() if value is not None}
+    before = defaults | content["flags"]
+    silent = {"resume", "out", "workers", "device", "size", "width", "anchors", "pretrained"}
+    if args.teacher or not args.distill:
+        silent.add("load_from")  # else it is the teacher
+    for key in sorted((vars(args).keys() & before.keys()) - silent):
+        now = getattr(args, key)
+        if now != before[key]:
+            print(f"resumed with --{key.replace('_', '-')} {now}, it was {before[key]}")

@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import (find_checkpoint, load_momentum, make_model, report_changes, resume_command,
-                         resume_model, save)
+from checkpoints import find_checkpoint, load_momentum, make_model, resume_command, resume_model, save
 from coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
@@ -34,7 +33,7 @@ from distributed import (StopFlag, from_first, gather, join_processes, launch_id
 from evaluate import score_faces
 from loss import Criterion
 from monitor import Monitor, describe_run
-from options import parse_args
+from options import parse_args, report_changes
 from runtimes import first_line
 from teacher import load_teacher
 
@@ -110,8 +109,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay)
         self.anchors = make_anchors(self.raw_model.config).to(device)
-        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill, args.matching,
-                                   args.class_loss, args.box_loss)
+        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill,
+                                   matching=args.matching, class_loss=args.class_loss, box_loss=args.box_loss)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                                           args.precision == "bf16")
         self.epoch = self.step = self.done = 0     # epochs trained, iterations in all, photos of this epoch

@@ -288,9 +288,12 @@ def test_boxes_from_matching_to_metrics(faces, seed, scale):
     logits, offsets = (scale * torch.randn(2, len(ANCHORS), n) for n in (2, 4))
     logits, offsets, weights = (logits.requires_grad_(), offsets.requires_grad_(),
                                 torch.zeros(2, requires_grad=True))
-    losses = torch.stack(multibox_loss(logits, offsets, labels, targets, weights, batch_divisor(labels)))
-    losses[0].backward()
-    assert losses.isfinite().all() and all(part.grad.isfinite().all() for part in (logits, offsets, weights))
+    for names in (("cross-entropy", "smooth-l1"), ("quality-focal", "eiou")):
+        losses = torch.stack(multibox_loss(logits, offsets, labels, targets, ANCHORS, weights,
+                                           batch_divisor(labels), *names))
+        losses[0].backward()
+        assert losses.isfinite().all()
+        assert all(part.grad.isfinite().all() for part in (logits, offsets, weights))
 
     ordered = torch.cat([torch.minimum(faces[:, :2], faces[:, 2:]),
                          torch.maximum(faces[:, :2], faces[:, 2:]) + 1], 1)[None]  # [1, N, 4]

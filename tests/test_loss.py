@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anchors import decode, make_anchors
-from loss import (Criterion, batch_divisor, confidence, distillation_loss, eiou, multibox_loss, quality_focal,
-                  soft_targets)
+from anchors import decode, encode, make_anchors
+from loss import (EIOU_WEIGHT, QUALITY_WEIGHT, Criterion, batch_divisor, confidence, distillation_loss, eiou,
+                  multibox_loss, quality_focal, soft_targets)
 from model import Config
+
+
+ANCHORS = make_anchors(Config())[:200]
+NEWER = {"class_loss": "quality-focal", "box_loss": "eiou"}
 
 
 def case(seed=0, batch=3, anchors=200, positives=0.05, ignored=0.05):
@@ -41,7 +45,8 @@ def slow(logits, offsets, labels, targets):
 def test_equals_the_formula(arguments):
     inputs = case(**arguments)
     weights = torch.tensor([0.3, -0.7])
-    total, class_loss, box_loss = multibox_loss(*inputs, weights, batch_divisor(inputs[2]))
+    total, class_loss, box_loss = multibox_loss(*inputs, ANCHORS[:inputs[2].shape[1]], weights,
+                                                batch_divisor(inputs[2]))
     expected = slow(*inputs)
     assert class_loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert box_loss.item() == pytest.approx(expected[1], rel=1e-5)
@@ -49,10 +54,11 @@ def test_equals_the_formula(arguments):
         math.exp(-0.3) * expected[0] + 0.15 + math.exp(0.7) * expected[1] - 0.35, rel=1e-5)
 
 
-def gradients(logits, offsets, labels, targets, weights=(0.0, 0.0)):
+def gradients(logits, offsets, labels, targets, weights=(0.0, 0.0), **losses):
     """The loss and its gradients by logits, offsets and loss weights."""
     leaves = [t.clone().requires_grad_() for t in (logits, offsets, torch.tensor(weights))]
-    total, *_ = multibox_loss(leaves[0], leaves[1], labels, targets, leaves[2], batch_divisor(labels))
+    total, *_ = multibox_loss(leaves[0], leaves[1], labels, targets, ANCHORS, leaves[2],
+                              batch_divisor(labels), **losses)
     total.backward()
     return total, [leaf.grad for leaf in leaves]
 
@@ -65,28 +71,31 @@ def test_a_batch_without_faces_is_finite_and_still_teaches():
     assert (by_logits[..., 0] <= 0).all() and (by_logits[..., 1] >= 0).all()  # towards background
 
 
-def test_ignored_anchors_teach_nothing():
+@pytest.mark.parametrize("losses", [{}, NEWER])
+def test_ignored_anchors_teach_nothing(losses):
     logits, offsets, labels, targets = case(positives=0.1, ignored=0.5)
-    _, (by_logits, by_offsets, _) = gradients(logits, offsets, labels, targets)
+    _, (by_logits, by_offsets, _) = gradients(logits, offsets, labels, targets, **losses)
     assert not by_logits[labels == -1].any() and not by_offsets[labels != 1].any()
     assert by_logits[labels == 1].any(-1).all()
 
 
-def test_permuting_anchors_or_images_changes_nothing():
+@pytest.mark.parametrize("losses", [{}, NEWER])
+def test_permuting_anchors_or_images_changes_nothing(losses):
     inputs = case(seed=4)
     weights, order, rows = torch.zeros(2), torch.randperm(200), torch.tensor([2, 0, 1])
-    losses = multibox_loss(*inputs, weights, batch_divisor(inputs[2]))
-    for shuffled in ([t[:, order] for t in inputs], [t[rows] for t in inputs]):
-        torch.testing.assert_close(torch.stack(losses),
-                                   torch.stack(multibox_loss(*shuffled, weights, batch_divisor(shuffled[2]))))
+    expected = torch.stack(multibox_loss(*inputs, ANCHORS, weights, batch_divisor(inputs[2]), **losses))
+    for shuffled, own in (([t[:, order] for t in inputs], ANCHORS[order]),
+                          ([t[rows] for t in inputs], ANCHORS)):
+        changed = multibox_loss(*shuffled, own, weights, batch_divisor(shuffled[2]), **losses)
+        torch.testing.assert_close(expected, torch.stack(changed))
 
 
 def test_bfloat16_outputs_are_computed_in_float32():
     logits, offsets, labels, targets = case()
     half = multibox_loss(logits.bfloat16(), offsets.bfloat16(), labels,
-                         targets, torch.zeros(2), batch_divisor(labels))
+                         targets, ANCHORS, torch.zeros(2), batch_divisor(labels))
     assert all(loss.dtype == torch.float32 for loss in half)
-    full = multibox_loss(logits, offsets, labels, targets, torch.zeros(2), batch_divisor(labels))
+    full = multibox_loss(logits, offsets, labels, targets, ANCHORS, torch.zeros(2), batch_divisor(labels))
     torch.testing.assert_close(torch.stack(half), torch.stack(full), rtol=0.02, atol=0)
 
 
@@ -151,60 +160,68 @@ def iou(a, b):
 
 def test_quality_focal_loss_equals_the_formula():
     """Also a face whose box is right: its score is to be 1. One whose box misses it: 0."""
-    anchors = make_anchors(Config())[:200]
     logits, offsets, labels, targets = case()
     right, off = (labels == 1).nonzero()[:2].tolist()
     targets[tuple(right)] = offsets[tuple(right)]
     targets[tuple(off)] = offsets[tuple(off)] + torch.tensor([80.0, 0, 0, 0])
-    boxes, faces = decode(offsets, anchors).double().tolist(), decode(targets, anchors).double().tolist()
+    boxes, faces = (decode(values, ANCHORS).double().tolist() for values in (offsets, targets))
     expected, qualities = 0.0, []
     for n, a in (labels >= 0).nonzero().tolist():
         score = logits[n, a].double().softmax(0)[1].item()
         quality = iou(boxes[n][a], faces[n][a]) if labels[n, a] == 1 else 0.0
         qualities.append(quality)
         cost = -quality * math.log(score) - (1 - quality) * math.log(1 - score)
-        expected += cost * (score - quality) ** 2
+        expected += QUALITY_WEIGHT * cost * (score - quality) ** 2
     assert max(qualities) == pytest.approx(1) and 0.01 < sorted(qualities)[-10] < 0.99
-    loss = quality_focal(logits, offsets, labels, targets, anchors)
+    loss = quality_focal(logits, offsets, labels, targets, ANCHORS)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_quality_focal_loss_teaches_scores_alone_and_background_little_once_it_is_known():
-    anchors = make_anchors(Config())[:200]
     logits, offsets, labels, targets = case(positives=0)
-    leaves = [logits.requires_grad_(), offsets.requires_grad_()]
-    quality_focal(*leaves, labels, targets, anchors).backward()
+    quality_focal(logits.requires_grad_(), offsets.requires_grad_(), labels, targets, ANCHORS).backward()
     assert offsets.grad is None and not logits.grad[labels == -1].any()
     assert (logits.grad[..., 1][labels == 0] > 0).all()                     # a face's score falls
     easy = torch.tensor([4.0, -4]).expand_as(logits)
-    assert quality_focal(easy, offsets, labels, targets, anchors) < 1e-6
+    assert quality_focal(easy, offsets, labels, targets, ANCHORS) < 1e-5
 
 
 def test_eiou_equals_the_formula():
     generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(2, 50, 2, 2, generator=generator, dtype=torch.float64) * 90
-    boxes, faces = (corners.sort(2).values + torch.tensor([[0.0, 0], [1, 1]])).flatten(2)
-    for value, a, b in zip(eiou(boxes, faces).tolist(), boxes.tolist(), faces.tolist()):
+    corners = torch.rand(3, 50, 2, 2, generator=generator, dtype=torch.float64) * 90
+    boxes, faces, own = (corners.sort(2).values + torch.tensor([[0.0, 0], [1, 1]])).flatten(2)
+    labels = torch.arange(50)[None] % 3 - 1
+    expected = 0.0
+    for a, b in zip(boxes[labels[0] == 1].tolist(), faces[labels[0] == 1].tolist()):
         width, height = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])
         x, y = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
         wider, higher = (a[2] - a[0]) - (b[2] - b[0]), (a[3] - a[1]) - (b[3] - b[1])
-        expected = (1 - iou(a, b) + (x * x + y * y) / (width ** 2 + height ** 2) + (wider / width) ** 2
-                    + (higher / height) ** 2)
-        assert value == pytest.approx(expected, rel=1e-9)
-    assert eiou(boxes, boxes).abs().max() < 1e-9
+        expected += EIOU_WEIGHT * (
+            1 - iou(a, b) + (x * x + y * y) / (width ** 2 + height ** 2) + (wider / width) ** 2
+            + (higher / height) ** 2)
+    loss = eiou(None, encode(boxes, own)[None], labels, encode(faces, own)[None], own)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert eiou(None, encode(boxes, own)[None], labels, encode(boxes, own)[None], own).abs() < 1e-9
 
 
-@pytest.mark.parametrize("losses", [{"class_loss": "quality-focal"}, {"box_loss": "eiou"}])
-def test_newer_losses_move_boxes_towards_faces_that_no_longer_overlap_and_are_finite_without_any(losses):
-    anchors = make_anchors(Config())[:200]
+def test_eiou_moves_a_box_that_does_not_overlap_its_face_towards_it():
+    """There the IoU alone has no gradient."""
+    offsets, targets = torch.zeros(1, 200, 4), torch.zeros(1, 200, 4)
+    targets[..., 0] = 50                                                    # five anchor widths to the right
+    labels = torch.zeros(1, 200, dtype=torch.long)
+    labels[0, 7] = 1
+    eiou(None, offsets.requires_grad_(), labels, targets, ANCHORS).backward()
+    assert offsets.grad[0, 7, 0] < 0 and offsets.grad[0, 7, 1].abs() < 1e-6
+    assert not offsets.grad[labels != 1].any()
+
+
+@pytest.mark.parametrize("losses", [{}, NEWER])
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_losses_are_finite_whatever_the_network_says(losses, scale):
     for positives in (0, 0.05):
         logits, offsets, labels, targets = case(positives=positives)
-        targets, offsets = targets * 9, offsets.requires_grad_()
-        total, *_ = multibox_loss(logits, offsets, labels, targets, torch.zeros(2), batch_divisor(labels),
-                                  anchors, **losses)
-        total.backward()
-        assert total.isfinite() and offsets.grad.isfinite().all()
-        assert offsets.grad[labels == 1].any(1).all() and not offsets.grad[labels != 1].any()
+        total, parts = gradients(scale * logits, scale * offsets, labels, targets, **losses)
+        assert total.isfinite() and all(part.isfinite().all() for part in parts)
 
 
 def test_the_criterion_uses_what_it_is_told(monkeypatch):

@@ -153,6 +153,15 @@ def test_a_flag_that_is_changed_is_used(sample, tmp_path, begun, start, flag, ca
         assert f"resumed with {flag} " in capsys.readouterr().out
 
 
+def test_a_flag_that_an_older_checkpoint_does_not_know_is_reported(sample, tmp_path, begun, capsys):
+    for name in ("matching", "class_loss", "box_loss"):
+        del begun["flags"][name]
+    torch.save(begun, tmp_path / "r/last.pth")
+    run(tmp_path / "r", sample, "--epochs", 1, "--val", "none", "--resume", "--box-loss", "eiou")
+    changes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed with")]
+    assert changes == ["resumed with --box-loss eiou, it was smooth-l1"]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_no_photo_is_left_out_whatever_stops_and_goes_on(seed):
     """An epoch in parts, each with batches of another size by another number of processes."""
