@@ -8,7 +8,7 @@ from anchors import decode, match, pair_iou, task_aligned
 
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
-QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # of the newer losses, as tried in weights/TRIALS.md; no other was
+QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # as in weights/TRIALS.md, where no other values were tried
 
 
 def batch_divisor(labels):
