@@ -12,6 +12,7 @@ thing to do with one's own labels:
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -287,14 +288,18 @@ def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
 def make_loader(dataset: FaceDataset, batches, workers: int, device: str = "cpu") -> DataLoader:
     """A DataLoader of Batches. Its `workers` live as long as it does."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=_ignore_signals, persistent_workers=workers > 0,
+                      worker_init_fn=_outlive_signals, persistent_workers=workers > 0,
                       pin_memory=torch.device(device).type == "cuda")
 
 
-def _ignore_signals(_):
+def _outlive_signals(_):
     """Leave signals to the main process, which saves first. Workers end when it asks them to, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # If it goes while the thread of multiprocessing hands it a batch, that thread would print a traceback.
+    # What goes wrong in loading comes to the main process by another way.
+    report = sys.excepthook
+    sys.excepthook = lambda kind, *more: issubclass(kind, (EOFError, ConnectionError)) or report(kind, *more)
 
 
 def describe(annotations: Annotations, min_face: int) -> list[str]:

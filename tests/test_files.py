@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image, features
 
+import data
 import detect
 import evaluate
 import export
@@ -166,6 +167,17 @@ def test_a_signal_to_the_group_of_an_evaluation(sample, tmp_path, model_file):
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143 and "Traceback" not in error and "memory" not in error, error
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_loading_process_says_nothing_of_a_main_process_that_is_gone(monkeypatch):
+    """Its threads end by sys.excepthook. What else goes wrong there is still told."""
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: told.append(kind))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    data._outlive_signals(0)
+    for error in (EOFError(), ConnectionResetError(), BrokenPipeError(), OSError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert told == [OSError, ValueError]
 
 
 @pytest.mark.slow
