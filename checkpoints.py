@@ -153,6 +153,10 @@ def make_model(args, content):
         if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
             say(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
                 "learned for those")
+        if config.width != own.width:
+            change = "cut" if config.width < own.width else "widened"
+            say(f"{args.load_from}: was trained at width {own.width:g}; its layers are {change} to "
+                f"{config.width:g}")
         model = SSD(config)
         unfit = load_weights(model, args.load_from)
         if unfit:
