@@ -26,6 +26,7 @@ import torch
 from distributed import launch_id, say
 from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
                    read_checkpoint, rebuild)
+from width import resize
 
 
 def find_checkpoint(args):
@@ -153,10 +154,10 @@ def make_model(args, content):
         if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
             say(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
                 "learned for those")
-        if config.width != own.width:
-            change = "cut" if config.width < own.width else "widened"
-            say(f"{args.load_from}: was trained at width {own.width:g}; its layers are {change} to "
-                f"{config.width:g}")
+        if config.width != own.width and len(config.anchors) == len(own.anchors):
+            say(f"{args.load_from}: was trained at width {own.width:g}, its layers are "
+                f"{'cut' if config.width < own.width else 'widened'} to {config.width:g}")
+            return resize(load_model(args.load_from), config)
         model = SSD(config)
         unfit = load_weights(model, args.load_from)
         if unfit:

@@ -327,36 +327,17 @@ def rebuild(content: dict, state: dict, path) -> SSD:
 def load_weights(model: SSD, path) -> list[str]:
     """Start `model` from a detector snapshot of any shape; returns the names of tensors that did not fit.
 
-    From a wider network each layer takes the first channels. A narrower one is widened so that `model`
-    computes the same as it. Raises ValueError if the file is no checkpoint, or none of it fits.
+    Raises ValueError if the file is no checkpoint, or none of it fits.
     """
     content = read_checkpoint(path)
     own, state = model.state_dict(), content.get("ema") or content["state_dict"]
-    check_kinds(state, own, path)
-    if len(config_of(content, path).anchors) == len(model.config.anchors):
-        state = {name: resized(state[name], own[name]) for name in own if name in state}
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     if not any(tensor.ndim for tensor in fitting.values()):
         raise ValueError(f"{path}: no tensor of it fits this model")
+    check_kinds(fitting, own, path)
     check_values(fitting, path)
     model.load_state_dict(fitting, strict=False)
     return [name for name in own if name not in fitting]
-
-
-def resized(tensor, own):
-    """A layer's `tensor`, cut or widened to that layer of another network, `own`; as it is if kernels differ.
-
-    Channels that the tensor lacks stay as they are in `own`, but the others do not hear them until they have
-    learned (Net2Net, Chen et al. 2016).
-    """
-    if tensor.ndim != own.ndim or tensor.shape[2:] != own.shape[2:]:
-        return tensor
-    both = tuple(slice(min(sides)) for sides in zip(tensor.shape, own.shape))
-    result = own.clone()
-    if own.ndim > 1:
-        result[both[0]] = 0
-    result[both] = tensor[both]
-    return result
 
 
 def load_imagenet(model: SSD, path=None) -> None:

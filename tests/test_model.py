@@ -150,33 +150,6 @@ def test_load_weights_tells_what_did_not_fit(tmp_path, small):
     assert torch.equal(fewer.backbone.features[5].conv[0].weight, small.backbone.features[5].conv[0].weight)
 
 
-def test_a_wider_network_starts_as_the_narrow_one(tmp_path, small):
-    for module in small.modules():  # other values than a new network's own
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            torch.nn.init.uniform_(module.weight)
-    torch.save(checkpoint(small), tmp_path / "x.pth")
-    wider = SSD(Config(64, 48, 0.4))
-    assert load_weights(wider, tmp_path / "x.pth") == []
-    images = torch.rand(2, 3, 48, 64)
-    for ours, theirs in zip(wider.eval()(images), small.eval()(images)):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    before = wider.backbone.features[3].conv[0].weight.clone()
-    for _ in range(2):  # the first step is that of the layer behind, which did not hear the added channels
-        wider.train()(images)[0][..., 1].mean().backward()
-        torch.optim.SGD(wider.parameters(), 0.1).step()
-    learned = (wider.backbone.features[3].conv[0].weight != before).any(1).flatten()
-    assert learned.all()  # the added channels too
-
-
-def test_a_narrower_network_takes_the_first_channels(tmp_path, small):
-    torch.save(checkpoint(small), tmp_path / "x.pth")
-    narrow = SSD(Config(64, 48, 0.125))
-    assert load_weights(narrow, tmp_path / "x.pth") == []
-    ours, theirs = narrow.backbone.features[5].conv[0].weight, small.backbone.features[5].conv[0].weight
-    assert torch.equal(ours, theirs[:len(ours), :ours.shape[1]])
-
-
 @pytest.mark.parametrize("width", [1.0, 0.75, 0.5])
 def test_imagenet_weights_are_cut_to_width(tmp_path, width):
     source = mobilenet_v2(weights=None)
