@@ -3,6 +3,7 @@
 # make test     all tests
 # make weights START=checkpoint PHOTOS=folder     weights of the kind of weights/face_ssd300.pth, see its README.md.
 #              FLAGS="--device cuda" and the like are handed on to train.py
+# make weights-0.5 PHOTOS=folder     the shipped network at width 0.5 or any other, taught by it
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +25,11 @@ weights: $(SETS) $(NEGATIVES)
 	$(TRAIN) --out runs/quality $(if $(wildcard runs/quality/last.pth),--resume) $(FLAGS)
 	$(TRAIN) $(ALIGNED) --out runs/aligned $(if $(wildcard runs/aligned/last.pth),--resume) $(FLAGS)
 	$(BIN)/python checkpoints.py runs/quality/last.pth runs/aligned/last.pth --shares 2 1 --out runs/face_ssd300.pth
+
+weights-%: $(SETS) $(NEGATIVES)
+	$(BIN)/python train.py @recipes/weights.txt --load-from --width $* --data $(SETS) $(NEGATIVES) \
+		--val $(PHOTOS)/masks_val_seen.json --batch-size 192 --lr 0.02 --ema 0.998 --epochs 40 --milestones 34 \
+		--out runs/width-$* $(if $(wildcard runs/width-$*/last.pth),--resume) $(FLAGS)
 
 runs/sets/%.json: .venv/installed
 	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json

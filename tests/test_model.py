@@ -181,6 +181,11 @@ def test_imagenet_errors(tmp_path):
         load_imagenet(SSD(Config(width=1.25)), tmp_path / "imagenet.pth")
 
 
-def test_the_shipped_network_is_the_small_one():
-    model = load_model(Path(__file__).parents[1] / "weights/face_ssd300.pth")
-    assert model.config == Config() and sum(p.numel() for p in model.parameters()) == 1_033_670
+@pytest.mark.parametrize("name, width, parameters", [
+    ("face_ssd300.pth", 0.75, 1_033_670), ("face_ssd300_0.5.pth", 0.5, 481_150),
+    ("face_ssd300_1.0.pth", 1.0, 1_794_174)])
+def test_the_shipped_networks(name, width, parameters):
+    path = Path(__file__).parents[1] / "weights" / name
+    model = load_model(path)
+    assert model.config == Config(width=width) and path.stat().st_size < 8e6
+    assert sum(p.numel() for p in model.parameters()) == parameters
