@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/installed
-	$(BIN)/python demo.py
+	$(BIN)/python -m tools.demo
 
 # Nine parts in ten of each set; masks and webcam are shown twice.
 KINDS = masks_train_seen webcam_train_seen web_train street_train everyday_train sport_train crowd_train plain_train

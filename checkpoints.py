@@ -1,13 +1,4 @@
-"""A run's checkpoints: where its model starts, what is saved, on which terms it resumes; and their mean.
-
-As a command it averages the weights of checkpoints. Runs that fine-tuned the same weights agree in what they
-learned and differ in their noise: the mean keeps the one and loses the other (Model soups, Wortsman et al.
-2022). A share of the start forgets less (WiSE-FT, Wortsman et al. 2022):
-
-    python checkpoints.py runs/a/last.pth runs/b/last.pth --out soup.pth
-    python checkpoints.py start.pth runs/a/last.pth --shares 1 4 --out milder.pth   # 4/5 of the way
-    python checkpoints.py runs/a/last.pth --out slim.pth                            # weights and config only
-"""
+"""A run's checkpoints: where its model starts, what is saved, on which terms it resumes."""
 
 import io
 import math
@@ -18,15 +9,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, bad_values, command, new_parser, whole_file
-
 import torch
 
-from distributed import launch_id, say
+from support.distributed import launch_id, say
+from support.script import InputError, bad_values, whole_file
 from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
                    read_checkpoint, rebuild)
-from width import resize
+from tools.width import resize
 
 
 def find_checkpoint(args):
@@ -213,43 +202,3 @@ def write_content(path, content):
     with whole_file(path) as temporary:
         # Not a view of it: left in the error of a full disk, that crashes Python 3.12.
         temporary.write_bytes(buffer.getvalue())
-
-
-def average(models, shares):
-    """Give the first of `models` (SSD, of one configuration) the mean of all their tensors, by `shares`."""
-    states = [model.state_dict() for model in models]
-    total = sum(shares)
-    mean = dict(states[0])  # batch counts are whole numbers and stay the first one's
-    for key, value in states[0].items():
-        if value.is_floating_point():
-            mean[key] = sum(state[key] * (share / total) for state, share in zip(states, shares))
-    models[0].load_state_dict(mean)
-    return models[0]
-
-
-@command
-def main(argv=None):
-    """Average checkpoints: read, average, write."""
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT",
-                        help="of a run (its averaged weights count) or official")
-    add("--shares", type=float, nargs="+", help="of each checkpoint in the mean (default: equal)")
-    add("--out", required=True, help="the checkpoint to write")
-    args = parser.parse_args(argv)
-    shares = args.shares or [1.0] * len(args.checkpoints)
-    if len(shares) != len(args.checkpoints) or not (0 <= min(shares) and 0 < sum(shares) < math.inf):
-        parser.error("--shares takes one number of 0 or more for each checkpoint, not all 0")
-    with bad_values():
-        models = [load_model(path) for path in args.checkpoints]
-    for path, model in zip(args.checkpoints, models):
-        if model.config != models[0].config:
-            raise InputError(
-                f"{path}: is of another architecture than {args.checkpoints[0]}, they have no mean")
-    save(args.out, average(models, shares))
-    parts = [f"{share / sum(shares):.3f} x {path}" for share, path in zip(shares, args.checkpoints)]
-    print(f"{args.out}: " + " + ".join(parts))
-
-
-if __name__ == "__main__":
-    main()

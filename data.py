@@ -1,20 +1,10 @@
-"""Photos and their faces, from the disk to a batch: read, augment, collate, load.
-
-As a command it shows photos with their faces, and what is suspect in them (suspects.py). That is the first
-thing to do with one's own labels:
-
-    python data.py --data data/train.json --out sheet.png              # as they are
-    python data.py --data data/train.json --out sheet.png --augment    # as the training sees them
-    python data.py --data train.json val.json                          # photos that are in both, too
-    python data.py --data mine.json --split 5 train.json val.json      # keep every fifth photo for validation
-"""
+"""Photos and their faces, from the disk to a batch: read, augment, collate, load."""
 
 import math
 import os
 import signal
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 
-from coco import Annotations, moved_images, read_annotations, to_xyxy
-from pictures import (IGNORED, contact_sheet, decode_picture, draw_faces, load_picture, open_picture,
-                      save_picture, upright_size)
-from script import InputError, command, new_parser, parse_picture, parse_size, read_json, write_json
-from suspects import report
+from support.coco import Annotations, to_xyxy
+from support.pictures import decode_picture, load_picture, open_picture, upright_size
+from support.script import InputError
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
@@ -300,106 +288,3 @@ def _outlive_signals(_):
     # What goes wrong in loading comes to the main process by another way.
     report = sys.excepthook
     sys.excepthook = lambda kind, *more: issubclass(kind, (EOFError, ConnectionError)) or report(kind, *more)
-
-
-def describe(annotations: Annotations, min_face: int) -> list[str]:
-    """Counts and face sizes as lines of text."""
-    sides = annotations.xywh[~annotations.ignored, 2:].min(1) if (~annotations.ignored).any() else np.zeros(0)
-    counts = annotations.counts.items()
-    lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
-    if len(sides):
-        quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
-        text = "smaller side of faces, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
-        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
-    return lines
-
-
-def split(annotations: Annotations, every: int, train: str, val: str) -> None:
-    """Write two COCO files of the one annotated: every `every`-th photo to `val`, the others to `train`."""
-    content = read_json(annotations.path)
-    kept_out = np.arange(len(annotations.ids)) % every == every - 1
-    for path, own in ((train, ~kept_out), (val, kept_out)):
-        images = [image for n, image in enumerate(content["images"]) if own[n]]
-        ids = set(annotations.ids[own].tolist())
-        faces = [face for face in content["annotations"] if face.get("image_id") in ids]
-        images = moved_images(images, annotations.path, path)
-        write_json(path, content | {"images": images, "annotations": faces})
-        print(f"{path}: {len(images):,} photos, {len(faces):,} boxes")
-
-
-def show_one(dataset: FaceDataset, annotations: Annotations, index: int, seed: tuple | None) -> Image.Image:
-    """Draw one photo with its faces: augmented by `seed`, or as it is."""
-    if seed is None:
-        own = slice(dataset.starts[index], dataset.starts[index + 1])
-        image = load_picture(annotations.file(index))
-        faces, ignored = dataset.faces[own], dataset.ignored[own]
-    else:
-        item = dataset[index, seed]
-        if item.error:
-            raise InputError(item.error)
-        image, faces, ignored = to_image(item.picture), item.faces, item.ignored
-    return draw_faces(draw_faces(image, faces[~ignored]), faces[ignored], colour=IGNORED)
-
-
-def show(annotations: Annotations, args) -> list:
-    """Draw `args.count` photos with their faces, of those that can be read; returns pictures (PIL).
-
-    Raises InputError if none can.
-    """
-    dataset = FaceDataset(annotations, *args.size, args.min_face)
-    pictures, errors = [], []
-    for place, index in enumerate(np.random.default_rng(args.seed).permutation(len(dataset))):
-        if len(pictures) == args.count:
-            break
-        try:
-            seed = (args.seed, place) if args.augment else None
-            pictures.append(show_one(dataset, annotations, index, seed))
-        except InputError as error:  # report() names all of them
-            errors.append(error)
-    if not pictures:
-        raise errors[0]
-    return pictures
-
-
-@command
-def main(argv=None):
-    """Show photos of a dataset with their faces."""
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["data/train.json"], metavar=("JSON", "VAL"),
-        help="COCO json (default data/train.json); a second one is compared with it, as the validation set")
-    add("--out", type=parse_picture, default="sheet.png",
-        help="the picture (default %(default)s); suspects.png and suspects.csv are written beside it")
-    add("--augment", action="store_true", help="show the training's view, augmented, at --size")
-    add("--count", type=int, default=16, help="photos shown (default %(default)s)")
-    add("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
-    add("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
-    add("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
-    add("--split", nargs=3, metavar=("N", "TRAIN", "VAL"),
-                        help="also write every N-th photo to the json VAL and the others to TRAIN")
-    args = parser.parse_args(argv)
-    sets = [read_annotations(path) for path in args.data[:2]]
-    annotations = sets[0]
-    if len(args.data) > 2:
-        parser.error("--data takes one json, or two: training and validation")
-    if args.seed < 0:
-        parser.error("--seed must be at least 0")
-    if not len(annotations.ids) or args.count < 1:
-        raise InputError(f"{annotations.path}: no photos to show")
-    if args.split and not (args.split[0].isdecimal() and 2 <= int(args.split[0]) <= len(annotations.ids)):
-        parser.error(f"--split {args.split[0]}: a number from 2 to that of the photos "
-                     f"({len(annotations.ids)}) expected")
-    if args.split and len({os.path.realpath(path) for path in (args.data[0], *args.split[1:])}) < 3:
-        parser.error("--split: TRAIN and VAL must be two other files")
-    pictures = show(annotations, args)
-    save_picture(contact_sheet(pictures), args.out)
-    for each in sets:
-        print("\n".join(describe(each, args.min_face)))
-    print(f"{len(pictures)} photos in {args.out}: faces green, ignored ones orange")
-    print("\n".join(report(sets, args.size, Path(args.out).parent)))
-    if args.split:
-        split(annotations, int(args.split[0]), *args.split[1:])
-
-
-if __name__ == "__main__":
-    main()

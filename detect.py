@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import (InputError, TilesFlag, command, new_parser, parse_picture, parse_size, whole_file,
+from support.script import (InputError, TilesFlag, command, new_parser, parse_picture, parse_size, whole_file,
                     write_json)
 
 import numpy as np
@@ -31,10 +31,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from coco import to_xywh
-from detector import MODEL, detect, load_detector, to_picture, to_pixels
-from pictures import PICTURES, contact_sheet, draw_faces, load_picture, save_picture
-from tiles import TiledDetector
+from support.coco import to_xywh
+from detector import MODEL, TiledDetector, detect, load_detector, to_picture, to_pixels
+from support.pictures import PICTURES, contact_sheet, draw_faces, load_picture, save_picture
 
 DRAWN = PICTURES - {".avif", ".jp2"}  # drawings keep these formats
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}

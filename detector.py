@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,19 @@ from torchvision.ops import clip_boxes_to_image, nms
 from tqdm import tqdm
 
 from anchors import decode, make_anchors
-from coco import Annotations, Detections, to_xywh
-from data import FaceDataset, eval_batches, make_loader, to_input, to_tensor
-from distributed import choose_device, gather
+from support.coco import Annotations, Detections, to_xywh
+from data import FaceDataset, eval_batches, make_loader, to_image, to_input, to_tensor
+from support.distributed import choose_device, gather
 from model import SSD, Config, read_checkpoint, rebuild
-from pictures import load_picture
-from runtimes import SUFFIXES, first_line, open_network
-from script import InputError, bad_values
-from thresholds import check_threshold
+from support.pictures import load_picture
+from support.runtimes import SUFFIXES, open_network
+from support.script import InputError, bad_values, first_line
 
 SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces on a picture
 MODEL = str(Path(__file__).resolve().parent / "weights/face_ssd300.pth")  # the shipped network
+TILE_BATCH = 16      # tiles that go through the network at once, where it has an input size
+TILE_BORDER = 0.02   # of a tile's side: a box that ends this near to an inner border may be cut by it
+TILE_COVERED = 0.5   # of the smaller box: a cut box and another that share more are one face
 
 
 def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor,
@@ -62,7 +65,7 @@ class TorchDetector:
 
     Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own. A larger
     one finds smaller faces, since anchors keep their pixels. `threshold` is the one its file holds, a dict
-    as `thresholds.check_threshold` has it, or None; it holds for the size that it names.
+    as `check_threshold` has it, or None; it holds for the size that it names.
     """
 
     threshold = None
@@ -184,6 +187,30 @@ def _load_exported(path, size, colour, white, threads):
     return detector
 
 
+def check_threshold(entry: dict | str | None, path) -> dict | None:
+    """The threshold that a model file holds, if any: a dict, or JSON in an exported file's metadata.
+
+    `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
+    with which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError
+    if it makes no sense.
+    """
+    def numbers(*values):
+        return all(type(value) in (int, float) and abs(value) < 1e9 for value in values)
+    if entry is None:
+        return None
+    try:
+        entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
+        (width, height), tiles = entry["size"], entry["tiles"]
+        side, overlap = (1, 0) if tiles is None else tiles
+        if (numbers(entry["score"], width, height, side, overlap) and min(width, height, side) >= 1
+                and isinstance(entry["promise"], str)):
+            return entry
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise InputError(f"{path}: its threshold is damaged; choose it anew with "
+                     "evaluate.py --threshold-at ... --save-threshold NEW.pth")
+
+
 def to_pixels(detector, image: Image.Image) -> torch.Tensor:
     """A picture (PIL, RGB) as the detector takes it: uint8 `[3, H, W]`, whole where it has no `size`."""
     return to_tensor(image.resize(detector.size or image.size, Image.Resampling.BILINEAR))
@@ -230,3 +257,87 @@ def detect_all(detector, annotations: Annotations, batch_size: int = 16, workers
     stacked = np.concatenate([np.zeros((0, 5)), *faces.values()])
     image = np.repeat(np.array(list(faces), np.int64), [len(own) for own in faces.values()])
     return Detections(image, to_xywh(stacked[:, :4]), stacked[:, 4]), errors
+
+
+def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
+    """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
+
+    Tiles are `side` x `side` or as large as the picture is, evenly spread; neighbours share `overlap` pixels
+    or more. A picture that is no larger than one tile is its own only view.
+    """
+    def starts(length):
+        count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
+        return np.linspace(0, max(0, length - side), count).round().astype(int)
+
+    width, height = np.minimum(size, side)
+    tiles = [(x, y, x + width, y + height) for y in starts(size[1]) for x in starts(size[0])]
+    return np.array([(0, 0, *size), *(tiles if len(tiles) > 1 else [])])
+
+
+def at_inner_border(faces: np.ndarray, view: np.ndarray, size: tuple) -> np.ndarray:
+    """Which faces `[K, 5]` end at a border of their `view` that is no border of the picture: bool `[K]`."""
+    margin = TILE_BORDER * (view[2:] - view[:2])
+    inner = np.concatenate([view[:2] > 0, view[2:] < size])                                 # [4]
+    near = np.concatenate([faces[:, :2] < view[:2] + margin, faces[:, 2:4] > view[2:] - margin], 1)
+    return (near & inner).any(1)
+
+
+def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Merge the faces `[K, 5]` of all views so that each counts once: `[N, 5]`, best first.
+
+    `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the
+    whole for NMS. So those are dropped that lie mostly inside a box of another view, which then has the
+    better of both scores. Of two parts the better stays.
+    """
+    whole, parts = faces[~part], faces[part]
+    boxes, scores = torch.from_numpy(whole[:, :4]), torch.from_numpy(whole[:, 4])
+    merged = whole[nms(boxes, scores, NMS_IOU).numpy()]
+    is_part = np.zeros(len(merged), bool)
+    for face in parts[np.argsort(-parts[:, 4], kind="stable")]:
+        sides = np.minimum(merged[:, 2:4], face[2:4]) - np.maximum(merged[:, :2], face[:2])
+        shared = sides.clip(0).prod(1)
+        area, areas = (face[2:4] - face[:2]).prod(), (merged[:, 2:4] - merged[:, :2]).prod(1)
+        covered = shared / np.where(is_part, np.minimum(area, areas), area).clip(1e-9)
+        if covered.max(initial=0) > TILE_COVERED:
+            best = covered.argmax()
+            merged[best, 4] = max(merged[best, 4], face[4])
+        else:
+            merged, is_part = np.concatenate([merged, face[None]]), np.append(is_part, True)
+    return merged[np.argsort(-merged[:, 4], kind="stable")]
+
+
+class TiledDetector:
+    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`.
+
+    `side` and `overlap` are pixels of the picture. Every view is resized to the network's input as a picture
+    is. A face up to `overlap` wide is seen whole in some tile, a larger one in the whole picture. `size` is
+    None: it takes pictures of any size. There is no limit of 200 faces.
+    """
+
+    size = None
+
+    def __init__(self, detector, side: int, overlap: int | None = None):
+        self.detector, self.side = detector, side
+        self.overlap = side // 4 if overlap is None else overlap
+        if not 0 <= self.overlap < side:
+            raise ValueError(f"tiles of {side} pixels cannot share {self.overlap}")
+        self.threshold = getattr(detector, "threshold", None)
+
+    def __call__(self, images: torch.Tensor) -> list[np.ndarray]:
+        return [self._faces(to_image(pixels)) for pixels in images]
+
+    def _faces(self, image):
+        """The faces `[K, 5]` on one picture (PIL), in its pixels."""
+        views = cut(image.size, self.side, self.overlap)
+        faces, parts = [np.zeros((0, 5))], [np.zeros(0, bool)]
+        batch = TILE_BATCH if self.detector.size else 1
+        for first in range(0, len(views), batch):
+            own = views[first:first + batch]
+            pixels = torch.stack([to_pixels(self.detector, image.crop(view.tolist())) for view in own])
+            for view, found in zip(own, self.detector(pixels)):
+                seen = tuple(view[2:] - view[:2])
+                found = to_picture(found, self.detector.size or seen, seen)
+                found[:, :4] += np.tile(view[:2], 2)
+                faces.append(found)
+                parts.append(at_inner_border(found, view, image.size))
+        return merge(np.concatenate(faces), np.concatenate(parts))

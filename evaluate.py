@@ -10,7 +10,6 @@
 Scoring predictions needs no torch, which takes seconds to import: it is imported only where a model runs.
 """
 
-import hashlib
 import os
 import platform
 from dataclasses import asdict
@@ -18,18 +17,18 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import (InputError, TilesFlag, bad_values, command, git_commit, new_parser, parse_picture,
+from support.script import (InputError, TilesFlag, bad_values, command, file_hash, git_commit, new_parser, parse_picture,
                     parse_size, write_json)
 
 import numpy as np
 
 import metrics
-import thresholds
-import wider
-from coco import Detections, read_annotations, read_results, to_results
-from pictures import save_picture
-from report import judge, plot_curves, worst_sheet, write_per_photo
-from runtimes import SUFFIXES
+from tools import threshold as thresholds
+from support import wider
+from support.coco import Detections, read_annotations, read_results, to_results
+from support.pictures import save_picture
+from tools.worst import judge, plot_curves, worst_sheet, write_per_photo
+from support.runtimes import SUFFIXES
 
 DATA = "data/val.json"
 
@@ -73,12 +72,6 @@ def table(scores):
                          f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
         lines[-1] += f"   best F1 {point['f1']:.3f}"
     return "\n".join(lines)
-
-
-def file_hash(path):
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def settings(args, **more):
@@ -201,13 +194,13 @@ def run_model(args, annotations):
     import torch
 
     from detector import MODEL, detect_all, load_detector
-    from distributed import join_processes, leave_processes
+    from support.distributed import join_processes, leave_processes
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
     if args.tiles:
-        from tiles import TiledDetector
+        from detector import TiledDetector
         detector = TiledDetector(detector, *args.tiles)
     detections, errors = detect_all(detector, annotations, args.batch_size, args.workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
@@ -312,7 +305,7 @@ def write_outputs(args, scores, curves, annotations, detections, names, outcomes
     if args.worst:
         save_picture(worst_sheet(judged, args.worst), args.worst_out)
     if args.doubt:
-        from doubt import write_doubts  # it needs torch
+        from tools.doubt import write_doubts  # it needs torch
         print("\n".join(write_doubts(annotations, detections, args.doubt)))
     for path in (args.out, args.wider_out, args.json, args.plot, args.save_threshold, args.per_photo,
                  args.worst and args.worst_out):

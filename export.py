@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, bad_values, command, new_parser, parse_size
+from support.script import InputError, bad_values, command, file_hash, new_parser, parse_size
 
 import numpy as np
 import onnx
@@ -28,18 +28,16 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-import sample
+from tools import sample
 from anchors import VARIANCES, decode, make_anchors
-from coco import read_annotations
+from support.coco import read_annotations
 from data import to_input, to_tensor
-from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, detect, load_detector, postprocess,
+from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, check_threshold, detect, load_detector, postprocess,
                       to_picture)
-from evaluate import file_hash
 from model import STRIDE, grid_size, load_model, read_checkpoint
-from pictures import load_picture
-from quantise import quantise, spread
-from runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
-from thresholds import check_threshold
+from support.pictures import load_picture
+from support.quantise import quantise, spread
+from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
 
 OPSET = 18
 

@@ -6,7 +6,7 @@
 """
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import bad_values, command, new_parser, parse_size
+from support.script import bad_values, command, new_parser, parse_size
 
 import torch
 from torch import nn

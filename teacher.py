@@ -9,7 +9,7 @@ from torch import nn
 from anchors import assign, encode, make_anchors
 from detector import postprocess
 from model import load_model
-from script import InputError, bad_values, parse_size
+from support.script import InputError, bad_values, parse_size
 
 LEAST = 1e-6  # of a score, so that its logarithm is finite
 

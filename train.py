@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, bad_values, command, git_commit
+from support.script import InputError, bad_values, command, first_line, git_commit
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,16 +25,15 @@ from tqdm import tqdm
 
 from anchors import make_anchors
 from checkpoints import find_checkpoint, load_momentum, make_model, resume_command, resume_model, save
-from coco import join, read_annotations
+from support.coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
-from distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean, say,
+from support.distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean, say,
                          share_weights, together)
 from evaluate import score_faces
 from loss import Criterion
-from monitor import Monitor, describe_run
-from options import parse_args, report_changes
-from runtimes import first_line
+from support.monitor import Monitor, describe_run
+from support.options import parse_args, report_changes
 from teacher import load_teacher
 
 PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves

@@ -12,23 +12,19 @@ folder, so the json and its photos can be moved together.
 import os
 import re
 import time
-import warnings
-from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, new_parser, write_json
+from support.script import InputError, command, new_parser, write_json
 
-from tqdm import tqdm
-
-from pictures import open_picture, upright_size
+from support.coco import clip
+from support.pictures import read_sizes
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
 NUMBERS = re.compile(r"[-+.eE\s]*\d[-+.\deE\s]*", re.ASCII)  # int() would accept "1_000", float() "nan"
 INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
 LARGEST = 10 ** 15  # coordinates and areas must be smaller, also for read_annotations
-LISTED = 20         # bad pictures named in one message
 
 
 def read_wider(path):
@@ -107,55 +103,6 @@ def _row(place, text, name, count, count_line):
     if any(isinstance(value, float) for value in values[4:]):
         raise InputError(f"{place}: {', '.join(ATTRIBUTES)} must be integers, found {text[:60]!r}")
     return values
-
-
-def picture_size(path):
-    """Read a picture's upright (width, height) from its header.
-
-    Returns None if there is no such file, and the InputError (not raised) if it is unreadable.
-    """
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open_picture(path) as image:
-            return upright_size(image)
-    except InputError as error:
-        return error
-
-
-def read_sizes(pictures, images, jobs):
-    """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
-
-    Raises InputError if any is missing or unreadable; the message names up to 20.
-    """
-    names = [name for name, _ in pictures]
-    paths = [os.path.join(images, name) for name in names]
-    with warnings.catch_warnings(), ThreadPool(jobs) as pool:
-        warnings.simplefilter("ignore")  # about large pictures: harmless, as only headers are read
-        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16),
-                          "image sizes", len(paths), disable=None))
-    bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
-           "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
-    if any(bad.values()):
-        parts = [f"{len(them):,} {kind} ({', '.join(them[:LISTED])}{', ...' if len(them) > LISTED else ''})"
-                 for kind, them in bad.items() if them]
-        raise InputError(f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
-    return sizes
-
-
-def clip(box, width, height):
-    """Clip an xywh box to the picture: (box, "inside" or "clipped" or "empty" or "outside").
-
-    Empty boxes, and boxes outside the picture, are returned unchanged.
-    """
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return box, "empty"
-    if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
-        return box, "inside"
-    left, top = max(x, 0), max(y, 0)
-    cut = [left, top, min(x + w, width) - left, min(y + h, height) - top]
-    return (cut, "clipped") if cut[2] > 0 and cut[3] > 0 else (box, "outside")
 
 
 def to_coco(pictures, sizes, prefix):

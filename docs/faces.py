@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from detector import detect, load_detector
-from pictures import draw_faces, load_picture, save_picture
+from support.pictures import draw_faces, load_picture, save_picture
 
 HEIGHT, SCORE = 514, 0.5
 DRAWN = (18, 34, 6, 37)  # numbers of photos in data/sample/val: of four kinds, all faces found

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import SSD, Config
-from sample import draw_sample
+from tools.sample import draw_sample
 
 torch.set_num_threads(1)
 

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from model import SSD, Config, checkpoint
-from pictures import ORIENTATION
-from sample import draw_sample
+from support.pictures import ORIENTATION
+from tools.sample import draw_sample
 from test_wider import write_ground_truth
 
 REPOSITORY = Path(__file__).resolve().parent.parent

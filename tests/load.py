@@ -70,7 +70,7 @@ def private_memory(pid):
 def start_training(data, workers):
     """Load the first batches of an epoch and print the time and memory in one line."""
     from data import FaceDataset, TrainBatches, make_loader
-    from coco import read_annotations
+    from support.coco import read_annotations
     start = time.perf_counter()
     annotations = read_annotations(data)
     read = time.perf_counter() - start

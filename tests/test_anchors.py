@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-import anchors as module
-from anchors import POSITIVE_IOU, decode, encode, fit, make_anchors, match, pair_iou, shape_iou, task_aligned
-from coco import read_annotations
+from tools import fit_anchors as module
+from anchors import POSITIVE_IOU, decode, encode, make_anchors, match, pair_iou, task_aligned
+from tools.fit_anchors import fit, shape_iou
+from support.coco import read_annotations
 from model import HAND_DESIGNED, Config
 
 

@@ -1,7 +1,7 @@
 """benchmark.py: each command runs and prints a row for what it compares. Its figures are not tested."""
 import pytest
 
-import benchmark
+from tools import benchmark
 import train
 
 pytestmark = pytest.mark.slow

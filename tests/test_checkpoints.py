@@ -1,9 +1,9 @@
-"""Tests of checkpoints.py as a command: the mean of checkpoints, and what is refused."""
+"""Tests of tools.average: the mean of checkpoints, and what is refused."""
 
 import pytest
 import torch
 
-import checkpoints
+from tools import average
 from model import SSD, Config, checkpoint, load_model
 
 
@@ -19,7 +19,7 @@ def two(tmp_path):
     "shares, first", [([], 0.5), (["--shares", "1", "3"], 0.25), (["--shares", "0", "1"], 0)]
 )
 def test_the_mean_is_that_of_every_tensor(two, tmp_path, shares, first):
-    checkpoints.main([*two, *shares, "--out", str(tmp_path / "mean.pth")])
+    average.main([*two, *shares, "--out", str(tmp_path / "mean.pth")])
     a, b, mean = (load_model(path).state_dict() for path in (*two, tmp_path / "mean.pth"))
     for key in a:
         torch.testing.assert_close(
@@ -31,7 +31,7 @@ def test_the_mean_is_that_of_every_tensor(two, tmp_path, shares, first):
 def test_the_averaged_weights_of_a_run_count(two, tmp_path):
     a, b = (load_model(path) for path in two)
     torch.save(checkpoint(a, ema=b.state_dict()), tmp_path / "run.pth")
-    checkpoints.main([str(tmp_path / "run.pth"), "--out", str(tmp_path / "slim.pth")])
+    average.main([str(tmp_path / "run.pth"), "--out", str(tmp_path / "slim.pth")])
     slim = load_model(tmp_path / "slim.pth").state_dict()
     assert all(torch.equal(slim[key], value) for key, value in b.state_dict().items())
 
@@ -39,9 +39,9 @@ def test_the_averaged_weights_of_a_run_count(two, tmp_path):
 def test_refused(two, tmp_path, refused):
     out = ["--out", str(tmp_path / "mean.pth")]
     torch.save(checkpoint(SSD(Config(64, 96, 0.25))), tmp_path / "c.pth")
-    assert "c.pth: is of another architecture" in refused(checkpoints.main, *two,
+    assert "c.pth: is of another architecture" in refused(average.main, *two,
                                                           str(tmp_path / "c.pth"), *out)
-    assert "no-such.pth" in refused(checkpoints.main, two[0], str(tmp_path / "no-such.pth"), *out)
+    assert "no-such.pth" in refused(average.main, two[0], str(tmp_path / "no-such.pth"), *out)
     for shares in (["1"], ["0", "0"], ["-1", "2"], ["nan", "1"], ["inf", "1"]):
-        assert "--shares takes" in refused(checkpoints.main, *two, "--shares", *shares, *out)
+        assert "--shares takes" in refused(average.main, *two, "--shares", *shares, *out)
     assert not (tmp_path / "mean.pth").exists()

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from coco import Detections, join, read_annotations, read_results, to_results
-from script import InputError, write_json
+from support.coco import Detections, join, read_annotations, read_results, to_results
+from support.script import InputError, write_json
 
 
 def coco(**changes):

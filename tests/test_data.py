@@ -12,12 +12,12 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
-import data as module
+from tools import look as module
 from data import (FaceDataset, TrainBatches, collate, distort_colours,
                   eval_batches, make_loader, random_view, resize_view)
-from coco import read_annotations
-from pictures import load_picture
-from sample import draw_sample
+from support.coco import read_annotations
+from support.pictures import load_picture
+from tools.sample import draw_sample
 
 
 def dataset_of(folder, boxes, sizes, width=96, height=64, draw=None, **more):

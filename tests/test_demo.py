@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-import demo
-from coco import Detections, read_annotations, read_results, to_results
-from pictures import FACE, FALSE, MISSED
-from script import InputError, write_json
+from tools import demo
+from support.coco import Detections, read_annotations, read_results, to_results
+from support.pictures import FACE, FALSE, MISSED
+from support.script import InputError, write_json
 
 
 def results_file(path, annotations, kept, image=(), xywh=(), score=()):

@@ -17,9 +17,9 @@ import detect
 import detector
 import evaluate
 import train
-from coco import read_annotations
+from support.coco import read_annotations
 from model import checkpoint
-from sample import draw_sample
+from tools.sample import draw_sample
 
 
 @pytest.fixture(scope="module")

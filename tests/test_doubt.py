@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import doubt
+from tools import doubt
 import evaluate
-from coco import Detections, read_annotations
-from script import write_json
+from support.coco import Detections, read_annotations
+from support.script import write_json
 
 PHOTOS = 30
 

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-import monitor
+from support import monitor
 import train
 from checkpoints import resume_command
 from hard_world import REPOSITORY

@@ -12,12 +12,12 @@ from PIL import Image
 
 import evaluate
 import train
-import wider
+from support import wider
 from checkpoints import make_model, save
 from detector import MODEL, detect_all, load_detector
 from evaluate import score_faces
-from coco import Detections, read_annotations, read_results, to_results
-from script import write_json
+from support.coco import Detections, read_annotations, read_results, to_results
+from support.script import write_json
 from model import checkpoint, read_checkpoint
 
 

@@ -19,11 +19,11 @@ from anchors import decode, make_anchors
 from detector import TorchDetector, detect, load_detector
 from evaluate import file_hash
 from model import checkpoint, load_model
-from pictures import load_picture
+from support.pictures import load_picture
 from export import DetectionOutput, differences
-from runtimes import open_network, openvino_core
-from sample import photo
-from script import InputError
+from support.runtimes import open_network, openvino_core
+from tools.sample import photo
+from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = [photo(np.random.default_rng(n), width, height, False)[1] for n, (width, height) in

@@ -23,7 +23,7 @@ import export
 from checkpoints import claim
 from hard_world import ENVIRONMENT, REPOSITORY, run
 from model import checkpoint
-from script import PATIENCE, InputError, PlainStream
+from support.script import PATIENCE, InputError, PlainStream
 
 STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
 
@@ -94,7 +94,7 @@ def test_newer_kinds_are_found_in_folders(tmp_path, suffix):
 # Names
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["detect", "data", "wider_to_coco"])
+@pytest.mark.parametrize("script", ["detect", "tools.look", "wider_to_coco"])
 def test_names_that_are_no_text_or_move_the_cursor_are_shown_safely(tmp_path, model_file, script):
     bad = [b"caf\xe9.jpg", b"\x1b[2Jx.jpg"]
     for name in bad:
@@ -106,8 +106,8 @@ def test_names_that_are_no_text_or_move_the_cursor_are_shown_safely(tmp_path, mo
     (tmp_path / "x.txt").write_bytes(bad[1] + b"\n0\n")
     words = {"detect": [*names, "--model", model_file, "--out", "out"],
              "evaluate": ["--data", "x.json", "--model", model_file, "--workers", "0"],
-             "data": ["--data", "x.json"], "wider_to_coco": ["x.txt", ".", "y.json"]}[script]
-    done = subprocess.run([sys.executable, REPOSITORY / f"{script}.py", *words], cwd=tmp_path, env=STRICT,
+             "tools.look": ["--data", "x.json"], "wider_to_coco": ["x.txt", ".", "y.json"]}[script]
+    done = subprocess.run([sys.executable, "-m", script, *words], cwd=tmp_path, env=STRICT,
                           capture_output=True, stdin=subprocess.DEVNULL)
     assert (
         done.returncode == 2 and b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr)
@@ -193,7 +193,7 @@ def test_predictions_are_scored_once_under_torchrun(sample, tmp_path):
 def test_each_machine_reports_what_is_wrong_there(monkeypatch, refused, rank, local, waits):
     """As the second machine's first process (rank 1, local rank 0) must. The others let the first report."""
     slept = []
-    monkeypatch.setattr("script.time.sleep", slept.append)
+    monkeypatch.setattr("support.script.time.sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
     assert "absent.json: no such file" in refused(evaluate.main, "--data", "absent.json")
@@ -237,7 +237,7 @@ FALSE = {"head unknown": (GOOD | {"head": "magic"}, [(4, 5)]), "no colour": ({"h
     "colour": (GOOD | {"colour": "CMYK"}, [(4, 5)]), "range": (GOOD | {"value_range": "0-7"}, [(4, 5)]),
     "columns": (GOOD, [(4, 6)]), "a vector": (GOOD, [(4,)]),
     "no outputs of raw": (GOOD | {"head": "raw"}, [(4, 5)]),
-    "anchors": (GOOD | {"head": "raw", "anchors": "{"}, [(1, 108, 2), (1, 108, 4)]),
+    "tools.fit_anchors": (GOOD | {"head": "raw", "anchors": "{"}, [(1, 108, 2), (1, 108, 4)]),
     "anchors too many": (GOOD | {"head": "raw", "anchors": "[[9, 9], [8, 8]]"}, [(1, 108, 2), (1, 108, 4)]),
     "ssd": (GOOD | {"head": "detection_output"}, [(4, 5)]),
     "control characters": (GOOD | {"head": "\x1b[2J"}, [(4, 5)])}

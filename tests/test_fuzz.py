@@ -24,12 +24,12 @@ from anchors import decode, encode, make_anchors, match
 from data import FaceDataset, Item, collate, random_view
 from detector import TOP, postprocess, to_picture
 from evaluate import score_faces, score_wider, table
-from coco import Detections, read_annotations, read_results, to_results
-from script import InputError, write_json
+from support.coco import Detections, read_annotations, read_results, to_results
+from support.script import InputError, write_json
 from loss import batch_divisor, multibox_loss
 from model import Config, checkpoint, load_model
-from pictures import decode_picture, open_picture
-from wider import GroundTruth, read_predictions
+from support.pictures import decode_picture, open_picture
+from support.wider import GroundTruth, read_predictions
 from wider_to_coco import COLUMNS, read_wider, to_coco
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-import data
-from script import InputError
+from tools import look
+from support.script import InputError
 from hard_world import REPOSITORY, UNREADABLE, accepted, arguments, listing, run
 
 pytestmark = pytest.mark.slow
@@ -22,20 +22,20 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("evaluate", "--data digits.json", "digits.json: not JSON"),
     ("evaluate", "--data binary.json", "binary.json: not UTF-8 text"),
     ("evaluate", "--data list.json", 'no list "images"'),
-    ("data", "--data keys.json", 'no list "annotations"'),
-    ("data", "--data no-id.json", 'images[0] has no integer "id"'),
-    ("data", "--data twice.json", "images[1] repeats id 7"),
-    ("data", "--data unnamed.json", "images[0] (id 7) has no file_name"),
+    ("tools.look", "--data keys.json", 'no list "annotations"'),
+    ("tools.look", "--data no-id.json", 'images[0] has no integer "id"'),
+    ("tools.look", "--data twice.json", "images[1] repeats id 7"),
+    ("tools.look", "--data unnamed.json", "images[0] (id 7) has no file_name"),
     ("train", "--data surrogate.json", "images[0] (id 7) has no file_name that could be a file's"),
     ("train", "--data nul.json", "has no file_name that could be a file's"),
     ("train", "--data endless.json", "has no file_name that could be a file's"),
     ("train", "--data train.json --val unknown.json", "unknown.json: annotation 1 belongs to image 99"),
     ("train", "--data train.json nan.json",
      "nan.json: entry 1: bbox is [1, 2, 3, nan], 4 finite numbers expected"),
-    ("anchors", "--data inf.json", "4 finite numbers expected"),
-    ("anchors", "--data string.json", "bbox is [1, 2, '3', 4]"),
-    ("anchors", "--data short.json", "4 finite numbers expected"),
-    ("anchors", "--data huge.json", "4 finite numbers expected"),
+    ("tools.fit_anchors", "--data inf.json", "4 finite numbers expected"),
+    ("tools.fit_anchors", "--data string.json", "bbox is [1, 2, '3', 4]"),
+    ("tools.fit_anchors", "--data short.json", "4 finite numbers expected"),
+    ("tools.fit_anchors", "--data huge.json", "4 finite numbers expected"),
     ("export", "--model good.pth --data object.json", "4 finite numbers expected"),
     ("evaluate", "--data area.json", "area is nan"),
     ("evaluate", "--data size.json", "width is nan, pixels expected"),
@@ -44,9 +44,9 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("evaluate", "--data category.json", '"categories" must be a list of {id, name} with integer ids'),
     ("evaluate", "--data stranger.json", 'annotation 1 is of category 3, which is not in "categories"'),
     ("train", "--data no-photos.json", "no photos to train on"),
-    ("data", "--data no-photos.json", "no photos to show"),
-    ("anchors", "--data no-photos.json", "cannot be fitted to 0 different sizes"),
-    ("anchors", "--data flat.json", "has no width and height"),
+    ("tools.look", "--data no-photos.json", "no photos to show"),
+    ("tools.fit_anchors", "--data no-photos.json", "cannot be fitted to 0 different sizes"),
+    ("tools.fit_anchors", "--data flat.json", "has no width and height"),
     ("export", "--model good.pth --data no-photos.json", "no-photos.json: no photos"),
     ("wider_to_coco", "wider_val_bbx_gt.txt e x.json", "missing ("),
     ("wider_to_coco", "wider_val_bbx_gt.txt absent x.json", "absent: no such folder of pictures"),
@@ -119,13 +119,13 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("evaluate", "--data good.json --predictions r-good.json --wider-out good.json", "good.json/e"),
     ("evaluate", "--data good.json --predictions r-good.json --plot x.what",
      "'x.what' is no name for a picture"),
-    ("data", "--data good.json --out x.what", "'x.what' is no name for a picture"),
-    ("data", "--data good.json --out good.json/x.png", "good.json: "),
-    ("anchors", "--data good.json -k 1 --out good.json/x.png", "good.json: "),
+    ("tools.look", "--data good.json --out x.what", "'x.what' is no name for a picture"),
+    ("tools.look", "--data good.json --out good.json/x.png", "good.json: "),
+    ("tools.fit_anchors", "--data good.json -k 1 --out good.json/x.png", "good.json: "),
     ("detect", "e/a.jpg --model good.pth --out good.json", "good.json"),
     ("detect", "e/a.jpg --model good.pth --out /proc/x", "/proc/x"),
     ("export", "--model good.pth --out good.json", "good.json: File exists"),
-    ("sample", "good.json --train 1 --val 1", "good.json"),
+    ("tools.sample", "good.json --train 1 --val 1", "good.json"),
     ("wider_to_coco", "wider_val_bbx_gt.txt val good.json/x", "good.json"),
     ("train", "--data good.json --out good.json/x", "good.json"),
     ("train", "--data good.json --out run", "run/last.pth exists: continue that run with --resume"),
@@ -149,8 +149,8 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("train", "@binary.txt", "a file of flags cannot be read"),
     ("train", "@itself.txt", "a file of flags cannot be read"),
     ("train", "@e", "Is a directory"),
-    ("data", "--data good.json --seed -1", "--seed must be at least 0"),
-    ("sample", "new --train 0", "--train and --val take 1 photo or more"),
+    ("tools.look", "--data good.json --seed -1", "--seed must be at least 0"),
+    ("tools.sample", "new --train 0", "--train and --val take 1 photo or more"),
     ("flops", "--size 5000000", "sides between 16 and 8192 pixels expected"),
     ("flops", "--width nan", "between 0.0625 and 8 expected"),
 ]
@@ -158,20 +158,21 @@ CASES = [  # script, arguments, part of the message; all exit with 2
 
 @pytest.mark.parametrize("script, words, message", CASES, ids=[" ".join(case[:2])[:60] for case in CASES])
 def test_refused(world, refused, monkeypatch, script, words, message):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    name = script.split(".")[-1] + ".py"
+    monkeypatch.setattr(sys, "argv", [name])
     before = listing(world)
     line = refused(importlib.import_module(script).main, *arguments(script, words))
-    assert message in line and line.startswith(f"{script}.py: ")
+    assert message in line and line.startswith(f"{name}: ")
     assert listing(world) == before  # nothing was written, and the hostile pickle did not run
 
 
-LIGHT = {"evaluate", "sample", "wider_to_coco"}  # these start without torch
+LIGHT = {"evaluate", "tools.sample", "wider_to_coco"}  # these start without torch
 
 
 @pytest.mark.parametrize("script, words, message", [case for case in CASES if case[0] in LIGHT][::19]
                          + [case for case in CASES if case[0] not in LIGHT][::60])
 def test_refused_as_a_process(world, script, words, message):
-    done = run(REPOSITORY / f"{script}.py", *arguments(script, words))
+    done = run("-m", script, *arguments(script, words))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
 
@@ -191,8 +192,8 @@ def test_many_processes_report_what_all_of_them_met_once(world):
     (PermissionError(13, "Permission denied", "x.json"), "x.json: Permission denied")
 ])
 def test_a_machine_that_gives_up_is_one_line(refused, monkeypatch, error, line):
-    monkeypatch.setattr(data, "read_annotations", lambda path: exec("raise error", {"error": error}))
-    assert line in refused(data.main)
+    monkeypatch.setattr(look, "read_annotations", lambda path: exec("raise error", {"error": error}))
+    assert line in refused(look.main)
 
 
 ACCEPTED = [  # arguments of evaluate.py, part of what it prints; all exit with 0

@@ -16,15 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import distributed
+from tools import look
+from data import FaceDataset
+from support import distributed
 import evaluate
 import train
-from coco import read_annotations
-from script import InputError
+from support.coco import read_annotations
+from support.script import InputError
 from hard_world import (ENVIRONMENT, REPOSITORY, TRAIN, UNREADABLE, UNUSUAL,
                         accepted, arguments, listing, pictured, run)
-from pictures import load_picture
+from support.pictures import load_picture
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ def test_unusual_pictures_are_accepted(world, tmp_path, capsys, name):
     accepted(capsys, "detect", f"pictures/{name}", "--model", "good.pth", "--out", tmp_path / "d")
     assert "1 photos" in accepted(capsys, "evaluate", "--data", "u.json",
                                   "--model", "good.pth", "--workers", 0)
-    dataset = data.FaceDataset(read_annotations("u.json"), 64, 48)
+    dataset = FaceDataset(read_annotations("u.json"), 64, 48)
     for seed in (None, *((n,) for n in range(40))):
         item = dataset[0, seed]
         assert not item.error and item.picture.shape == (3, 48, 64) and np.isfinite(item.faces).all()
@@ -58,7 +59,7 @@ def test_large_pictures_up_to_the_limit_against_bombs(tmp_path, monkeypatch, rec
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_pictures_are_named(world, refused, name):
     (world / "u.json").write_text(json.dumps(pictured([name])))
-    line = refused(data.main, "--data", "u.json", "--out", "u.png", "--augment")
+    line = refused(look.main, "--data", "u.json", "--out", "u.png", "--augment")
     assert UNREADABLE[name] in line and name[:4] in line.encode().decode("unicode_escape")
 
 
@@ -118,14 +119,14 @@ def test_fewer_photos_than_processes(world, tmp_path):
 
 
 INTERRUPTED = {  # script: the function in which the signal arrives, arguments
-    "anchors": ("fit", "--data good.json -k 1 --min-face 0"),
-    "benchmark": ("interleaved", "latency good.pth"),
-    "data": ("load_picture", "--data good.json"),
+    "tools.fit_anchors": ("fit", "--data good.json -k 1 --min-face 0"),
+    "tools.benchmark": ("interleaved", "latency good.pth"),
+    "tools.look": ("load_picture", "--data good.json"),
     "detect": ("search", "e/a.jpg --model good.pth --out new"),
     "evaluate": ("score_faces", "--data good.json --predictions r-good.json"),
     "export": ("build", "--model good.pth --out new"),
     "flops": ("count", ""),
-    "sample": ("photo", "new"),
+    "tools.sample": ("photo", "new"),
     "train": ("prepare", "--data good.json"),
     "wider_to_coco": ("read_sizes", "wider_val_bbx_gt.txt val new.json"),
 }
@@ -173,13 +174,13 @@ def test_a_killed_worker_in_training(world, tmp_path, capsys, refused, monkeypat
     flags = [*TRAIN, "--data", "train.json", "--out", tmp_path / "r", "--workers", 1]
     accepted(capsys, "train", *flags, "--epochs", 1)
     before = (tmp_path / "r/last.pth").read_bytes()
-    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)  # the worker is forked and inherits it
+    monkeypatch.setattr(FaceDataset, "__getitem__", deadly)  # the worker is forked and inherits it
     assert "a loading process was killed" in refused(train.main, *flags, "--epochs", 2, "--resume")
     assert (tmp_path / "r/last.pth").read_bytes() == before
 
 
 def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(data.FaceDataset, "__getitem__", deadly)
+    monkeypatch.setattr(FaceDataset, "__getitem__", deadly)
     line = refused(evaluate.main, "--data", "good.json", "--model", "good.pth",
                    "--workers", 1, "--out", tmp_path / "r.json")
     assert "a loading process was killed" in line and not (tmp_path / "r.json").exists()
@@ -219,7 +220,7 @@ def test_no_gpu(world, refused):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("distributed.choose_device", lambda name: "cuda")
+    monkeypatch.setattr("support.distributed.choose_device", lambda name: "cuda")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="4 processes, but GPUs: 2; lower --nproc_per_node"):

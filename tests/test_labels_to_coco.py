@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from coco import InputError, read_annotations
-from labels import photos_around
-from labels_to_coco import main
-from yolo import _yolo_names
+from support.coco import InputError, read_annotations
+from tools.labels import photos_around
+from tools.labels_to_coco import main
+from tools.yolo import _yolo_names
 
 SAMPLES = Path(__file__).parent / "labels"
 TRUTH = json.loads((SAMPLES / "truth.json").read_text())

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from script import InputError
-from pictures import (FACE, ORIENTATION, contact_sheet, decode_picture,
+from support.script import InputError
+from support.pictures import (FACE, ORIENTATION, contact_sheet, decode_picture,
                       draw_faces, load_picture, open_picture, upright_size)
 
 RAMP = np.add.outer(np.arange(40) * 2, np.arange(60) * 2).astype(np.uint8)  # 60x40, dark at the top left

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-import report
-from coco import Annotations, Detections
+from tools import worst as report
+from support.coco import Annotations, Detections
 from metrics import Curve
-from pictures import FACE, FALSE, IGNORED, MISSED
-from report import judge, plot_curves, shorten, worst_sheet, write_per_photo
-from thresholds import Outcomes, score_curve
+from support.pictures import FACE, FALSE, IGNORED, MISSED
+from tools.worst import judge, plot_curves, shorten, worst_sheet, write_per_photo
+from tools.threshold import Outcomes, score_curve
 
 NAMES = ["a.png", "wide, \"quoted\".png", "b.png"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import options
+from support import options
 import train
 from data import TrainBatches
 from model import SSD, Config, checkpoint

@@ -10,13 +10,13 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-import benchmark
+from tools import benchmark
 import detect
 import evaluate
 import export
 from model import checkpoint
 from detector import load_detector
-from runtimes import open_network, openvino_core
+from support.runtimes import open_network, openvino_core
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import wider_to_coco
-from coco import read_annotations
-from sample import draw_sample, main
+from support.coco import read_annotations
+from tools.sample import draw_sample, main
 
 
 @pytest.fixture(scope="module")

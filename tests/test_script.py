@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from script import InputError, command, git_commit, parse_size, whole_file, write_json
+from support.script import InputError, command, git_commit, parse_size, whole_file, write_json
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -60,7 +60,7 @@ def test_no_sizes(text):
 ])
 def test_exit_codes(tmp_path, body, code, line):
     (tmp_path / "tool.py").write_text(
-        f"from script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n")
+        f"from support.script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n")
     done = subprocess.run([sys.executable, tmp_path / "tool.py"], capture_output=True,
                           text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert (done.returncode, done.stderr.strip().splitlines()[-1:]) == (code, [line] if line else [])
@@ -84,7 +84,7 @@ def test_signal_handler_is_left_alone_outside_the_main_thread():
 def test_git_commit(tmp_path, capfd, monkeypatch):
     def ask(folder):
         """What a copy of script.py in `folder` says, from another working directory."""
-        code = "import script; print(script.git_commit())"
+        code = "from support import script; print(script.git_commit())"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(folder), "GIT_DIR": "/absent"}, check=True)
         assert not done.stderr
@@ -97,7 +97,7 @@ def test_git_commit(tmp_path, capfd, monkeypatch):
 
     folder = tmp_path / "a folder"
     folder.mkdir()
-    shutil.copy("script.py", folder)
+    shutil.copytree("support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
     if shutil.which("git"):
         git("init", "-q")
         assert ask(folder) == "None"  # a repository, but script.py is not of it
@@ -108,7 +108,7 @@ def test_git_commit(tmp_path, capfd, monkeypatch):
         git("tag", "-a", "-m", "v", "v1")
         (folder / "new.txt").write_text("not tracked")
         assert ask(folder) == git("rev-parse", "HEAD")
-        with open(folder / "script.py", "a") as file:
+        with open(folder / "support/script.py", "a") as file:
             file.write("# changed\n")
         assert ask(folder) == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
@@ -136,7 +136,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_word(script):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
 def test_a_script_keeps_the_memory_that_it_frees():
     """Twenty times the same 64 MB: 16,384 pages are touched for the first time once, or each time."""
-    code = ("import resource, torch; from script import command\n"
+    code = ("import resource, torch; from support.script import command\n"
             "def fill():\n"
             "    for _ in range(20): torch.ones(16 * 2 ** 20)\n"
             "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -150,7 +150,7 @@ def test_a_script_keeps_the_memory_that_it_frees():
 
 def test_ctrl_c_after_the_reader_has_gone_is_130():
     """As `script 2>&1 | tee`, where Ctrl-C ends tee first."""
-    code = ("import time, script\ndef main(argv=None):\n    print('up', flush=True)\n    time.sleep(60)\n"
+    code = ("import time\nfrom support import script\ndef main(argv=None):\n    print('up', flush=True)\n    time.sleep(60)\n"
             "script.command(main)()\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.readline()

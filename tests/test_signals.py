@@ -15,7 +15,7 @@ import torch
 import evaluate
 import train
 from hard_world import REPOSITORY
-from sample import draw_sample
+from tools.sample import draw_sample
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1", "--warmup", "3", "--lr",

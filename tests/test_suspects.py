@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-import duplicates
-import suspects
-from coco import read_annotations
-from duplicates import near_duplicates, thumbnail
+from tools import look
+from tools import duplicates
+from tools import suspects
+from support.coco import read_annotations
+from tools.duplicates import near_duplicates, thumbnail
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_command_finds_leaks_and_goes_on_past_unreadable_photos(sample, tmp_path
     Image.open(train.file(3)).save(val.file(1), quality=50)
     for index in range(6):
         train.file(6 + index).write_bytes(b"no picture")
-    data.main(["--data", str(train.path), str(val.path), "--out", str(tmp_path / "sheet.png")])
+    look.main(["--data", str(train.path), str(val.path), "--out", str(tmp_path / "sheet.png")])
     out = capsys.readouterr().out
     assert "1 leak" in out and "6 photos that cannot be used" in out and "6 photos in" in out
     assert "by anchor" in out
@@ -111,8 +111,8 @@ def test_command_finds_leaks_and_goes_on_past_unreadable_photos(sample, tmp_path
     assert rows[0]["reason"] == "leak"
     assert (rows[0]["photo"], rows[0]["other photo"]) == (str(val.file(1)), str(train.file(3)))
     assert Image.open(tmp_path / "suspects.png").width > 1000
-    assert "or two" in refused(data.main, "--data", *[train.path] * 3)
-    assert "0.jpg" in refused(data.main, "--data", train.path, tmp_path / "0.jpg")
+    assert "or two" in refused(look.main, "--data", *[train.path] * 3)
+    assert "0.jpg" in refused(look.main, "--data", train.path, tmp_path / "0.jpg")
 
 
 @pytest.mark.slow

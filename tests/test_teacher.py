@@ -8,7 +8,7 @@ from torchvision.ops import box_iou
 
 import train
 from anchors import POSITIVE_IOU, decode, encode, make_anchors
-from coco import read_annotations
+from support.coco import read_annotations
 from data import FaceDataset, collate
 from loss import Criterion
 from model import SSD, Config, checkpoint

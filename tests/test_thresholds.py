@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import thresholds
-from script import InputError
-from thresholds import (Outcomes, Promise, check_threshold, choose, intervals, parse_promise, refusal,
+from tools import threshold as thresholds
+from support.script import InputError
+from detector import check_threshold
+from tools.threshold import (Outcomes, Promise, choose, intervals, parse_promise, refusal,
                         score_curve, thin)
 
 FALSE, PRECISION, RECALL = Promise("false", 0.2), Promise("precision", 0.7), Promise("recall", 0.6)

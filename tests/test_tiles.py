@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 import evaluate
 from detector import detect, load_detector
 from model import checkpoint
-from tiles import TiledDetector, cut, merge
+from detector import TiledDetector, cut, merge
 
 
 class Finder:
@@ -112,7 +112,7 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
     torch.save(checkpoint(small), tmp_path / "small.pth")
     words = ["--data", str(sample / "val.json"), "--model", str(tmp_path / "small.pth"), "--workers", "0",
              "--device", "cpu"]
-    from coco import read_annotations
+    from support.coco import read_annotations
     annotations = read_annotations(sample / "val.json")
     args = evaluate.parse_args([*words, "--tiles", "160"])
     assert args.tiles == [160, 40] and evaluate.parse_args([*words, "--tiles", "160", "0"]).tiles == [160, 0]

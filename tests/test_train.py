@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from anchors import make_anchors
 from data import FaceDataset, collate
-from coco import read_annotations
+from support.coco import read_annotations
 from detector import MODEL
-from distributed import mean
+from support.distributed import mean
 from loss import Criterion
 from model import SSD, Config, checkpoint, load_model
 

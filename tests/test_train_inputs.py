@@ -12,11 +12,11 @@ import torch
 
 import train
 from anchors import make_anchors
-from coco import read_annotations
+from support.coco import read_annotations
 from data import FaceDataset, collate
 from loss import Criterion
 from model import SSD, Config, checkpoint, load_model
-from sample import draw_sample
+from tools.sample import draw_sample
 
 pytestmark = pytest.mark.slow
 SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from script import InputError
+from support.script import InputError
 from metrics import wider_ap
 from test_metrics import assert_as_pycocotools
-from coco import Detections
-from wider import (GROUND_TRUTH, GroundTruth, read_ground_truth,
+from support.coco import Detections
+from support.wider import (GROUND_TRUTH, GroundTruth, read_ground_truth,
                    read_predictions, wider_names, write_predictions)
 
 OFFICIAL = Path(__file__).parent.parent / "../shared/data/wider_eval"
@@ -153,7 +153,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, truth):
 def test_pipes_and_folders_are_not_waited_for(tmp_path, truth):
     (tmp_path / "0--Parade").mkdir()
     os.mkfifo(tmp_path / f"{NAMES[0]}.txt")
-    code = "import sys, wider; wider.%s(sys.argv[1]%s)"
+    code = "import sys; from support import wider; wider.%s(sys.argv[1]%s)"
     truth = ", wider.GroundTruth(['0--Parade/0_Parade_1'], [], [], {})"
 
     def last_line(code):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coco import read_annotations
-from wider_to_coco import clip, main, picture_size, read_wider
+from support.coco import read_annotations
+from support.coco import clip
+from support.pictures import picture_size
+from wider_to_coco import main, read_wider
 
 ZEROS = "0 0 0 0 0 0 0 0 0 0"
 FACE = "10 12 20 24 1 0 1 0 2 1"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from model import SSD, Config
-from width import channel_groups, resize
+from tools.width import channel_groups, resize
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ NAMES = ["face", "mask"]
 
 def photos(folder):
     """Draw the three photos."""
-    from sample import photo
+    from tools.sample import photo
 
     folder.mkdir(parents=True)
     for n, (name, size) in enumerate(SIZES.items()):

@@ -18,12 +18,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou
 
-from anchors import POSITIVE_IOU, shape_iou
-from coco import Annotations, to_xywh, to_xyxy
-from duplicates import near_duplicates, thumbnails
+from anchors import POSITIVE_IOU
+from support.coco import Annotations, to_xywh, to_xyxy
+from tools.fit_anchors import shape_iou
+from tools.duplicates import near_duplicates, thumbnails
 from model import HAND_DESIGNED
-from pictures import FALSE, MISSED, contact_sheet, draw_faces, drawable, load_picture, save_picture
-from script import InputError, whole_file
+from support.pictures import FALSE, MISSED, contact_sheet, draw_faces, drawable, load_picture, save_picture
+from support.script import InputError, whole_file
 
 DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
 FAR = 4                     # robust standard deviations from the median

@@ -1,8 +1,8 @@
 """Convert labels of other tools to a COCO json of faces, or to YOLO.
 
-    python labels_to_coco.py LABELS [PHOTOS] mine.json
-    python labels_to_coco.py export.json photos mine.json --category face mask
-    python labels_to_coco.py mine.json --to yolo mine-yolo
+    python -m tools.labels_to_coco LABELS [PHOTOS] mine.json
+    python -m tools.labels_to_coco export.json photos mine.json --category face mask
+    python -m tools.labels_to_coco mine.json --to yolo mine-yolo
 
 LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, or
 CSV: which one, is recognised. Photos are found by name anywhere below PHOTOS, or around the labels.
@@ -18,13 +18,13 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, new_parser, read_json, write_json
+from support.script import InputError, command, new_parser, read_json, write_json
 
-from labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv, read_cvat,
+from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv, read_cvat,
                     read_label_studio, read_voc, read_xml)
-from pictures import PICTURES
-from wider_to_coco import LISTED, clip, read_sizes
-from yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
+from support.coco import clip
+from support.pictures import LISTED, PICTURES, read_sizes
+from tools.yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
 KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, "

@@ -1,7 +1,7 @@
 """Draw a small dataset of faces on varied backgrounds, so that everything can be tried without a download.
 
-    python sample.py data/sample
-    python sample.py data/sample --train 1000 --val 100 --seed 1
+    python -m tools.sample data/sample
+    python -m tools.sample data/sample --train 1000 --val 100 --seed 1
 
 Writes train.json and val.json (COCO) to the folder, the photos to train/ and val/, and the WIDER-style texts
 wider_{train,val}_bbx_gt.txt that the json files are converted from. The same arguments draw the same pixels.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, new_parser, whole_file
+from support.script import InputError, command, new_parser, whole_file
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter

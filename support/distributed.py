@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from script import InputError, one_line
+from support.script import InputError, one_line
 
 JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other at the start
 

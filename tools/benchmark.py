@@ -1,10 +1,10 @@
 """Measure speed: models side by side, data loading, the training step, a whole epoch.
 
-    python benchmark.py latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
-    python benchmark.py pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
-    python benchmark.py loading                                    # data.py against torchvision's transforms
-    python benchmark.py training --batch-sizes 32 --threads 2      # the step: precision, compiling, memory
-    python benchmark.py epoch --data data/train.json               # loader, step, and both together
+    python -m tools.benchmark latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
+    python -m tools.benchmark pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
+    python -m tools.benchmark loading                                    # data.py against torchvision's transforms
+    python -m tools.benchmark training --batch-sizes 32 --threads 2      # the step: precision, compiling, memory
+    python -m tools.benchmark epoch --data data/train.json               # loader, step, and both together
 
 What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
 is the time for one input of the model's own size, through everything in its file (for a checkpoint, the
@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, keep_memory, new_parser
+from support.script import InputError, command, keep_memory, new_parser
 
 import numpy as np
 import torch
@@ -32,15 +32,15 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import sample
+from tools import sample
 import train
-from coco import read_annotations
+from support.coco import read_annotations
 from data import FaceDataset, collate
 from detector import detect, load_detector
-from distributed import choose_device
+from support.distributed import choose_device
 from model import SSD
-from pictures import load_picture
-from runtimes import SUFFIXES, open_network
+from support.pictures import load_picture
+from support.runtimes import SUFFIXES, open_network
 
 
 def interleaved(jobs, rounds, seconds=0.2):

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pictures import decode_picture, open_picture, upright_size
-from script import InputError
+from support.pictures import decode_picture, open_picture, upright_size
+from support.script import InputError
 
 SIDE = 32           # of a thumbnail, pixels
 BITS = 112          # of a hash: 56 across, 56 down

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
-from pictures import PICTURES
-from script import InputError
+from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from support.pictures import PICTURES
+from support.script import InputError
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
 OTHER_TEXTS = {"classes", "predefined_classes", "labelmap", "train",

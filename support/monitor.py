@@ -10,8 +10,8 @@ import torch
 from checkpoints import claim
 from data import collate, to_image, to_input
 from detector import TorchDetector, detect
-from pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
-from script import InputError, git_commit, whole_file
+from support.pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
+from support.script import InputError, git_commit, whole_file
 
 PICTURES = 16  # on each contact sheet
 REDRAWN = 10   # seconds between drawings of the curves, which take a good part of one

@@ -1,6 +1,6 @@
 """In a few minutes: find faces on a photo, fine-tune on drawn faces, export, and measure after each step.
 
-    python demo.py              # after pip install -r requirements.txt; make demo does both
+    python -m tools.demo        # after pip install -r requirements.txt; make demo does both
 
 Results are in runs/demo, which is removed first; the drawn photos are in data/sample.
 """
@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 # First, so that Ctrl-C during the slow imports below ends in one line.
-from script import InputError, command, new_parser
+from support.script import InputError, command, new_parser
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from coco import read_annotations, read_results
-from pictures import save_picture
-from report import LINE, draw_judged, draw_legend, judge
+from support.coco import read_annotations, read_results
+from support.pictures import save_picture
+from tools.worst import LINE, draw_judged, draw_legend, judge
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe
@@ -97,14 +97,14 @@ def main(argv=None):
     new_parser(__doc__).parse_args(argv)
     print("A photo first, in seconds. Then drawn faces: measure, fine-tune, measure, export, measure.\n"
           "In all 3 to 8 minutes on two CPU cores.")
-    os.chdir(Path(__file__).parent)  # all paths here are the repository's
+    os.chdir(Path(__file__).resolve().parents[1])  # all paths here are the repository's
     if OUT.is_dir():
         print(f"\n$ rm -r {OUT}")    # train.py never overwrites a run
         shutil.rmtree(OUT)
     run("detect.py", "docs/photo.jpg", "--out", OUT / "photo")
     print(f"\nWhat the shipped network finds on a photo: {OUT}/photo/photo.jpg", flush=True)
 
-    run("sample.py", DATA, "--train", 400, "--val", 60)
+    run("-m", "tools.sample", DATA, "--train", 400, "--val", 60)
     measured = {"shipped network": measure("weights/face_ssd300.pth", "before")}
     started = time.perf_counter()
     run("train.py", f"@{RECIPE}")

@@ -6,6 +6,7 @@ predictions do without it.
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -279,6 +280,19 @@ def read_json(path):
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def file_hash(path):
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def first_line(error):
+    """Return the first useful line of a runtime's error message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Exception from")]
+    return (lines or [type(error).__name__])[0][:160]
+
+
 def git_commit():
     """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown.
 
@@ -303,6 +317,7 @@ def git_commit():
 
 # Scripts import this file first, since torch takes seconds. Importers from elsewhere keep their handler, and
 # so does a shell that has a script ignore Ctrl-C.
-if (Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent == Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
+if (Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent in (ROOT, ROOT / "tools")
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, _interrupted)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from coco import Annotations, Detections, to_xyxy
+from support.coco import Annotations, Detections, to_xyxy
 from metrics import match_faces
-from pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture
-from script import whole_file
+from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture
+from support.script import whole_file
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels

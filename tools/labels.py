@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pictures import PICTURES
-from script import InputError
+from support.pictures import PICTURES
+from support.script import InputError
 
 FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
 LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations

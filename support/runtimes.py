@@ -7,7 +7,7 @@ operators runs in OpenVINO.
 import functools
 from pathlib import Path
 
-from script import InputError
+from support.script import InputError, first_line
 
 SUFFIXES = (".onnx", ".xml")
 OPENVINO_DOMAIN = "org.openvinotoolkit"  # the domain of ONNX operators that only OpenVINO has
@@ -77,13 +77,6 @@ class OpenVinoNetwork:
     def __call__(self, array):
         results = self.compiled(array)
         return [results[port] for port in self.compiled.outputs]
-
-
-def first_line(error):
-    """Return the first useful line of a runtime's error message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Exception from")]
-    return (lines or [type(error).__name__])[0][:160]
 
 
 def open_network(path, threads=0):

@@ -4,14 +4,17 @@ import math
 import os
 import warnings
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
-from script import CONTROL, InputError, whole_file
+from support.script import CONTROL, InputError, whole_file
 
 ORIENTATION = 0x0112  # the EXIF tag
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}  # are read
+LISTED = 20  # bad pictures named in one message
 FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 
@@ -33,6 +36,40 @@ def upright_size(image):
     with _decoding(image.filename):
         lying = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if lying and image.format != "TIFF" else image.size  # Pillow turns TIFF itself
+
+
+def picture_size(path):
+    """Read a picture's upright (width, height) from its header.
+
+    Returns None if there is no such file, and the InputError (not raised) if it is unreadable.
+    """
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open_picture(path) as image:
+            return upright_size(image)
+    except InputError as error:
+        return error
+
+
+def read_sizes(pictures, images, jobs):
+    """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
+
+    Raises InputError if any is missing or unreadable; the message names up to 20.
+    """
+    names = [name for name, _ in pictures]
+    paths = [os.path.join(images, name) for name in names]
+    with warnings.catch_warnings(), ThreadPool(jobs) as pool:
+        warnings.simplefilter("ignore")  # about large pictures: harmless, as only headers are read
+        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16),
+                          "image sizes", len(paths), disable=None))
+    bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
+           "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
+    if any(bad.values()):
+        parts = [f"{len(them):,} {kind} ({', '.join(them[:LISTED])}{', ...' if len(them) > LISTED else ''})"
+                 for kind, them in bad.items() if them]
+        raise InputError(f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
+    return sizes
 
 
 def decode_picture(image, scale=1):

@@ -19,9 +19,9 @@ import torch
 from torchvision.ops import box_iou
 
 from anchors import covered
-from coco import Annotations, Detections, moved_images, to_xywh, to_xyxy
-from script import read_json, write_json
-from suspects import Suspect, doubled, draw_suspects
+from support.coco import Annotations, Detections, moved_images, to_xywh, to_xyxy
+from support.script import read_json, write_json
+from tools.suspects import Suspect, doubled, draw_suspects
 
 PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant for it
 FOUND_IOU = 0.5         # a label that counts as found, to say what is usual

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 
 from data import FaceDataset, to_input
-from script import InputError
+from support.script import InputError
 
 CALIBRATION = 300  # photos that the ranges are taken from
 

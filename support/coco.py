@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from script import InputError, read_json
+from support.script import InputError, read_json
 
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "labels_to_coco.py makes it of YOLO, Pascal VOC, CVAT, Label Studio and CSV"
@@ -25,6 +25,21 @@ def to_xyxy(xywh: np.ndarray) -> np.ndarray:
 def to_xywh(xyxy: np.ndarray) -> np.ndarray:
     """Boxes `[N, 4]` as x, y, width, height: the inverse of `to_xyxy`."""
     return np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1)
+
+
+def clip(box, width, height):
+    """Clip an xywh box to the picture: (box, "inside" or "clipped" or "empty" or "outside").
+
+    Empty boxes, and boxes outside the picture, are returned unchanged.
+    """
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return box, "empty"
+    if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
+        return box, "inside"
+    left, top = max(x, 0), max(y, 0)
+    cut = [left, top, min(x + w, width) - left, min(y + h, height) - top]
+    return (cut, "clipped") if cut[2] > 0 and cut[3] > 0 else (box, "outside")
 
 
 @dataclass

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from coco import Detections
-from script import InputError, whole_file
+from support.coco import Detections
+from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
 LEVELS = ("easy", "medium", "hard")

@@ -5,7 +5,7 @@ import os
 from argparse import SUPPRESS, BooleanOptionalAction
 
 from detector import MODEL
-from script import FlagFileParser, parse_sides, parse_size
+from support.script import FlagFileParser, parse_sides, parse_size
 
 DATA = "data/train.json"
 

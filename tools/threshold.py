@@ -9,14 +9,12 @@ for the same reason.)
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from script import InputError
 
 RESAMPLES, SEED = 1000, 0
 SURE = 0.9               # the share of resamples in which the promise has to hold
@@ -133,30 +131,6 @@ def refusal(outcomes: Outcomes, promise: Promise, here: float | None) -> str:
     best = (np.argmin if promise.measure == "false" else np.argmax)(values)
     return (f"{promise}: no score keeps it; the best is {promise.measure}={values[best]:.3g} "
             f"at score {curve.score[best]:.3g}")
-
-
-def check_threshold(entry: dict | str | None, path) -> dict | None:
-    """The threshold that a model file holds, if any: a dict, or JSON in an exported file's metadata.
-
-    `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
-    with which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError
-    if it makes no sense.
-    """
-    def numbers(*values):
-        return all(type(value) in (int, float) and abs(value) < 1e9 for value in values)
-    if entry is None:
-        return None
-    try:
-        entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
-        (width, height), tiles = entry["size"], entry["tiles"]
-        side, overlap = (1, 0) if tiles is None else tiles
-        if (numbers(entry["score"], width, height, side, overlap) and min(width, height, side) >= 1
-                and isinstance(entry["promise"], str)):
-            return entry
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise InputError(f"{path}: its threshold is damaged; choose it anew with "
-                     "evaluate.py --threshold-at ... --save-threshold NEW.pth")
 
 
 def intervals(outcomes: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:

@@ -1,0 +1,1 @@
+"""More commands, beside training and measuring: python -m tools.NAME, from the folder of the repository."""
