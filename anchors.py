@@ -87,20 +87,31 @@ def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, im
     highest, best = learned.max(1)
     learned = learned * (near if chosen is None else chosen)
     learned[number, best] = highest + 2 * (highest > 0)                     # its best anchor above all others
-    rows = image[:, None].expand_as(iou)
-    zeros = iou.new_zeros(batch, len(anchors))                              # [B, A]
-    top = zeros.scatter_reduce(0, rows, learned, "amax")
-    # Which face that was: of equals the first, which has most faces from it on. They are counted in floats,
-    # exact below 2 ** 24, since Apple's MPS reduces no integers. Anchors that no face claims get face T, a
-    # row of its own below.
-    claims = (learned == top[image]) * (len(faces) - number[:, None]).to(iou.dtype)
-    face = len(faces) - zeros.scatter_reduce(0, rows, claims, "amax").long()
+    top, face = first_of_highest(learned, image, batch)
     positive = top > 0
     unsure = near & ignored[:, None]
     if crowd is not None:
         unsure |= (covered(anchors, faces) >= CROWD_COVER) & crowd[:, None]
-    unsure = zeros.scatter_reduce(0, rows, unsure.to(iou.dtype), "amax") > 0
-    return positive.long() - (unsure & ~positive).long(), face.masked_fill(~positive, len(faces))
+    unsure = highest_of_images(unsure.to(iou.dtype), image, batch) > 0
+    labels = positive.long() - (unsure & ~positive).long()
+    return labels, face.masked_fill(~positive, len(faces))
+
+
+def highest_of_images(values, image, batch):
+    """The highest `[B, A]` of values `[T, A]` over the faces of each image, 0 at least; image `[T]`."""
+    rows = image[:, None].expand_as(values)
+    return values.new_zeros(batch, values.shape[1]).scatter_reduce(0, rows, values, "amax")
+
+
+def first_of_highest(values, image, batch):
+    """The highest `[B, A]` of values `[T, A]` in each image, and the first face `[B, A]` that has it.
+
+    The places are counted backwards and in floats, exact below 2 ** 24: Apple's MPS reduces no integers.
+    """
+    top = highest_of_images(values, image, batch)
+    backwards = torch.arange(len(values), 0, -1, device=values.device, dtype=values.dtype)
+    last = highest_of_images((values == top[image]) * backwards[:, None], image, batch)
+    return top, len(values) - last.long()
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from support.distributed import launch_id, say
+from support.distributed import launch_id, print_once
 from support.script import InputError, bad_values, whole_file
-from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_model, load_weights,
+from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_weights,
                    read_checkpoint, rebuild)
-from tools.width import resize
 
 
 def find_checkpoint(args):
@@ -70,7 +68,6 @@ def check_run(content, path):
     """Refuse a checkpoint that is none of a run."""
     kinds = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
              "sums": torch.Tensor, "flags": dict}
-    content.setdefault("waited", 0)  # older checkpoints have none
     if not kinds.keys() <= content.keys():
         raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
     wrong = [key for key, kind in kinds.items()
@@ -86,8 +83,6 @@ def check_run(content, path):
         wrong.append("record")
     if wrong:
         raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
-    if "hold" in content["flags"]:  # the flag's name in older checkpoints
-        content["flags"]["distill"] = content["flags"].pop("hold")
 
 
 def fits_log(record, epoch):
@@ -98,28 +93,6 @@ def fits_log(record, epoch):
     return (isinstance(record, dict) and isinstance(epoch, int) and record.get("epoch") == epoch > 0
             and all(isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
                     for key in needed))
-
-
-def claim(out):
-    """Lock the folder of a run: no other run may write there while the returned file is open.
-
-    What a killed run left half-written is removed. The lock ends with this process. lockf, not flock: its
-    locks are not inherited by loading processes, which outlive a killed run by seconds.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "w")
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"{out}: another run is writing there; let it end, "
-                         "or name another folder with --out") from None
-    except (ImportError, OSError):
-        return file  # Windows, or a file system without locks
-    for left in out.iterdir():
-        if re.fullmatch(r"\.(last|best|log|curves)\.\d+\.\w+", left.name):  # script.whole_file's names
-            left.unlink(missing_ok=True)
-    return file
 
 
 def wanted_config(args, config):
@@ -137,25 +110,28 @@ def make_model(args, content):
         return resume_model(args, content)
     if args.load_from:
         if args.pretrained is not None:
-            say("--load-from brings all weights: --pretrained is not used")
-        own = config_of(read_checkpoint(args.load_from), args.load_from)
-        config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
-        if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
-            say(f"{args.load_from}: was trained with other anchors; its box head starts from what it "
-                "learned for those")
-        if config.width != own.width and len(config.anchors) == len(own.anchors):
-            say(f"{args.load_from}: was trained at width {own.width:g}, its layers are "
-                f"{'cut' if config.width < own.width else 'widened'} to {config.width:g}")
-            return resize(load_model(args.load_from), config)
-        model = SSD(config)
-        unfit = load_weights(model, args.load_from)
-        if unfit:
-            say(f"{args.load_from}: {len(unfit)} tensors did not fit and start at random: "
-                + ", ".join(unfit[:8]))
-        return model
+            print_once("--load-from brings all weights: --pretrained is not used")
+        return start_from(args.load_from, args)
     model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))
     if args.pretrained is not None:
         load_imagenet(model, args.pretrained or None)
+    return model
+
+
+def start_from(path, args):
+    """The model of a new run that starts from a detector's weights, as far as they fit what the flags ask."""
+    own = config_of(read_checkpoint(path), path)
+    config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
+    if config.width != own.width:
+        raise InputError(f"{path}: is of width {own.width:g}; python -m tools.width {path} {config.width:g} "
+                         "NEW.pth makes one of that width to start from")
+    if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
+        print_once(f"{path}: was trained with other anchors; its box head starts from what it learned for "
+                   "those")
+    model = SSD(config)
+    unfit = load_weights(model, path)
+    if unfit:
+        print_once(f"{path}: {len(unfit)} tensors did not fit and start at random: " + ", ".join(unfit[:8]))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Train the detector: from nothing, from weights, or on from a checkpoint; on a CPU, one GPU or many.
+"""Train the detector from scratch, from weights or on from a checkpoint; on a CPU, one GPU or many.
 
 python train.py --data data/train.json                     # runs/face/{last,best}.pth, log.jsonl, curves.png
 torchrun --nproc_per_node 4 train.py                       # four processes, four times the batch
@@ -11,11 +11,9 @@ import copy
 import functools
 import math
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, bad_values, command, first_line, git_commit
 
 import torch
@@ -25,55 +23,18 @@ from tqdm import tqdm
 
 from anchors import make_anchors
 from checkpoints import find_checkpoint, load_momentum, make_model, resume_command, resume_model, save
-from support.coco import join, read_annotations
 from data import FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
-from support.distributed import (StopFlag, from_first, gather, join_processes, launch_id, leave_processes, mean, say,
-                         share_weights, together)
 from evaluate import score_faces
 from loss import Criterion
-from support.monitor import Monitor, describe_run
+from support.coco import join, read_annotations
+from support.distributed import (StopFlag, all_or_none, from_first, gather, join_processes, launch_id,
+                                 leave_processes, mean, print_once, share_weights)
+from support.monitor import Monitor, Progress, describe_run
 from support.options import parse_args, report_changes
 from teacher import load_teacher
 
 PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
-
-
-def settle_speed(args, content, device, processes, photos, pixels):
-    """Settle --precision and --compile where the flags leave them open.
-
-    A run that is resumed keeps its own. A new one takes what is fast here; `photos` are those of an epoch, of
-    so many `pixels`. How many epochs there will be plays no part: it changes when a run is resumed.
-    """
-    before = content["flags"] if content else {}
-    if args.precision is None:
-        fast = device.startswith("cuda") or device == "cpu" and not content and computes_bf16()
-        args.precision = "bf16" if fast else "fp32"
-        if before.get("precision") in ("bf16", "fp32"):
-            args.precision = before["precision"]
-    if args.compile is None:
-        long = photos * pixels >= PAYS * 300 * 300
-        args.compile = bool(before["compile"] if "compile" in before else
-                            not content and device == "cpu" and processes == 1 and long)
-    if args.compile:
-        say("trying the compiler, up to half a minute the first time")
-    if args.compile and (trouble := cannot_compile(device)):
-        say(f"cannot compile here ({trouble}): training goes on without, which is slower")
-        args.compile = False
-
-
-def computes_bf16():
-    """Whether this CPU multiplies bfloat16 numbers itself. Where it does not, they are far slower."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def cannot_compile(device):
-    """Why torch.compile does not work here, in one line (no C++ compiler, no Python.h); None if it does."""
-    try:
-        torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(64, device=device))
-    except Exception as error:  # the compilers' own kinds
-        return first_line(error)
 
 
 def lr_at(step, epoch, lr, milestones, warmup):
@@ -86,20 +47,44 @@ def lr_at(step, epoch, lr, milestones, warmup):
     return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
 
 
+def train_one_epoch(trainer, stop):
+    """Train to the end of the epoch; its means are in `trainer.record` then. Saves and exits at a signal."""
+    args = trainer.args
+    trainer.start_epoch()
+    progress = Progress(trainer, check_finite)
+    stop.at_once(args.compile)  # the first step compiles for up to a minute, and nothing would be lost
+    for batch in trainer.loader:
+        rate = lr_at(trainer.step, trainer.epoch, args.lr, args.milestones, args.warmup)
+        losses = trainer.update(batch, rate)
+        stop.at_once(False)
+        trainer.count(batch, losses)
+        progress.show(len(batch.index), losses, rate)
+        stopping = stop.agreed()
+        if stopping or trainer.step % args.save_every == 0:
+            trainer.save()
+        if stopping:
+            raise SystemExit(stop.code)
+    progress.close()
+    trainer.finish_epoch(progress.photos, progress.seconds)
+
+
 class Trainer:
-    """The state of a run, and the loop over it. All that the loop changes is in its checkpoint."""
+    """The state of a run, and its training step. All that changes is in its checkpoint."""
     layout = torch.channels_last  # the order in memory that convolutions like best
 
-    def __init__(self, args, model, dataset, content=None, marks=None, rank=0, processes=1, device="cpu"):
+    def __init__(self, args, model, dataset, content=None, run=None, rank=0, processes=1, device="cpu"):
         """Begin a run, or with `content` continue that of a checkpoint.
 
-        `marks` are kept in checkpoints as they are: which launch this is, which photos it trains on and
-        validates on.
+        `run` is kept in checkpoints as it is: which launch this is, the fingerprints of the photos that it
+        trains on and validates on, the commit.
         """
-        self.args, self.rank, self.processes, self.device = args, rank, processes, device
-        self.marks = marks or {}
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if args.sync_bn else model
-        self.model = self.eager = self.raw_model = model.to(device, memory_format=self.layout)
+        self.args = args
+        self.run = {"photos": None, "val": None, **(run or {})}
+        self.rank, self.processes, self.device = rank, processes, device
+        if args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.raw_model = model.to(device, memory_format=self.layout)
+        self.model = self.eager = self.raw_model
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.teacher = None
         if args.distill:
@@ -112,10 +97,14 @@ class Trainer:
                                    matching=args.matching, class_loss=args.class_loss, box_loss=args.box_loss)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                                           args.precision == "bf16")
-        self.epoch = self.step = self.done = 0     # epochs trained, iterations in all, photos of this epoch
+        self.epoch = 0         # epochs trained
+        self.step = 0          # iterations in all
+        self.done = 0          # photos of this epoch, of all processes
+        self.taken = 0         # iterations since this process began
         self.sums = torch.zeros(4, device=device)  # total, class, box loss and their number in this epoch
-        self.record = None                         # of the last epoch, as long as it is not validated
-        self.best, self.waited = -1.0, 0           # AP50, and the validated epochs since it was reached
+        self.record = None     # of the last epoch, as long as it is not validated
+        self.best = -1.0       # AP50
+        self.waited = 0        # validated epochs since it was reached
         self.unreadable = {}
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
                                     not args.no_augment)
@@ -126,21 +115,26 @@ class Trainer:
     def restore(self, content):
         """Continue from a checkpoint's content. What the flags say now is what is used."""
         load_momentum(self.optimizer, content)
-        self.epoch, self.step, self.done = content["epoch"], content["step"], content["done"]
-        self.best, self.waited = content["best"], content["waited"]
-        self.sums, self.record = content["sums"].to(self.device), content.get("record")
+        for name in ("epoch", "step", "done", "best", "waited", "record"):
+            setattr(self, name, content[name])
+        self.sums = content["sums"].to(self.device)
         if self.ema:
             self.ema.load_state_dict(resume_model(self.args, content, averaged=True).state_dict())
-        flags, own = content["flags"], vars(self.args)
-        photos = content.get("photos") in (None, self.marks["photos"])  # None: an older checkpoint's
-        if self.done and not (photos and all(own[key] == flags.get(key) for key in ("seed", "repeat"))):
-            self.done, self.sums = 0, torch.zeros_like(self.sums)
-            say("this epoch begins anew: its photos are other ones now, or come in another order")
-        self.marks.setdefault("val", content.get("val"))  # without validation, the last set's is kept
-        same = self.marks["val"] == content["val"] if content.get("val") else own["val"] == flags.get("val")
-        if own["val"] and not same and self.best >= 0:
-            self.best, self.waited = -1.0, 0
-            say("another validation set than before: best.pth begins anew")
+        if self.done and self.order_of(vars(self.args), self.run) != self.order_of(content["flags"], content):
+            self.done = 0
+            self.sums = torch.zeros_like(self.sums)
+            print_once("this epoch begins anew: its photos are other ones now, or come in another order")
+        if not self.run["val"]:
+            self.run["val"] = content["val"]  # while nothing is validated, the last set's is kept
+        elif content["val"] not in (None, self.run["val"]) and self.best >= 0:
+            self.best = -1.0
+            self.waited = 0
+            print_once("another validation set than before: best.pth begins anew")
+
+    @staticmethod
+    def order_of(flags, run):
+        """What the order of an epoch's photos follows from."""
+        return run["photos"], flags.get("seed"), flags.get("repeat")
 
     @property
     def finished(self):
@@ -163,16 +157,28 @@ class Trainer:
     def save(self):
         """Write last.pth, whole or not at all. All processes must come here."""
         sums = mean(self.sums).cpu()
+        check_finite(sums)  # a ruined run must not replace what is there
         if self.rank == 0:
             more = {"ema": self.ema.state_dict()} if self.ema else {}
-            save(Path(self.args.out) / "last.pth", self.raw_model, **more, **self.marks,
+            save(Path(self.args.out) / "last.pth", self.raw_model, **more, **self.run,
                  optimizer=self.optimizer.state_dict(), epoch=self.epoch, step=self.step, done=self.done,
                  best=self.best, waited=self.waited, sums=sums, record=self.record,
                  flags=vars(self.args))
 
-    def update(self, batch):
+    def update(self, batch, rate):
         """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
-        batch = batch.to(self.device)
+        losses = self.gradients(batch.to(self.device))
+        if self.args.clip:
+            torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.ema:
+            move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
+        return losses
+
+    def gradients(self, batch):
+        """Compute the gradients on a Batch, and its losses `[3]`."""
         images = to_input(batch.images.contiguous(memory_format=self.layout))     # [B, 3, H, W]
         # Compiled is the shape of whole batches: the last, smaller one of an epoch would be compiled again.
         network = self.model if len(images) == self.args.batch_size else self.eager
@@ -182,61 +188,40 @@ class Trainer:
         losses, distilled = self.criterion(outputs, batch, teacher)
         self.optimizer.zero_grad()
         (losses[0] + distilled).backward()
-        if self.args.clip:
-            torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
-        self.optimizer.step()
-        if self.ema:
-            move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
         return losses.detach()
 
-    def run_epoch(self, stop):
-        """Train to the end of the epoch; its means are in `record` then. Saves and exits at a signal."""
-        args, whole = self.args, self.args.batch_size * self.processes
+    def start_epoch(self):
+        """Make ready for the rest of an epoch: its batches, and the modes of the network's parts."""
         self.batches.epoch = self.epoch
         self.done = self.batches.skip(self.done)
         for module in self.raw_model.modules():
-            module.train(not (args.freeze_bn and isinstance(module, _BatchNorm)))
-        started, shown, seen, before = time.perf_counter(), 0.0, 0, None
-        bar = tqdm(self.loader, f"epoch {self.epoch + 1}/{args.epochs}", leave=False,
-                   disable=None if self.rank == 0 else True)
-        for batch in bar:
-            rate = lr_at(self.step, self.epoch, args.lr, args.milestones, args.warmup)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            stop.at_once = args.compile and before is None  # it compiles, for minutes, and nothing is lost
-            if stop.at_once and stop.number:                # told while the first batch was loaded
-                raise SystemExit(stop.code)
-            losses = self.update(batch)
-            stop.at_once = False
-            self.sums += torch.cat([losses, losses.new_ones(1)])
-            self.step, self.done = self.step + 1, self.done + whole
-            seen += len(batch.index) * self.processes
-            loss = check_finite(before)
-            before = read_later(losses), batch.index
-            self.check_readable(batch.errors)
-            if time.perf_counter() - shown > 1 and loss is not None and not bar.disable:
-                shown = time.perf_counter()
-                speed = seen / (shown - started)
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2g}, {speed:.0f} photos/s")
-            stopping = stop.agreed()
-            if stopping or self.step % args.save_every == 0:
-                check_finite(before)
-                self.save()
-            if stopping:
-                raise SystemExit(stop.code)
-        check_finite(before)
+            module.train(not (self.args.freeze_bn and isinstance(module, _BatchNorm)))
+
+    def count(self, batch, losses):
+        """Count a step, and remember photos that could not be read."""
+        self.sums += torch.cat([losses, losses.new_ones(1)])
+        self.step += 1
+        self.taken += 1
+        self.done += self.args.batch_size * self.processes
+        self.check_readable(batch.errors)
+
+    def finish_epoch(self, photos, seconds):
+        """Make the record of a trained epoch. All processes must come here."""
         self.check_readable(gather(self.unreadable))
         if len(self.unreadable) == self.batches.n:
-            raise InputError(f"{args.data[0]}: not one photo could be read, so nothing was learned: "
+            raise InputError(f"{self.args.data[0]}: not one photo could be read, so nothing was learned: "
                              + "; ".join(list(self.unreadable.values())[:5]))
-        total, class_loss, box_loss, count = mean(self.sums).tolist()
-        self.epoch, self.done, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
-        seconds = time.perf_counter() - started
+        sums = mean(self.sums)
+        check_finite(sums)
+        total, class_loss, box_loss, count = sums.tolist()
+        self.epoch += 1
+        self.done = 0
+        self.sums = torch.zeros_like(self.sums)
         self.record = {
             "epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"],
             "loss": total / count, "class_loss": class_loss / count, "box_loss": box_loss / count,
             "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": seconds,
-            "photos_per_second": seen / seconds}
+            "photos_per_second": photos / seconds}
 
     def validate(self, annotations, stop):
         """Score the model, or its averaged weights, on Annotations: adds to `record`, keeps best.pth."""
@@ -251,8 +236,8 @@ class Trainer:
                 raise InputError(f"{self.args.val}: {len(errors)} photos could not be used "
                                  f"(--max-unreadable {self.args.max_unreadable}): {lines}",
                                  reported=self.rank > 0)
-            say(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
-                f"used: {lines}")
+            print_once(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
+                       f"used: {lines}")
             annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
@@ -271,32 +256,11 @@ class Trainer:
                              f"(--max-unreadable {self.args.max_unreadable}): {lines}")
 
 
-def read_later(losses):
-    """Begin to copy `losses` `[3]` to the CPU, and return a function that waits until they are there.
-
-    Called a step later, it waits for nothing. Read at once, they would leave the GPU without work.
-    """
-    if not losses.is_cuda:
-        return lambda: losses
-    copy, done = torch.empty(losses.shape, pin_memory=True), torch.cuda.Event()
-    copy.copy_(losses, non_blocking=True)
-    done.record()
-
-    def wait():
-        done.synchronize()
-        return copy
-    return wait
-
-
-def check_finite(step):
-    """Stop if the (losses from read_later, photo indices) of a step are not finite; else return the loss."""
-    if step is None:
-        return None
-    losses = step[0]()
+def check_finite(losses):
+    """Stop if losses, or their sums, are not finite; the first of them is returned as a number."""
     if not losses.isfinite().all():
-        raise InputError(f"the loss is not finite ({losses[0]:.3g}) on the photos with indices {step[1]}; "
-                         "resume the last checkpoint with a lower --lr or with --clip 10, or, should it be "
-                         "ruined as well, start again so")
+        raise InputError(f"the loss is not finite ({losses[0]:.3g}); resume the last checkpoint with a lower "
+                         "--lr or with --clip 10, or, should it be ruined as well, start again so")
     return losses[0].item()
 
 
@@ -308,37 +272,92 @@ def move_average(average, model, decay):
     torch._foreach_lerp_(averaged, current, 1 - decay)  # all in one call, as torch.optim.swa_utils does it
 
 
-def read_val(args):
-    """The Annotations to validate on, or None. A set that was found, not named, need not be fit for it."""
-    beside = Path(args.data[0]).with_name("val.json")
-    found = args.val is None and [Path(path).name for path in args.data] == ["train.json"] and beside.exists()
-    args.val = str(beside) if found else None if args.val == "none" else args.val
-    if not args.val:
-        return None
+def choose_precision(args, before, device):
+    """--precision where it is left open: that of the run that is resumed, or else what is fast here."""
+    if args.precision:
+        return args.precision
+    if before:
+        return before.get("precision", "fp32")
+    fast = device.startswith("cuda") or device == "cpu" and computes_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def choose_compile(args, before, device, processes, photos, pixels):
+    """Whether to compile where --compile is left open, and whether that works here.
+
+    `photos` are those of an epoch, of so many `pixels`. How many epochs there will be plays no part: it
+    changes when a run is resumed.
+    """
+    wanted = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
+    if before:
+        wanted = before.get("compile", False)
+    if args.compile is not None:
+        wanted = args.compile
+    if wanted:
+        print_once("trying the compiler, up to half a minute the first time")
+        trouble = cannot_compile(device)
+        if trouble:
+            print_once(f"cannot compile here ({trouble}): training goes on without, which is slower")
+            return False
+    return wanted
+
+
+def computes_bf16():
+    """Whether this CPU multiplies bfloat16 numbers itself. Where it does not, they are far slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def cannot_compile(device):
+    """Why torch.compile does not work here, in one line (no C++ compiler, no Python.h); None if it does."""
     try:
-        val = read_annotations(args.val)
-        absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
-        if absent:
-            raise InputError(f"{args.val}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
-                             f"{absent[0]}; name another set with --val, or --val none")
-        if val.ignored.all():
-            raise InputError(f"{args.val}: holds no face to find, so there is no AP to choose best.pth by; "
-                             "name another set with --val, or --val none")
-        return val
-    except InputError as error:
-        if not found:
-            raise
-        args.val = None
-        say(f"{error}; training goes on without validation")
+        torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(64, device=device))
+    except Exception as error:  # the compilers' own kinds
+        return first_line(error)
+
+
+def find_val(args):
+    """The json to validate on, or None: that of --val, or the val.json beside the one train.json."""
+    if args.val == "none":
+        return None
+    if args.val:
+        return args.val
+    beside = Path(args.data[0]).with_name("val.json")
+    alone = [Path(path).name for path in args.data] == ["train.json"]
+    return str(beside) if alone and beside.exists() else None
+
+
+def read_val(path):
+    """The Annotations to validate on. Raises InputError where photos are missing, or hold no face."""
+    val = read_annotations(path)
+    absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
+    if absent:
+        raise InputError(f"{path}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
+                         f"{absent[0]}; name another set with --val, or --val none")
+    if val.ignored.all():
+        raise InputError(f"{path}: holds no face to find, so there is no AP to choose best.pth by; "
+                         "name another set with --val, or --val none")
+    return val
 
 
 def read_inputs(args, content):
     """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
     parts = [read_annotations(path) for path in args.data]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
-    faces, val = join(parts), read_val(args)
+    faces = join(parts)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
+    named = args.val
+    args.val = find_val(args)
+    val = None
+    if args.val:
+        try:
+            val = read_val(args.val)
+        except InputError as error:
+            if named:
+                raise
+            args.val = None  # it was found, not named: it need not be meant for this
+            print_once(f"{error}; training goes on without validation")
     if args.patience and not val:
         raise InputError("--patience waits for a better AP50: name a set to validate on with --val")
     torch.manual_seed(args.seed)
@@ -354,17 +373,18 @@ def prepare(args):
     torch.backends.cudnn.benchmark = True
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
-    faces, val, model = together(lambda: read_inputs(args, content))
-    marks = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit()}
-    if val:
-        marks["val"] = val.fingerprint()
+    faces, val, model = all_or_none(lambda: read_inputs(args, content))
+    run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
+           "val": val.fingerprint() if val else None}
     dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size)
-    settle_speed(args, content, device, processes, len(dataset) * args.repeat,
-                 math.prod(model.config.input_size))
-    trainer = together(lambda: Trainer(args, model, dataset, content, marks, rank, processes, device))
+    before = content["flags"] if content else None
+    args.precision = choose_precision(args, before, device)
+    args.compile = choose_compile(args, before, device, processes, len(dataset) * args.repeat,
+                                  math.prod(model.config.input_size))
+    trainer = all_or_none(lambda: Trainer(args, model, dataset, content, run, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)
-    monitor = together(lambda: None if rank else Monitor(args, model, validated))
+    monitor = all_or_none(lambda: None if rank else Monitor(args, model, validated, trainer.batches.total))
     stop = StopFlag()  # before the lines below: who has read them may count on a signal saving the run
     if rank == 0:
         if content:
@@ -375,26 +395,32 @@ def prepare(args):
     return trainer, val, monitor, stop
 
 
+def train(trainer, val, monitor, stop):
+    """Train and validate epoch by epoch, and save after each part, until the run is finished."""
+    while trainer.record or not trainer.finished:
+        if not trainer.record:
+            train_one_epoch(trainer, stop)
+        if val:
+            trainer.save()  # a signal may end the validation; the run then resumes with it
+            trainer.validate(val, stop)
+        if monitor:  # before the save: an epoch that is done again loses its line, none is ever missing
+            monitor.epoch(trainer.record, trainer.taken, trainer.finished)
+        trainer.record = None
+        trainer.save()
+        stop.check()
+
+
 @command
 def main(argv=None):
-    """Train, validating and saving after each epoch."""
+    """Prepare, train, report how it ended."""
     args = parse_args(argv, __doc__)
-    last, again = str(Path(args.out) / "last.pth"), resume_command(args, argv)
+    last = str(Path(args.out) / "last.pth")
+    again = resume_command(args, argv)
     trainer, val, monitor, stop = prepare(args)
     try:
         if args.resume != last:
             trainer.save()  # from here on there is a checkpoint, and the folder is known to be writable
-        while trainer.record or not trainer.finished:
-            if not trainer.record:
-                trainer.run_epoch(stop)
-            if val:
-                trainer.save()  # a signal may end the validation; the run then resumes with it
-                trainer.validate(val, stop)
-            if monitor:  # before the save: an epoch that is done again loses its line, none is ever missing
-                monitor.epoch(trainer, val)
-            trainer.record = None
-            trainer.save()
-            stop.check()
+        train(trainer, val, monitor, stop)
     except (RuntimeError, SystemExit):
         if not stop.number:
             raise

@@ -1,1 +1,1 @@
-"""What the detector stands on: files, pictures, processes, exported networks. It imports nothing of the top."""
+"""What the detector stands on: files, pictures, processes, exported networks. Imports nothing of the top."""

@@ -7,7 +7,6 @@ import datetime
 import os
 import signal
 import socket
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -72,7 +71,7 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line, once for all processes."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         tqdm.write(line)
@@ -87,7 +86,7 @@ def gather(own: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def together(make):
+def all_or_none(make):
     """Call `make()` in every process and return its result. If any raises InputError, all do.
 
     So no process waits for one that has given up. On each machine, the same trouble is reported once.
@@ -151,22 +150,15 @@ def launch_id() -> str | None:
     """Name this start of torchrun: the same in its restarts, another in the next. None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    agent = os.getppid()  # process numbers are used again, start times are not
-    try:
-        started = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:  # no Linux
-        started = ""
-    return f"{os.environ['TORCHELASTIC_RUN_ID']}/{socket.gethostname()}/{agent}/{started}"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}/{socket.gethostname()}/{os.getppid()}"
 
 
 class StopFlag:
-    """Catches Ctrl-C and SIGTERM, and lets all processes stop at the same step whichever of them was told.
-
-    `at_once` says what a signal does: end this process now, or be remembered until the processes agree.
-    """
+    """Catches Ctrl-C and SIGTERM, and lets all processes stop at the same step whichever of them was told."""
 
     def __init__(self):
-        self.number, self.at_once = 0, False
+        self.number = 0
+        self.ends_at_once = False
         # A group of its own, on the CPU: asking the others must not wait for a GPU.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -174,7 +166,13 @@ class StopFlag:
 
     def _caught(self, number, _):
         self.number = self.number or number
-        if self.at_once:
+        if self.ends_at_once:
+            raise SystemExit(self.code)
+
+    def at_once(self, ends: bool) -> None:
+        """Let a signal, also one that has come, end this process now; or be remembered until all agree."""
+        self.ends_at_once = ends
+        if ends and self.number:
             raise SystemExit(self.code)
 
     @property

@@ -1,25 +1,24 @@
-"""Record a training run: log.jsonl, the curves drawn from it, and TensorBoard if asked for."""
+"""Record a training run: what it prints, log.jsonl, the curves drawn from it, TensorBoard if asked for."""
 
 import json
+import re
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
-from checkpoints import claim
-from data import collate, to_image, to_input
-from detector import TorchDetector, detect
-from support.pictures import FALSE, IGNORED, contact_sheet, draw_faces, load_picture
-from support.script import InputError, git_commit, whole_file
+from support.script import InputError, git_commit, one_line, whole_file
 
-PICTURES = 16  # on each contact sheet
 REDRAWN = 10   # seconds between drawings of the curves, which take a good part of one
+READ = 1       # seconds between readings of the loss: a GPU has to be waited for each time
+PRINTED = 60   # seconds between the lines of an epoch where there is no terminal
 
 
 def describe_run(trainer, dataset, content):
     """Print what is trained on what, from where, and what of the schedule lies beyond the run."""
-    args, config = trainer.args, trainer.raw_model.config
+    args = trainer.args
+    config = trainer.raw_model.config
     goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
     sets = args.data + [f"{path} (unlabelled)" for path in args.unlabelled or []]
     print(f"{' + '.join(sets)}: {len(dataset):,} photos, {len(dataset.ignored):,} faces "
@@ -37,13 +36,63 @@ def describe_run(trainer, dataset, content):
               f"epochs; --milestones {' '.join(map(str, fitting))} fits")
 
 
+class Progress:
+    """What a running epoch shows: a bar on a terminal, elsewhere a line a minute. Counts photos and seconds.
+
+    The loss is read once a second and checked: `check_finite` raises where it is not finite.
+    """
+
+    def __init__(self, trainer, check_finite):
+        self.check_finite = check_finite
+        self.processes = trainer.processes
+        self.quiet = trainer.rank > 0
+        self.title = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}"
+        self.batches = len(trainer.batches)  # of this epoch, that are left
+        self.after = (trainer.args.epochs - trainer.epoch - 1) * trainer.batches.total
+        self.photos = self.steps = 0
+        self.began = self.read = self.printed = time.perf_counter()
+        self.bar = tqdm(total=self.batches, desc=self.title, leave=False,
+                        disable=True if self.quiet else None)
+
+    @property
+    def seconds(self):
+        """How long the epoch has taken until now."""
+        return time.perf_counter() - self.began
+
+    def show(self, photos, losses, rate):
+        """Count a step of `photos` in this process; show its losses `[3]` and the rate when it is time to."""
+        self.photos += photos * self.processes
+        self.steps += 1
+        self.bar.update()
+        now = time.perf_counter()
+        if now - self.read < READ:
+            return
+        self.read = now
+        loss = self.check_finite(losses)
+        speed = f"loss {loss:.3f}, lr {rate:.2g}, {self.photos / self.seconds:.0f} photos/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(speed)
+        elif not self.quiet and now - self.printed >= PRINTED:
+            self.printed = now
+            left = (self.batches - self.steps + self.after) * self.seconds / self.steps
+            print(f"{self.title}: {self.photos:,} photos, {self.steps / self.batches:.0%}, {speed}, "
+                  f"{left / 60:.0f} min left", flush=True)
+
+    def close(self):
+        """Take the bar away."""
+        self.bar.close()
+
+
 class Monitor:
     """Records a run in its folder: one JSON line with the flags, then one per epoch."""
 
-    def __init__(self, args, model, epoch):
-        """A run resumed after `epoch` epochs loses the lines of later ones, which it will do again."""
-        self.out, self.started, self.first = Path(args.out), time.perf_counter(), epoch
-        self.epochs, self.drawn, self.writer = args.epochs, self.started, None
+    def __init__(self, args, model, epoch, batches):
+        """A run resumed after `epoch` epochs, of so many `batches`, loses the lines of later ones."""
+        self.out = Path(args.out)
+        self.epochs, self.batches = args.epochs, batches
+        self.started = self.drawn = time.perf_counter()
+        self.writer = None
+        self.troubles = set()
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
@@ -64,27 +113,34 @@ class Monitor:
             text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines)
             temporary.write_text(text, encoding="utf-8")
 
-    def epoch(self, trainer, val=None):
-        """Record a Trainer's last epoch: log line, curves, a printed line, TensorBoard."""
-        record = trainer.record
+    def epoch(self, record, steps, finished):
+        """Record an epoch: log line, a printed line, curves, TensorBoard.
+
+        `steps` are all iterations since this process began, for the time that is left. What draws never ends
+        a training: its trouble is printed once, and the run goes on.
+        """
         self.write(record)
-        if time.perf_counter() - self.drawn > REDRAWN or trainer.finished:
-            draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-            self.drawn = time.perf_counter()
-        an_epoch = (time.perf_counter() - self.started) / (record["epoch"] - self.first)  # seconds
-        left = an_epoch * (self.epochs - record["epoch"])
+        seconds = record["seconds"] / self.batches
+        if steps:
+            seconds = (time.perf_counter() - self.started) / steps
+        left = seconds * (self.epochs - record["epoch"]) * self.batches
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
               f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
-        if self.writer:
-            for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
-                if key in record:
-                    self.writer.add_scalar(key, record[key], record["epoch"])
-            self.picture("training", training_sheet(trainer), record["epoch"])
-            if val is not None:
-                self.picture("validation", validation_sheet(trainer, val), record["epoch"])
-            self.writer.flush()
+        try:
+            if time.perf_counter() - self.drawn > REDRAWN or finished:
+                draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
+                self.drawn = time.perf_counter()
+            if self.writer:
+                for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
+                    if key in record:
+                        self.writer.add_scalar(key, record[key], record["epoch"])
+                self.writer.flush()
+        except Exception as error:  # matplotlib absent, a font broken, a disk full
+            if repr(error) not in self.troubles:
+                self.troubles.add(repr(error))
+                print(f"not drawn, the training goes on: {one_line(error)}", flush=True)
 
     def close(self):
         """Let another run write in the folder."""
@@ -92,9 +148,27 @@ class Monitor:
         if self.writer:
             self.writer.close()
 
-    def picture(self, name, image, epoch):
-        """Add a picture to TensorBoard."""
-        self.writer.add_image(name, np.asarray(image), epoch, dataformats="HWC")
+
+def claim(out):
+    """Lock the folder of a run: no other run may write there while the returned file is open.
+
+    What a killed run left half-written is removed. The lock ends with this process. lockf, not flock: its
+    locks are not inherited by loading processes, which outlive a killed run by seconds.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{out}: another run is writing there; let it end, "
+                         "or name another folder with --out") from None
+    except (ImportError, OSError):
+        return file  # Windows, or a file system without locks
+    for left in out.iterdir():
+        if re.fullmatch(r"\.(last|best|log|curves)\.\d+\.\w+", left.name):  # script.whole_file's names
+            left.unlink(missing_ok=True)
+    return file
 
 
 def read_log(path):
@@ -129,31 +203,3 @@ def draw_curves(records, path):
         axes.legend()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
-
-
-def training_sheet(trainer):
-    """Training photos as the network sees them: faces green, ignored ones orange, positive anchors yellow."""
-    dataset, pictures = trainer.loader.dataset, []
-    items = [dataset[index, None if trainer.args.no_augment else (trainer.args.seed, trainer.epoch, place)]
-             for place, index in enumerate(
-                 np.random.default_rng(trainer.epoch).permutation(len(dataset))[:PICTURES])]
-    batch = collate(items).to(trainer.device)
-    with torch.no_grad():
-        outputs = (trainer.ema or trainer.raw_model).eval()(to_input(batch.images))
-    labels, _ = trainer.criterion.match(outputs, batch)
-    for item, own in zip(items, labels):
-        image = draw_faces(to_image(item.picture), trainer.anchors[own == 1].cpu(), colour=FALSE)
-        image = draw_faces(image, item.faces[~item.ignored])
-        pictures.append(draw_faces(image, item.faces[item.ignored], colour=IGNORED))
-    return contact_sheet(pictures)
-
-
-def validation_sheet(trainer, annotations):
-    """Draw the first validation photos with the faces that the model finds at a score of 0.4 or more."""
-    detector, pictures = TorchDetector(trainer.ema or trainer.raw_model, device=trainer.device), []
-    for index in range(min(PICTURES, len(annotations.ids))):
-        image = load_picture(annotations.file(index))
-        faces = detect(detector, image)
-        faces = faces[faces[:, 4] >= 0.4]
-        pictures.append(draw_faces(image, faces[:, :4], faces[:, 4]))
-    return contact_sheet(pictures)

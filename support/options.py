@@ -2,10 +2,9 @@
 
 import math
 import os
-from argparse import SUPPRESS, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 
-from detector import MODEL
-from support.script import FlagFileParser, parse_sides, parse_size
+from support.script import ROOT, FlagFileParser, parse_sides, parse_size
 
 DATA = "data/train.json"
 
@@ -28,10 +27,11 @@ def make_parser(description=None):
     add = parser.add_argument_group("model and starting point").add_argument
     add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
     add("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
-    add("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="anchors for 300x300 (see anchors.py)")
+    add("--anchors", type=parse_sides, nargs="+", metavar="WxH",
+        help="anchors for 300x300 (see tools.fit_anchors)")
     add("--pretrained", nargs="?", const="", metavar="PATH",
         help="ImageNet backbone: torchvision's, or in PATH")
-    add("--load-from", nargs="?", const=MODEL, metavar="CHECKPOINT",
+    add("--load-from", nargs="?", const=str(ROOT / "weights/face_ssd300.pth"), metavar="CHECKPOINT",
         help="start from a detector's weights (named without a value: the shipped ones)")
     add("--distill", type=float, nargs=2, metavar=("SCORES", "BOXES"),
         help="learn from a teacher too, and forget less: weights of its scores where no face is labelled, "
@@ -39,7 +39,6 @@ def make_parser(description=None):
     add("--teacher", nargs="+", metavar="CHECKPOINT[@SIZE]",
         help="who teaches: networks with the same anchors, of any width, at SIZE or WxH if given, such as "
              "start.pth@480; the mean of several (default --load-from)")
-    add("--hold", dest="distill", type=float, nargs=2, help=SUPPRESS)  # its name in older recipes
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=int, default=70, help="default 70")
@@ -109,9 +108,7 @@ def parse_args(argv, description=None):
 
 def report_changes(args, content):
     """Print which flags differ from those of the checkpoint that is resumed. They are what is used."""
-    # What an older version had no flag for was as the default of today has it; None is settled elsewhere.
-    defaults = {key: value for key, value in vars(make_parser().parse_args([])).items() if value is not None}
-    before = defaults | content["flags"]
+    before = content["flags"]
     silent = {"resume", "out", "workers", "device", "size", "width", "anchors", "pretrained"}
     if args.teacher or not args.distill:
         silent.add("load_from")  # else it is the teacher

@@ -20,7 +20,7 @@ import data
 import detect
 import evaluate
 import export
-from checkpoints import claim
+from support.monitor import claim
 from hard_world import ENVIRONMENT, REPOSITORY, run
 from model import checkpoint
 from support.script import PATIENCE, InputError, PlainStream
@@ -140,7 +140,7 @@ def test_what_a_killed_save_left_is_swept_under_the_lock_alone(tmp_path):
     lock = claim(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".last.pth", ".lock", ".mine.5.pth", "last.pth"]
     (tmp_path / left[0]).write_bytes(b"")
-    code = "import sys, checkpoints, pathlib; checkpoints.claim(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib; from support.monitor import claim; claim(pathlib.Path(sys.argv[1]))"
     other = subprocess.run(
         [sys.executable, "-c", code, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
     assert "another run is writing there" in other.stderr and (tmp_path / left[0]).exists()

@@ -107,13 +107,6 @@ def test_evaluation_finds_the_same_faces(sample, tmp_path, monkeypatch):
     assert scores["cuda"] == pytest.approx(scores["cpu"], abs=5e-3)
 
 
-def test_losses_are_read_a_step_later():
-    losses = torch.tensor([1.0, 2, 3], device="cuda")
-    later = train.read_later(losses)
-    losses.zero_()  # what is read is the copy
-    assert later().tolist() == [1, 2, 3] and train.check_finite((later, [0])) == 1
-
-
 @pytest.mark.slow
 def test_what_was_trained_there_is_exported(sample, tmp_path):
     pytest.importorskip("onnxscript", reason="needs the packages of export.py")

@@ -188,7 +188,7 @@ def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
 
 def test_two_runs_in_one_folder(world, tmp_path, capsys, refused):
     """A second run is refused; a killed run leaves no lock behind."""
-    code = ("import sys, checkpoints, pathlib; lock = checkpoints.claim(pathlib.Path(sys.argv[1])); "
+    code = ("import sys, pathlib; from support.monitor import claim; lock = claim(pathlib.Path(sys.argv[1])); "
             "print(flush=True); sys.stdin.read()")
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "r"], env=ENVIRONMENT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)

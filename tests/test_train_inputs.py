@@ -209,7 +209,7 @@ def test_without_clip_one_infinite_gradient_touches_no_other(sample):
         names = dict(trainer.raw_model.named_parameters())
         if not clip:
             names["backbone.bn_first.bias"].register_hook(lambda gradient: gradient * math.inf)
-        trainer.update(batch)
+        trainer.update(batch, 0.01)
         gradients = [parameter.grad for parameter in names.values()]
         if clip:
             assert torch.stack([gradient.norm() for gradient in gradients]).norm() == pytest.approx(

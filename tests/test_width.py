@@ -1,11 +1,11 @@
-"""Tests of width.py: a trained network cut or widened."""
+"""Tests of tools.width: a trained network cut or widened."""
 
 import pytest
 import torch
 from torch import nn
 
-from model import SSD, Config
-from tools.width import channel_groups, resize
+from model import SSD, Config, checkpoint, load_model
+from tools.width import channel_groups, main, resize
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_wider_network_starts_as_the_narrow_one_and_all_of_it_learns(trained):
     assert torch.allclose(answers(wider, images), answers(trained, images), atol=1e-4)
     layer = wider.backbone.features[3].conv[0]
     before = layer.weight.clone()
-    for _ in range(2):  # the first step is that of the next layer, which did not hear the added channels
+    for _ in range(2):  # the first step is that of the next layer, which did not read the added channels
         wider.train()(images)[0][..., 1].mean().backward()
         torch.optim.SGD(wider.parameters(), 0.1).step()
     assert (layer.weight != before).flatten(1).any(1).all()
@@ -54,10 +54,10 @@ def test_the_groups_hold_every_channel_once(trained):
 
 
 def test_a_cut_network_keeps_what_matters(trained):
-    """Channels that nobody hears are the ones that go: without them it computes the same."""
+    """Channels that nobody reads are the ones that go: without them it computes the same."""
     narrow = Config(64, 48, 0.125)
     kept = [len(importance) for importance, _, _ in channel_groups(SSD(narrow))]
-    for (importance, _, readers), number in zip(list(channel_groups(trained)), kept):
+    for (importance, _, readers), number in zip(channel_groups(trained), kept):
         useless = torch.randperm(len(importance))[number:]
         with torch.no_grad():
             for reader in readers:
@@ -70,3 +70,12 @@ def test_the_source_stays_as_it_is(trained):
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     resize(trained, Config(64, 48, 0.125))
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_the_command(tmp_path, capsys, refused):
+    torch.save(checkpoint(SSD(Config(64, 48, 0.25))), tmp_path / "a.pth")
+    main([str(tmp_path / "a.pth"), "0.125", str(tmp_path / "b.pth")])
+    assert load_model(tmp_path / "b.pth").config.width == 0.125
+    assert "cut from width 0.25 to 0.125" in capsys.readouterr().out
+    assert "is of width 0.25 already" in refused(main, tmp_path / "a.pth", 0.25, tmp_path / "c.pth")
+    assert "between 0.0625 and 8" in refused(main, tmp_path / "a.pth", 99, tmp_path / "c.pth")

@@ -6,12 +6,11 @@ Wortsman et al. 2022):
 
     python -m tools.average runs/a/last.pth runs/b/last.pth --out soup.pth
     python -m tools.average start.pth runs/a/last.pth --shares 1 4 --out milder.pth   # 4/5 of the way
-    python -m tools.average runs/a/last.pth --out slim.pth                            # weights and config only
+    python -m tools.average runs/a/last.pth --out slim.pth   # weights and config only
 """
 
 import math
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, bad_values, command, new_parser
 
 from checkpoints import save

@@ -2,9 +2,9 @@
 
     python -m tools.benchmark latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
     python -m tools.benchmark pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
-    python -m tools.benchmark loading                                    # data.py against torchvision's transforms
-    python -m tools.benchmark training --batch-sizes 32 --threads 2      # the step: precision, compiling, memory
-    python -m tools.benchmark epoch --data data/train.json               # loader, step, and both together
+    python -m tools.benchmark loading   # data.py against torchvision's transforms
+    python -m tools.benchmark training --batch-sizes 32 --threads 2   # the step: precision, compiling, memory
+    python -m tools.benchmark epoch --data data/train.json   # loader, step, and both together
 
 What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
 is the time for one input of the model's own size, through everything in its file (for a checkpoint, the
@@ -21,7 +21,6 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, keep_memory, new_parser
 
 import numpy as np
@@ -210,7 +209,7 @@ def our_step(args, file, size, precision, compiles):
     trainer.raw_model.train()
     photos = trainer.loader.dataset
     batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
-    return lambda: trainer.update(batch).tolist()
+    return lambda: trainer.update(batch, 0.05).tolist()
 
 
 def torchvision_step(args, file, size, *_):
@@ -237,13 +236,13 @@ def epoch(args):
     with photos_for(args) as file:
         size = args.batch_sizes[0]
         trainer, stop = make_trainer(args, file, size, args.precision, args.workers), NoStop()
-        trainer.run_epoch(stop)  # warm up: workers start, kernels are chosen
+        train.train_one_epoch(trainer, stop)  # warm up: workers start, kernels are chosen
         started = time.perf_counter()
         loaded = sum(len(batch.index) for batch in trainer.loader)
         loader_speed = loaded / (time.perf_counter() - started)
-        trainer.run_epoch(stop)
+        train.train_one_epoch(trainer, stop)
         batch = next(iter(trainer.loader))
-        steps = interleaved([lambda: trainer.update(batch).tolist()], args.rounds, 1)
+        steps = interleaved([lambda: trainer.update(batch, 0.05).tolist()], args.rounds, 1)
     whole = trainer.record["photos_per_second"]
     print(f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, "
           f"photos a second: loader alone {loader_speed:.0f}, step alone {size / np.median(steps):.0f}, "
@@ -254,7 +253,9 @@ def epoch(args):
 
 class NoStop:
     """In the place of distributed.StopFlag: Ctrl-C ends the measurement, nothing is saved."""
-    at_once = False
+
+    def at_once(self, ends):
+        """Ctrl-C ends it as it ends any script."""
 
     def agreed(self):
         """Nobody asks the run to stop."""

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser
 
 import numpy as np

@@ -4,7 +4,6 @@
     python -m tools.fit_anchors --data data/train.json -k 6 --size 320x240
 """
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, parse_picture, parse_size, whole_file
 
 import numpy as np

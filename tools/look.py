@@ -1,15 +1,14 @@
 """Show photos with their faces, and what is suspect in them: the first thing to do with one's own labels.
 
-    python -m tools.look --data data/train.json --out sheet.png              # as they are
-    python -m tools.look --data data/train.json --out sheet.png --augment    # as the training sees them
-    python -m tools.look --data train.json val.json                          # photos that are in both, too
-    python -m tools.look --data mine.json --split 5 train.json val.json      # every fifth photo for validation
+    python -m tools.look --data data/train.json --out sheet.png   # as they are
+    python -m tools.look --data data/train.json --out sheet.png --augment   # as the training sees them
+    python -m tools.look --data train.json val.json   # photos that are in both, too
+    python -m tools.look --data mine.json --split 5 train.json val.json   # every fifth photo for validation
 """
 
 import os
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, parse_picture, parse_size, read_json, write_json
 
 import numpy as np

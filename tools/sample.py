@@ -11,7 +11,6 @@ Every photo has its own random stream, so a larger dataset begins with the photo
 import time
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, whole_file
 
 import numpy as np

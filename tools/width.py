@@ -1,16 +1,22 @@
-"""A trained network at another width: cut to the channels that matter most, or widened.
+"""Make a trained network of another width: cut to the channels that matter most, or widened.
 
-train.py does this when `--load-from` and `--width` disagree. A cut network has to be trained before it is of
-use, but learns in a fraction of the time that one from nothing takes.
+    python -m tools.width weights/face_ssd300.pth 0.5 runs/half.pth
+    python train.py --load-from runs/half.pth --distill 0.5 0.5 --teacher weights/face_ssd300.pth
+
+A cut network has to be trained before it is of use, but learns in a fraction of the time that one from
+scratch takes. A widened one computes the same as before.
 """
 
 import copy
 from itertools import pairwise
 
+from support.script import InputError, bad_values, command, new_parser
+
 import torch
 from torch import nn
 
-from model import SSD, Config
+from checkpoints import save
+from model import SSD, Config, load_model
 
 
 @torch.no_grad()
@@ -18,17 +24,18 @@ def resize(source: SSD, config: Config) -> SSD:
     """An SSD of `config` that starts from what `source`, of another width, has learned.
 
     Both need the same number of anchors. A narrower one keeps of each layer the channels that matter most. A
-    wider one computes the same as `source`: its added channels start at random, and nobody hears them before
-    they have learned (Net2Net, Chen et al. 2016).
+    wider one computes the same as `source`: its added channels start at random, and no layer reads them
+    before it has learned to (Net2Net, Chen et al. 2016).
     """
-    model, source = SSD(config), copy.deepcopy(source)
-    for importance, made, heard in channel_groups(source):
+    model = SSD(config)
+    source = copy.deepcopy(source)
+    for importance, producers, consumers in channel_groups(source):
         order = importance.argsort(descending=True)
-        for layer in made:
+        for layer in producers:
             for tensor in layer.state_dict().values():
                 if tensor.ndim:  # batch norm counts its batches in a single number
                     tensor.copy_(tensor[order])
-        for layer in heard:
+        for layer in consumers:
             layer.weight.copy_(layer.weight[:, order])
     for own, trained in zip(model.state_dict().values(), source.state_dict().values()):
         both = tuple(slice(min(sides)) for sides in zip(own.shape, trained.shape))
@@ -39,28 +46,51 @@ def resize(source: SSD, config: Config) -> SSD:
 
 
 def channel_groups(model):
-    """Yield each group of channels that can only change places together: (importance, made, heard).
+    """All groups of channels that can only change places as one: (importance, producers, consumers) each.
 
     importance `[C]`: the mean square of what a channel adds to the next layers, as batch norms tell it
-    without a photo. made: the layers with a row for each channel. heard: convolutions with a column for each.
+    without a photo. producers: the layers with a row for each channel. consumers: the convolutions with a
+    column for each. A block is expand, norm | depthwise, norm | project, norm; ReLUs left out:
+
+        block output --> [expand, norm, depthwise, norm] --hidden--> [project, norm] --> block output
     """
     stem, *blocks = model.backbone.features
     layers = [[layer for layer in block.conv if not isinstance(layer, nn.ReLU)] for block in blocks]
-    for *expand, depthwise, bn, project, out in layers:  # the channels within a block
-        yield relu_power(bn) * heard_by(project, out), [*(expand or stem[:2]), depthwise, bn], [project]
-    starts = [n for n, block in enumerate(blocks) if not block.residual]
-    for first, after in pairwise(starts):  # those between blocks, shared by all that add to them
-        made = [layer for block in layers[first:after] for layer in block[-2:]]
-        bns, readers = made[1::2], [block[:2] for block in layers[first + 1:after + 1]]
-        power = sum(bn.weight ** 2 for bn in bns) + sum(bn.bias for bn in bns) ** 2
-        yield (power * sum(heard_by(*reader) for reader in readers), made,
-               [convolution for convolution, _ in readers])
-    made, heard, importance = layers[-1][-2:], [], 0
-    for depthwise, bn, _, output in (*model.bbox_head.cls_convs, *model.bbox_head.reg_convs):
+    groups = [hidden_group(block, stem[:2]) for block in layers]
+    # Blocks that add to their input share their output's channels with those before them.
+    starts = [number for number, block in enumerate(blocks) if not block.residual]
+    for first, after in pairwise(starts):
+        groups.append(shared_group(layers[first:after], layers[first + 1:after + 1]))
+    groups.append(feature_group(layers[-1], [*model.bbox_head.cls_convs, *model.bbox_head.reg_convs]))
+    return groups
+
+
+def hidden_group(block, stem):
+    """The group of the channels within a block. The first block has no expansion: the stem makes them."""
+    *expand, depthwise, norm, project, out = block
+    return relu_power(norm) * column_power(project, out), [*(expand or stem), depthwise, norm], [project]
+
+
+def shared_group(writers, readers):
+    """The group of the channels that the blocks `writers` add to, and the blocks `readers` expand."""
+    producers = [layer for block in writers for layer in block[-2:]]
+    norms = [block[-1] for block in writers]
+    power = sum(norm.weight ** 2 for norm in norms) + sum(norm.bias for norm in norms) ** 2
+    wanted = sum(column_power(expand, norm) for expand, norm, *_ in readers)
+    return power * wanted, producers, [block[0] for block in readers]
+
+
+def feature_group(last, branches):
+    """The group of the feature map's channels, which both branches of the head take through a depthwise."""
+    producers = last[-2:]
+    consumers = []
+    importance = 0
+    for depthwise, norm, _, output in branches:
         columns = output.weight.square().sum((0, 2, 3))
-        importance = importance + relu_power(bn) * columns / columns.sum()
-        made, heard = [*made, depthwise, bn], [*heard, output]
-    yield importance, made, heard
+        importance = importance + relu_power(norm) * columns / columns.sum()
+        producers += [depthwise, norm]
+        consumers.append(output)
+    return importance, producers, consumers
 
 
 def relu_power(bn):
@@ -71,7 +101,30 @@ def relu_power(bn):
         + bn.bias * deviation * normal.log_prob(ratio).exp()
 
 
-def heard_by(convolution, bn):
+def column_power(convolution, bn):
     """How much a 1x1 convolution and its batch norm make of each input channel: mean squares `[C]`."""
     scale = bn.weight ** 2 / (bn.running_var + bn.eps)
     return (convolution.weight.square().sum((2, 3)) * scale[:, None]).sum(0)
+
+
+@command
+def main(argv=None):
+    """Read, resize, write."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="a trained network")
+    add("width", type=float, help="its new channel multiplier, such as 0.5")
+    add("out", help="the checkpoint to write")
+    args = parser.parse_args(argv)
+    with bad_values():
+        source = load_model(args.checkpoint)
+        config = Config(*source.config.input_size, args.width, source.config.anchors)
+    if config.width == source.config.width:
+        raise InputError(f"{args.checkpoint}: is of width {config.width:g} already")
+    save(args.out, resize(source, config))
+    change = "cut" if config.width < source.config.width else "widened"
+    print(f"{args.out}: {args.checkpoint}, {change} from width {source.config.width:g} to {config.width:g}")
+
+
+if __name__ == "__main__":
+    main()
