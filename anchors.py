@@ -7,7 +7,7 @@ from torchvision.ops import box_convert, box_iou
 
 from model import STRIDE, Config, grid_size
 
-VARIANCES = (0.1, 0.1, 0.2, 0.2)
+VARIANCES = (0.1, 0.1, 0.2, 0.2)  # of x, y, width, height. As numbers: a tensor of them a GPU would wait for
 POSITIVE_IOU = 0.4
 ALIGNED, LEAST_IOU = 9, 0.2  # of task_aligned: how many anchors for each face, and their own IoU with it
 CROWD_COVER = 0.5  # of its own area, as evaluation has it: the union with a crowd is the detection alone
@@ -40,15 +40,14 @@ def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     boxes, anchors = box_convert(boxes, "xyxy", "cxcywh"), box_convert(anchors, "xyxy", "cxcywh")
     centres = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
     sides = torch.log((boxes[..., 2:] / anchors[..., 2:]).clamp(min=1e-6))
-    return torch.cat([centres, sides], -1) / boxes.new_tensor(VARIANCES)
+    return torch.cat([centres / VARIANCES[0], sides / VARIANCES[2]], -1)
 
 
 def decode(offsets: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Boxes `[..., 4]`, xyxy, of offsets `[..., 4]` against anchors `[..., 4]`; the inverse of `encode`."""
     anchors = box_convert(anchors, "xyxy", "cxcywh")
-    scaled = offsets * offsets.new_tensor(VARIANCES)
-    centres = anchors[..., :2] + scaled[..., :2] * anchors[..., 2:]
-    sides = anchors[..., 2:] * scaled[..., 2:].clamp(max=MAX_LOG).exp()
+    centres = anchors[..., :2] + offsets[..., :2] * VARIANCES[0] * anchors[..., 2:]
+    sides = anchors[..., 2:] * (offsets[..., 2:] * VARIANCES[2]).clamp(max=MAX_LOG).exp()
     return torch.cat([centres - sides / 2, centres + sides / 2], -1)
 
 

@@ -4,20 +4,21 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import box_iou
 
-from support.coco import Annotations, to_xyxy
+from support.coco import MADE, UNLABELLED, Annotations, to_xyxy
 from support.pictures import decode_picture, load_picture, open_picture, upright_size
 from support.script import InputError
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
+OWN_SIDES = (0.6, 0.75, 0.9, 1, 1.1, 1.2)  # of views that keep the picture's shape, in its sides
+LEAST_ROWS = 64  # of a Batch's faces
 # From RGB. The first row, Y, is the grey.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(YIQ)
@@ -57,13 +58,31 @@ def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.
             return np.concatenate([origin, origin + canvas])
         sides = rng.uniform(0.1, 1, (CROP_TRIES, 2)) * canvas
         corner = origin + (canvas - sides) * rng.random((CROP_TRIES, 2))
-        views = np.concatenate([corner, corner + sides], 1)                             # [tries, 4]
         aspect = sides[:, 0] / sides[:, 1]
-        inside = ((corner[:, None] < centres) & (centres < views[:, None, 2:])).all(2)  # [tries, N]
-        iou = box_iou(torch.from_numpy(views), torch.from_numpy(faces)).numpy()
-        good = (aspect >= 0.5) & (aspect <= 2) & inside.any(1) & ((iou * inside).max(1) >= least)
+        shaped = (aspect >= 0.5) & (aspect <= 2)
+        corner, end = corner[shaped], (corner + sides)[shaped]
+        inside = ((corner[:, None] < centres) & (centres < end[:, None])).all(2)        # [tries, N]
+        start = np.maximum(corner[:, None], faces[:, :2])
+        common = (np.minimum(end[:, None], faces[:, 2:]) - start).clip(0).prod(2)
+        areas = (end - corner).prod(1)[:, None] + (faces[:, 2:] - faces[:, :2]).prod(1)
+        good = (inside & (common / (areas - common) >= least)).any(1)
         if good.any():
-            return views[good.argmax()]
+            return np.concatenate([corner[good.argmax()], end[good.argmax()]])
+
+
+def own_shape_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
+    """Choose a view of the picture's own shape, as random_view does: some face's centre is inside.
+
+    Faces keep their shape and more of the small ones are seen, as no large face has to be met.
+    """
+    size = np.array(size, float)
+    centres = (faces[:, :2] + faces[:, 2:]) / 2
+    for _ in range(CROP_TRIES):
+        sides = size * OWN_SIDES[rng.integers(len(OWN_SIDES))]
+        corner = (size - sides) * rng.random(2)
+        if not len(faces) or ((corner < centres) & (centres < corner + sides)).all(1).any():
+            return np.concatenate([corner, corner + sides])
+    return np.concatenate([np.zeros(2), size])
 
 
 def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -111,6 +130,7 @@ class Item:
     ignored: np.ndarray    # bool `[N]`: neither faces to learn nor background
     crowd: np.ndarray      # bool `[N]`: those of them that are regions with many faces
     size: tuple            # (width, height) of the photo on disk, upright
+    labels: int = MADE     # how far its labels can be trusted, as in Annotations
     error: str = ""        # why the photo could not be read; it is then black and has no faces
 
 
@@ -119,19 +139,22 @@ class FaceDataset(Dataset):
 
     Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
     integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
-    of the photo, or below `min_size` pixels of the network input, are ignored. Without `width` and `height`
-    the photos keep their sizes.
+    of the photo, or below `min_size` pixels of the network input, are ignored. The share `own_shape` of the
+    views keeps the photo's shape. Without `width` and `height` the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
-                 min_face: float = 0, min_size: float = 0):
+                 min_face: float = 0, min_size: float = 0, own_shape: float = 0):
         self.width, self.height, self.folder = width, height, annotations.path.parent
         self.names = np.array([os.fsencode(name) for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
         self.starts = np.searchsorted(annotations.image, np.arange(len(annotations.ids) + 1))
         self.faces = to_xyxy(annotations.xywh)
         self.ignored = annotations.ignored | (annotations.xywh[:, 2:] < min_face).any(1)
-        self.crowd, self.min_size = annotations.crowd, min_size
+        self.crowd = annotations.crowd
+        self.labels = annotations.labels
+        self.min_size = min_size
+        self.own_shape = own_shape
 
     def __len__(self):
         return len(self.sizes)
@@ -159,17 +182,20 @@ class FaceDataset(Dataset):
         except InputError as error:  # what to do about it is for the caller to say
             picture = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
             none = np.zeros(0, bool)
-            return Item(index, picture, np.zeros((0, 4), np.float32), none, none, (1, 1), str(error))
+            return Item(index, picture, np.zeros((0, 4), np.float32), none, none, (1, 1), UNLABELLED,
+                        str(error))
         small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
         ignored = ignored | small | outside
-        return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, crowd, size)
+        return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, crowd, size,
+                    int(self.labels[index]))
 
     def augment(self, image, size, faces, ignored, crowd, seed):
         """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored, crowd)."""
         rng, target = np.random.default_rng(seed), (self.width, self.height)
-        view = random_view(rng, size, faces[~ignored])
+        choose = own_shape_view if self.own_shape and rng.random() < self.own_shape else random_view
+        view = choose(rng, size, faces[~ignored])
         scale = target / (view[2:] - view[:2])
         image = decode_picture(image, max(scale))
         view_in_image = view * (np.array(image.size * 2) / (size * 2))  # a JPEG may have been decoded smaller
@@ -189,15 +215,27 @@ class FaceDataset(Dataset):
 
 @dataclass
 class Batch:
-    """B photos and all T faces on them."""
+    """B photos and all faces on them, T rows.
+
+    T is the next power of two: few shapes keep a GPU's graphs few. The rows beyond the faces are empty
+    boxes, which no anchor overlaps, so they change nothing.
+    """
     images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
     faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
     ignored: torch.Tensor  # bool `[T]`
     crowd: torch.Tensor    # bool `[T]`
     image: torch.Tensor    # int64 `[T]`, each face's place in the batch
-    index: list            # B indices of the photos in their Annotations
-    sizes: list            # B sizes (width, height) on disk
-    errors: dict           # {index: one line} of the photos that could not be read
+    has_faces: torch.Tensor  # bool `[B]`: photos with faces or regions to ignore
+    labels: torch.Tensor   # uint8 `[B]`: how far their labels can be trusted, as in Annotations
+    index: list = ()       # B indices of the photos in their Annotations
+    sizes: list = ()       # B sizes (width, height) on disk
+    errors: dict = field(default_factory=dict)  # {index: one line} of the photos that could not be read
+
+    TENSORS = ("images", "faces", "ignored", "crowd", "image", "has_faces", "labels")
+
+    def tensors(self) -> list:
+        """The tensors alone, in the order of TENSORS."""
+        return [getattr(self, name) for name in self.TENSORS]
 
     def to(self, device: str) -> "Batch":
         """Copy the tensors to `device`, without waiting where they are pinned."""
@@ -208,18 +246,23 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change):
-        names = ("images", "faces", "ignored", "crowd", "image")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(self, **{name: change(getattr(self, name)) for name in self.TENSORS})
 
 
 def collate(items: list[Item]) -> Batch:
     """Make a Batch of Items."""
-    counts = [len(item.faces) for item in items]
+    counts = torch.tensor([len(item.faces) for item in items])
+    total = int(counts.sum())
+    more = max(LEAST_ROWS, 1 << (total - 1).bit_length()) - total
+
+    def joined(name):
+        values = torch.from_numpy(np.concatenate([getattr(item, name) for item in items]))
+        return torch.cat([values, values.new_zeros(more, *values.shape[1:])])
+    image = torch.arange(len(items)).repeat_interleave(counts)
     return Batch(torch.stack([item.picture for item in items]),
-                 torch.from_numpy(np.concatenate([item.faces for item in items])),
-                 torch.from_numpy(np.concatenate([item.ignored for item in items])),
-                 torch.from_numpy(np.concatenate([item.crowd for item in items])),
-                 torch.arange(len(items)).repeat_interleave(torch.tensor(counts)),
+                 joined("faces"), joined("ignored"), joined("crowd"),
+                 torch.cat([image, image.new_zeros(more)]), counts > 0,
+                 torch.tensor([item.labels for item in items], dtype=torch.uint8),
                  [item.index for item in items], [item.size for item in items],
                  {item.index: item.error for item in items if item.error})
 
@@ -238,7 +281,9 @@ class TrainBatches:
         self.rank, self.world = rank, world
         self.augment = augment
         self.epoch = self.start = 0
-        self.total = math.ceil(math.ceil(n * repeat / world) / batch)
+        own = math.ceil(n * repeat / world)
+        self.total = math.ceil(own / batch)
+        self.last = own - (self.total - 1) * batch  # photos of the last batch
 
     def __len__(self):
         return self.total - self.start

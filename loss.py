@@ -5,24 +5,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from anchors import decode, match, pair_iou, task_aligned
+from support.coco import COMPLETE, UNLABELLED
 
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
 QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # as in weights/TRIALS.md, where no other values were tried
 
 
-def batch_divisor(labels):
-    """What this process divides its sums by, from labels `[B, A]`: max(positives, images) of the whole batch.
+def batch_divisor(positive):
+    """What this process divides its sums by: max(positives, images) of the whole batch.
 
+    positive `[B, A]` bool.
     The whole batch is that of all processes. Divided by their number, since gradients are averaged over them
     afterwards: N processes with batch B / N then follow one process with batch B.
     """
-    counts = torch.stack([(labels == 1).sum(), labels.new_tensor(len(labels))]).float()
-    processes = 1
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-        processes = dist.get_world_size()
-    return counts.max() / processes
+    count = positive.sum().float()
+    if not dist.is_initialized():
+        return count.clamp(min=len(positive))
+    counts = torch.stack([count, torch.full_like(count, len(positive))])
+    dist.all_reduce(counts)
+    return counts.max() / dist.get_world_size()
 
 
 def multibox_loss(logits, offsets, labels, targets, anchors, loss_weights, divisor,
@@ -98,18 +100,18 @@ def confidence(teacher_logits: torch.Tensor) -> torch.Tensor:
     return ((teacher_logits.float().softmax(-1)[..., 1] - 0.5) / 0.4).clamp(0, 1)
 
 
-def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, weight, labels, divisor):
+def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, taught, weight, divisor):
     """How far the student is from the teacher, each a scalar: (scores, boxes).
 
-    Shapes and divisor are as in `multibox_loss`; weight `[B, A]` is from `confidence`. Scores: the
-    divergence from the teacher's where no face is labelled (Hinton et al. 2015, at temperature 1). Boxes:
+    Shapes and divisor are as in `multibox_loss`; taught `[B, A]` bool and weight `[B, A]` are from
+    `soft_targets`. Scores: the divergence from the teacher's (Hinton et al. 2015, at temperature 1). Boxes:
     the L1 distance, weighted by its confidence. L1 is felt however small it is, and the last percents of a
     box are what a strict IoU asks for.
     """
     teacher = teacher_logits.float().softmax(-1)                                        # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), teacher, reduction="none").sum(-1)
     distance = (offsets.float() - teacher_offsets.float()).abs().sum(-1) * weight
-    return (divergence * (labels != 1)).sum() / divisor, distance.sum() / divisor
+    return (divergence * taught).sum() / divisor, distance.sum() / divisor
 
 
 class Criterion:
@@ -129,8 +131,9 @@ class Criterion:
         chosen = None
         if self.matching == "aligned":
             chosen = task_aligned(*outputs, self.anchors, batch.faces, batch.image)
-        return match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images), batch.crowd,
-                     chosen)
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images),
+                                batch.crowd, chosen)
+        return labels.masked_fill((batch.labels == UNLABELLED)[:, None], -1), targets
 
     def __call__(self, outputs, batch, teacher=None):
         """The losses `[3]` (total, class, box) and what distillation adds to the first of them.
@@ -138,27 +141,38 @@ class Criterion:
         outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None.
         """
         labels, targets = self.match(outputs, batch)
-        divisor, distilled = batch_divisor(labels), 0
+        divisor = batch_divisor(labels == 1)
+        distilled = 0
         if teacher:
-            has_faces = torch.zeros_like(labels[:, 0], dtype=torch.bool).index_fill(0, batch.image, True)
-            labels, targets, weight = soft_targets(labels, targets, *teacher, has_faces)
-            scores, boxes = distillation_loss(*outputs, *teacher, weight, labels, divisor)
+            complete = batch.labels == COMPLETE
+            labels, targets, taught, weight = soft_targets(labels, targets, *teacher, batch.has_faces,
+                                                           complete)
+            # By what the teacher sees too: few labels would make its part as many times as strong.
+            seen = batch_divisor((labels == 1) | (confidence(teacher[0]) > 0))
+            scores, boxes = distillation_loss(*outputs, *teacher, taught, weight, seen)
             distilled = self.distill[0] * scores + self.distill[1] * boxes
         losses = multibox_loss(*outputs, labels, targets, self.anchors, self.loss_weights, divisor,
                                self.class_loss, self.box_loss)
         return torch.stack(losses), distilled
 
 
-def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces):
+def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces, complete):
     """Let a teacher correct the labels `[B, A]` and the box targets `[B, A, 4]`.
 
-    has_faces `[B]` bool: which photos have faces, ignored ones included. Returns (labels, targets, weight
-    `[B, A]` of the teacher). Datasets differ in where a face ends. Mixed,
-    they would blur the boxes that the teacher knows. So the more confident the teacher is, the nearer the
-    box target is to its box. A face that the teacher sees and nobody labelled is not taught as background.
-    Photos without any face are the exception: there somebody looked at the whole.
+    has_faces `[B]` bool: which photos have faces, ignored ones included; complete `[B]` bool: on which the
+    labels are trusted. Returns (labels, targets, taught `[B, A]` bool: where the teacher's scores are
+    learned, weight `[B, A]` of its boxes).
+
+    Datasets differ in where a face ends. Mixed, they would blur the boxes that the teacher knows. So the more
+    confident the teacher is, the nearer the box target is to its box. A face that the teacher sees and nobody
+    labelled is not taught as background. Photos without any face are the exception: there somebody looked at
+    the whole. Where labels are complete the teacher's boxes do not count, and a face that it alone sees is
+    background, whatever its score.
     """
     weight = confidence(teacher_logits)                                                 # [B, A]
-    unlabelled = (labels == 0) & (weight > 0) & has_faces[:, None]
-    labels = labels.masked_fill(unlabelled, -1)
-    return labels, torch.lerp(targets, teacher_offsets.float(), weight[..., None]), weight
+    seen_alone = (labels == 0) & (weight > 0)
+    hidden = seen_alone & (has_faces & ~complete)[:, None]
+    taught = (labels != 1) & ~(seen_alone & complete[:, None])
+    weight = weight.masked_fill(complete[:, None], 0)
+    targets = torch.lerp(targets, teacher_offsets.float(), weight[..., None])
+    return labels.masked_fill(hidden, -1), targets, taught, weight

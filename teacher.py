@@ -27,6 +27,7 @@ class Teacher(nn.Module):
         self.networks = nn.ModuleList(network for network, _ in networks)
         self.sizes, self.own = [size for _, size in networks], config.input_size
         self.register_buffer("anchors", make_anchors(config), persistent=False)
+        self.same_size = all(size == self.own for size in self.sizes)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()

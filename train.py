@@ -23,17 +23,20 @@ from tqdm import tqdm
 
 from anchors import make_anchors
 from checkpoints import find_checkpoint, load_momentum, make_model, resume_command, resume_model, save
-from data import FaceDataset, TrainBatches, make_loader, to_input
+from data import Batch, FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
 from evaluate import score_faces
 from loss import Criterion
+from model import grid_size
 from support.coco import join, read_annotations
 from support.distributed import (StopFlag, all_or_none, from_first, gather, join_processes, launch_id,
                                  leave_processes, mean, print_once, share_weights)
+from support.graphs import Graphs
 from support.monitor import Monitor, Progress, describe_run
 from support.options import parse_args, report_changes
 from teacher import load_teacher
 
+WARM_UP = 1200  # iterations, but no more than four epochs
 PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
 
 
@@ -90,13 +93,19 @@ class Trainer:
         if args.distill:
             self.teacher = load_teacher(args.teacher or [args.load_from], model.config)
             self.teacher.to(device, memory_format=self.layout)
+        on_gpu = device.startswith("cuda")
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
-                                         weight_decay=args.weight_decay)
+                                         weight_decay=args.weight_decay, fused=on_gpu)
+        for parameter in self.raw_model.parameters():  # a recorded graph needs them in one place
+            parameter.grad = torch.zeros_like(parameter)
+        self.graphs = None
+        if on_gpu and processes == 1 and (self.teacher is None or self.teacher.same_size):
+            self.graphs = Graphs(self.gradients, self.raw_model.buffers())
         self.anchors = make_anchors(self.raw_model.config).to(device)
         self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill,
                                    matching=args.matching, class_loss=args.class_loss, box_loss=args.box_loss)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
-                                          args.precision == "bf16")
+                                          args.precision == "bf16", cache_enabled=False)
         self.epoch = 0         # epochs trained
         self.step = 0          # iterations in all
         self.done = 0          # photos of this epoch, of all processes
@@ -108,6 +117,9 @@ class Trainer:
         self.unreadable = {}
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
                                     not args.no_augment)
+        if self.batches.last * math.prod(grid_size(*model.config.input_size)) == 1 and not args.freeze_bn:
+            raise InputError("the last batch of an epoch is one photo, whose feature map is one cell: too "
+                             "little for batch normalisation; choose another --batch-size or a larger --size")
         if content:
             self.restore(content)
         self.loader = make_loader(dataset, self.batches, args.workers, device)
@@ -167,18 +179,24 @@ class Trainer:
 
     def update(self, batch, rate):
         """Do one training step on a Batch; returns its losses `[3]`: total, class, box."""
-        losses = self.gradients(batch.to(self.device))
+        if self.graphs and len(batch.images) == self.args.batch_size:
+            losses = self.graphs(*batch.tensors())
+        else:
+            losses = self.gradients(*batch.to(self.device).tensors())
         if self.args.clip:
             torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.args.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.ema:
-            move_average(self.ema, self.raw_model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
+            decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():  # all in one call, as torch.optim.swa_utils does it
+                torch._foreach_lerp_(floats_of(self.ema), floats_of(self.raw_model), 1 - decay)
         return losses
 
-    def gradients(self, batch):
-        """Compute the gradients on a Batch, and its losses `[3]`."""
+    def gradients(self, *tensors):
+        """Compute the gradients on the tensors of a Batch, and its losses `[3]`."""
+        batch = Batch(*tensors)
         images = to_input(batch.images.contiguous(memory_format=self.layout))     # [B, 3, H, W]
         # Compiled is the shape of whole batches: the last, smaller one of an epoch would be compiled again.
         network = self.model if len(images) == self.args.batch_size else self.eager
@@ -186,7 +204,7 @@ class Trainer:
             outputs = network(images)                                             # [B, A, 2], [B, A, 4]
             teacher = self.teacher(images) if self.teacher else None              # the same shapes
         losses, distilled = self.criterion(outputs, batch, teacher)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         (losses[0] + distilled).backward()
         return losses.detach()
 
@@ -264,12 +282,9 @@ def check_finite(losses):
     return losses[0].item()
 
 
-@torch.no_grad()
-def move_average(average, model, decay):
-    """Move averaged weights and batch-norm statistics towards the current ones."""
-    averaged, current = ([tensor for tensor in one.state_dict().values() if tensor.is_floating_point()]
-                         for one in (average, model))
-    torch._foreach_lerp_(averaged, current, 1 - decay)  # all in one call, as torch.optim.swa_utils does it
+def floats_of(model):
+    """The weights and batch-norm statistics of a model, that can be averaged."""
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
 
 
 def choose_precision(args, before, device):
@@ -343,6 +358,7 @@ def read_val(path):
 def read_inputs(args, content):
     """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
     parts = [read_annotations(path) for path in args.data]
+    parts = [part.complete() if path in args.complete else part for path, part in zip(args.data, parts)]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
     faces = join(parts)
     if not len(faces.ids):
@@ -370,17 +386,19 @@ def prepare(args):
     rank, processes, device = join_processes(args.device)
     if args.sync_bn and not device.startswith("cuda"):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
-    torch.backends.cudnn.benchmark = True
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
     faces, val, model = all_or_none(lambda: read_inputs(args, content))
     run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
            "val": val.fingerprint() if val else None}
-    dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size)
+    dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size, args.own_shape)
     before = content["flags"] if content else None
     args.precision = choose_precision(args, before, device)
     args.compile = choose_compile(args, before, device, processes, len(dataset) * args.repeat,
                                   math.prod(model.config.input_size))
+    if args.warmup is None:
+        batches = TrainBatches(len(dataset), args.batch_size, args.repeat, world=processes)
+        args.warmup = min(WARM_UP, 4 * batches.total)
     trainer = all_or_none(lambda: Trainer(args, model, dataset, content, run, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)

@@ -13,6 +13,7 @@ import numpy as np
 
 from support.script import InputError, read_json
 
+MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "labels_to_coco.py makes it of YOLO, Pascal VOC, CVAT, Label Studio and CSV"
 
@@ -64,6 +65,12 @@ class Annotations:
     ignored: np.ndarray       # [M] bool: crowds, and what cannot be learned (empty, or outside its photo)
     crowd: np.ndarray         # [M] bool: iscrowd, a region to ignore: unclear faces, or a crowd
     counts: dict = field(default_factory=dict)  # what the file holds, for the reports
+    # [I] uint8: MADE somehow, COMPLETE (every face is labelled, by hand), or UNLABELLED (nobody looked)
+    labels: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.labels is None:
+            self.labels = np.full(len(self.ids), MADE, np.uint8)
 
     def file(self, index: int) -> Path:
         """The path of photo `index`."""
@@ -72,16 +79,20 @@ class Annotations:
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored, self.crowd):
+        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored, self.crowd, self.labels):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
     def unlabelled(self) -> "Annotations":
-        """The same photos without their boxes: each is one region where no anchor is face or background."""
-        sides = np.where(self.sizes > 0, self.sizes, 10 ** 6).astype(float)  # unknown: larger than any photo
-        count = len(self.ids)
-        return replace(self, image=np.arange(count), xywh=np.concatenate([np.zeros((count, 2)), sides], 1),
-                       area=sides.prod(1), ignored=np.ones(count, bool), crowd=np.ones(count, bool))
+        """The same photos without their boxes: no anchor on them is face or background."""
+        none = slice(0, 0)
+        return replace(self, image=self.image[none], xywh=self.xywh[none], area=self.area[none],
+                       ignored=self.ignored[none], crowd=self.crowd[none],
+                       labels=np.full(len(self.ids), UNLABELLED, np.uint8))
+
+    def complete(self) -> "Annotations":
+        """The same, whose labels are said to be complete: what is not labelled is no face."""
+        return replace(self, labels=np.full(len(self.ids), COMPLETE, np.uint8))
 
     def without(self, dropped, detections: Detections):
         """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
@@ -91,7 +102,7 @@ class Annotations:
         return (replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
                         image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces],
                         area=self.area[faces], ignored=self.ignored[faces],
-                        crowd=self.crowd[faces]),
+                        crowd=self.crowd[faces], labels=self.labels[kept]),
                 Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
                            detections.score[found]))
 
@@ -169,7 +180,7 @@ def join(parts: list[Annotations]) -> Annotations:
     names = [os.path.abspath(part.file(n)) for part in parts for n in range(len(part.ids))]
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts])
-              for name in ("sizes", "xywh", "area", "ignored", "crowd")}
+              for name in ("sizes", "xywh", "area", "ignored", "crowd", "labels")}
     counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
     image = np.concatenate([part.image + before for part, before in zip(parts, start)])
     ids = np.arange(1, start[-1] + 1)

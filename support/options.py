@@ -21,6 +21,10 @@ def make_parser(description=None):
         help="ignore faces with a side below this, in the photo (default 17 px)")
     add("--min-size", type=float, default=0, metavar="PX",
         help="ignore faces with a side below this at the network's input, as augmented (default 0 px)")
+    add("--complete", nargs="+", default=[], metavar="JSON",
+        help="those of --data whose labels are complete: there the teacher corrects nothing")
+    add("--own-shape", type=float, default=0, metavar="SHARE",
+        help="of the views that are crops of the photo's own shape, for photos of many faces (default 0)")
     add("--no-augment", action="store_true", help="show the photos as they are")
     add("--repeat", type=int, default=2, help="passes in an epoch (default 2)")
     add("--max-unreadable", type=int, default=10, help="stop at more unreadable photos (default 10)")
@@ -48,7 +52,8 @@ def make_parser(description=None):
              "N times as large; often used then: --lr 0.05 x N, --warmup 1200 / N")
     add("--milestones", type=int, nargs="*", default=[40, 55, 65],
         help="epochs at which lr is divided by 10 (default 40 55 65)")
-    add("--warmup", type=int, default=1200, help="iterations from lr / 3 to lr (default 1200)")
+    add("--warmup", type=int, 
+        help="iterations from lr / 3 to lr (default 1200, or four epochs if that is less)")
     add("--momentum", type=float, default=0.9, help="default 0.9")
     add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
     add("--clip", type=float, help="greatest norm of the gradient (default: any)")
@@ -93,6 +98,10 @@ def parse_args(argv, description=None):
         parser.error("--lr and --clip must be above 0, --ema in [0, 1), --weight-decay 0 or more")
     if not 0 <= args.momentum < 1 or args.seed >= 2 ** 32 or not 0 <= args.min_size < math.inf:
         parser.error("--momentum must be in [0, 1), --seed below 2 to the 32, --min-size 0 or more")
+    if not 0 <= args.own_shape <= 1:
+        parser.error("--own-shape must be in [0, 1]")
+    if not set(args.complete) <= set(args.data or [DATA]):
+        parser.error("--complete names files of --data")
     if args.distill and not all(0 <= weight < math.inf for weight in args.distill):
         parser.error("--distill takes weights of 0 or more")
     if args.distill and not (args.load_from or args.teacher):

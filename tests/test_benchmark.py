@@ -1,30 +1,49 @@
-"""benchmark.py: each command runs and prints a row for what it compares. Its figures are not tested."""
+"""tools.benchmark: each command runs and prints a row for what it compares. Its figures are not tested."""
+import json
+
+import numpy as np
 import pytest
 
 from tools import benchmark
-import train
 
 pytestmark = pytest.mark.slow
 
 
-def test_training_compares_each_way_with_the_plain_step(monkeypatch, capfd):
-    monkeypatch.setattr(train, "cannot_compile", lambda device: "no compiler")
+def test_training_compares_each_way_with_the_plain_step(monkeypatch, capsys):
+    monkeypatch.setattr("torch.compile", lambda model: model)
     benchmark.main(["training", "--device", "cpu", "--photos", "2", "--batch-sizes", "2", "--rounds", "1"])
-    out, err = capfd.readouterr()
-    rows = [line for line in out.splitlines() if "photos/s" in line]
-    assert "not compiled: no compiler" in out and "Traceback" not in err
-    assert [row.split("   ")[0].strip() for row in rows] == [
-        f"{what}, memory {memory}" for memory in ("given back", "kept")
-        for what in ("train.py fp32", "train.py bf16", "torchvision ssdlite320 fp32")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "photos/s" in line]
+    assert [row.split(",")[0].split("  ")[0] for row in rows] == [
+        "fp32", "bf16", "bf16 compiled", "torchvision ssdlite320 fp32"]
     assert rows[0].endswith("ratio 1.00")
 
 
-def test_an_epoch_beside_its_parts(capsys):
-    benchmark.main(["epoch", "--device", "cpu", "--photos", "4", "--batch-sizes", "2", "--workers", "0",
-                    "--rounds", "1"])
-    assert "loader alone" in capsys.readouterr().out
+def test_the_recipe_beside_its_parts(capsys):
+    benchmark.main(["recipe", "--device", "cpu", "--photos", "4", "--batch-sizes", "2", "--workers", "0",
+                    "--rounds", "1", "--epochs", "1"])
+    out = capsys.readouterr().out
+    assert "loader alone" in out and "1,803,200 views" in out
 
 
 def test_loading_beside_torchvisions(capsys):
     benchmark.main(["loading", "--photos", "2", "--rounds", "1"])
     assert "torchvision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["yunet_n_320x320", "ultraface_rfb_320x240"])
+def test_other_detectors_find_the_faces_of_portraits(shared, tmp_path, name):
+    content = json.loads((shared / "data/frontal_val.json").read_text())
+    chosen = content["images"][:8]
+    for image in chosen:
+        image["file_name"] = str(shared / "data" / image["file_name"])
+    ids = {image["id"] for image in chosen}
+    faces = {one["image_id"]: one["bbox"] for one in content["annotations"] if one["image_id"] in ids}
+    (tmp_path / "x.json").write_text(json.dumps(content | {
+        "images": chosen, "annotations": [one for one in content["annotations"] if one["image_id"] in ids]}))
+    benchmark.main(["peer", str(shared / f"peers/{name}.onnx"), "--data", str(tmp_path / "x.json"),
+                    "--out", str(tmp_path / "found.json")])
+    best = {}
+    for one in json.loads((tmp_path / "found.json").read_text()):
+        best.setdefault(one["image_id"], one["bbox"])  # best first
+    apart = [np.abs(np.array(best[number]) - box).max() / box[2] for number, box in faces.items()]
+    assert np.median(apart) < 0.3

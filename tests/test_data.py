@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from tools import look as module
 from data import (FaceDataset, TrainBatches, collate, distort_colours,
                   eval_batches, make_loader, random_view, resize_view)
-from support.coco import read_annotations
+from support.coco import UNLABELLED, read_annotations
 from support.pictures import load_picture
 from tools.sample import draw_sample
 
@@ -218,7 +218,7 @@ def test_collate_keeps_faces_with_their_images(tmp_path):
     dataset = dataset_of(tmp_path, [[(1, 2, 30, 40)], [], [(5, 6, 7, 8), (50, 60, 20, 20)]], [(100, 100)] * 3)
     batch = collate([dataset[n, None] for n in (2, 1, 0)])
     assert (batch.images.shape == (3, 3, 64, 96)
-            and batch.image.tolist() == [0, 0, 2] and batch.index == [2, 1, 0])
+            and batch.image[:3].tolist() == [0, 0, 2] and batch.index == [2, 1, 0])
     nothing = collate([dataset[1, None]])
     assert nothing.faces.shape == (0, 4) and nothing.image.shape == (0,)
 
@@ -229,7 +229,8 @@ def test_an_unreadable_photo_is_black_and_named(tmp_path):
     (tmp_path / "1.png").unlink()
     Image.new("RGB", (50, 100)).save(tmp_path / "2.png")
     batch = collate([dataset[n, None] for n in range(3)])
-    assert not batch.images.any() and len(batch.faces) == 0
+    assert not batch.images.any() and not batch.faces.any() and not batch.has_faces.any()
+    assert (batch.labels == UNLABELLED).all()  # nothing is learned from them
     assert ("cannot be read" in batch.errors[0]
             and "no such picture" in batch.errors[1] and "50x100" in batch.errors[2])
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from anchors import decode, encode, make_anchors
+from data import Batch
 from loss import (EIOU_WEIGHT, QUALITY_WEIGHT, Criterion, batch_divisor, confidence, distillation_loss, eiou,
                   multibox_loss, quality_focal, soft_targets)
 from model import Config
@@ -46,7 +47,7 @@ def test_equals_the_formula(arguments):
     inputs = case(**arguments)
     weights = torch.tensor([0.3, -0.7])
     total, class_loss, box_loss = multibox_loss(*inputs, ANCHORS[:inputs[2].shape[1]], weights,
-                                                batch_divisor(inputs[2]))
+                                                batch_divisor(inputs[2] == 1))
     expected = slow(*inputs)
     assert class_loss.item() == pytest.approx(expected[0], rel=1e-5)
     assert box_loss.item() == pytest.approx(expected[1], rel=1e-5)
@@ -58,7 +59,7 @@ def gradients(logits, offsets, labels, targets, weights=(0.0, 0.0), **losses):
     """The loss and its gradients by logits, offsets and loss weights."""
     leaves = [t.clone().requires_grad_() for t in (logits, offsets, torch.tensor(weights))]
     total, *_ = multibox_loss(leaves[0], leaves[1], labels, targets, ANCHORS, leaves[2],
-                              batch_divisor(labels), **losses)
+                              batch_divisor(labels == 1), **losses)
     total.backward()
     return total, [leaf.grad for leaf in leaves]
 
@@ -83,19 +84,19 @@ def test_ignored_anchors_teach_nothing(losses):
 def test_permuting_anchors_or_images_changes_nothing(losses):
     inputs = case(seed=4)
     weights, order, rows = torch.zeros(2), torch.randperm(200), torch.tensor([2, 0, 1])
-    expected = torch.stack(multibox_loss(*inputs, ANCHORS, weights, batch_divisor(inputs[2]), **losses))
+    expected = torch.stack(multibox_loss(*inputs, ANCHORS, weights, batch_divisor(inputs[2] == 1), **losses))
     for shuffled, own in (([t[:, order] for t in inputs], ANCHORS[order]),
                           ([t[rows] for t in inputs], ANCHORS)):
-        changed = multibox_loss(*shuffled, own, weights, batch_divisor(shuffled[2]), **losses)
+        changed = multibox_loss(*shuffled, own, weights, batch_divisor(shuffled[2] == 1), **losses)
         torch.testing.assert_close(expected, torch.stack(changed))
 
 
 def test_bfloat16_outputs_are_computed_in_float32():
     logits, offsets, labels, targets = case()
     half = multibox_loss(logits.bfloat16(), offsets.bfloat16(), labels,
-                         targets, ANCHORS, torch.zeros(2), batch_divisor(labels))
+                         targets, ANCHORS, torch.zeros(2), batch_divisor(labels == 1))
     assert all(loss.dtype == torch.float32 for loss in half)
-    full = multibox_loss(logits, offsets, labels, targets, ANCHORS, torch.zeros(2), batch_divisor(labels))
+    full = multibox_loss(logits, offsets, labels, targets, ANCHORS, torch.zeros(2), batch_divisor(labels == 1))
     torch.testing.assert_close(torch.stack(half), torch.stack(full), rtol=0.02, atol=0)
 
 
@@ -107,12 +108,12 @@ def test_extreme_logits_stay_finite():
 
 def test_distillation_is_0_at_the_teacher_and_lets_scores_of_labelled_faces_go():
     logits, offsets, labels, _ = case(positives=0.2)
-    divisor = batch_divisor(labels)
-    assert torch.stack(distillation_loss(logits, offsets, logits, offsets, confidence(logits), labels,
-                                         divisor)).tolist() == pytest.approx([0, 0], abs=1e-6)
+    divisor = batch_divisor(labels == 1)
+    nothing = distillation_loss(logits, offsets, logits, offsets, labels != 1, confidence(logits), divisor)
+    assert torch.stack(nothing).tolist() == pytest.approx([0, 0], abs=1e-6)
     moved = logits.clone().requires_grad_(), (offsets + 1).requires_grad_()
     sum(distillation_loss(moved[0] * 1.5, moved[1], logits, offsets,
-                          confidence(logits), labels, divisor)).backward()
+                          labels != 1, confidence(logits), divisor)).backward()
     assert not moved[0].grad[labels == 1].any() and moved[0].grad[labels != 1].any(-1).all()
     # boxes are pulled wherever the teacher saw a face
     assert (moved[1].grad.any(-1) == (confidence(logits) > 0)).all() and (confidence(logits) > 0).any()
@@ -123,7 +124,7 @@ def test_distillation_is_the_distance_of_boxes_and_the_divergence_of_scores(move
     start = torch.tensor([[[0.0, 3], [0, 1], [3, 0]]])  # wholly, partly and not confident
     labels, offsets, weight = torch.tensor([[1, 0, 0]]), torch.zeros(1, 3, 4), confidence(start)
     scores, boxes = distillation_loss(
-        torch.zeros(1, 3, 2), offsets + moved, start, offsets, weight, labels, 2
+        torch.zeros(1, 3, 2), offsets + moved, start, offsets, labels != 1, weight, 2
     )
     assert boxes.item() == pytest.approx(4 * abs(moved) * weight.sum().item() / 2, rel=1e-5)
     p = start[0, 1:].softmax(-1)  # those without a labelled face
@@ -141,15 +142,47 @@ def test_a_confident_teacher_sets_the_box_and_what_it_sees_is_no_background_besi
     logits = torch.tensor([[0.0, 3], [0, 1], [0, 3], [3, 0], [3, 0]]).expand(3, 5, 2)
     offsets = torch.arange(20.0).view(5, 4).expand(3, 5, 4)
     labels = torch.tensor([[1, 0, -1, 1, 0], [0, 0, 0, 0, 0], [0, 0, -1, 0, 0]])
-    labels, targets, weight = soft_targets(labels, torch.full((3, 5, 4), -1.0), logits, offsets,
-                                           torch.tensor([True, False, True]))
+    given = labels, torch.full((3, 5, 4), -1.0), logits, offsets, torch.tensor([True, False, True])
+    labels, targets, taught, weight = soft_targets(*given, torch.zeros(3, dtype=torch.bool))
     # The second photo has no face, the third has only an ignored one.
     assert labels.tolist() == [[1, -1, -1, 1, 0], [0, 0, 0, 0, 0], [-1, -1, -1, 0, 0]]
     expected = [1, (1 / (1 + math.exp(-1)) - 0.5) / 0.4, 1, 0, 0]
     assert weight[0].tolist() == pytest.approx(expected)
     assert targets[0, :, 0].tolist() == pytest.approx([-1 + w * (4 * n + 1) for n, w in enumerate(expected)])
-    _, distance = distillation_loss(logits, offsets + 1, logits, offsets, weight, labels, 2)
+    assert torch.equal(taught, given[0] != 1)
+    _, distance = distillation_loss(logits, offsets + 1, logits, offsets, taught, weight, 2)
     assert distance.item() == pytest.approx(4 * 3 * sum(expected) / 2)
+    # Where labels are complete, they stay, and the score of what the teacher alone sees is not learned.
+    own, boxes, taught, weight = soft_targets(*given, torch.tensor([True, True, True]))
+    assert torch.equal(own, given[0]) and torch.equal(boxes, given[1]) and not weight.any()
+    assert taught[:2].tolist() == [[False, False, True, False, True], [False] * 3 + [True] * 2]
+
+
+def test_padding_changes_nothing():
+    """Not a bit of the losses and gradients, with and without a teacher."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(9, 2, generator=generator) * 200
+    faces = torch.cat([corners, corners + 8 + 90 * torch.rand(9, 2, generator=generator)], 1)
+    ignored, crowd = torch.arange(9) % 4 == 0, torch.arange(9) % 8 == 0
+    image = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    kinds = torch.tensor([0, 1, 0, 2]).byte()
+    anchors = make_anchors(Config())
+    outputs = torch.randn(4, len(anchors), 6, generator=generator)
+    teacher = torch.randn(4, len(anchors), 2, generator=generator) * 3, outputs[..., :4].clone()
+    for losses in ([], ["aligned", "quality-focal", "eiou"]):
+        results = []
+        for more in (0, 7, 55):
+            padded = [torch.cat([value, value.new_zeros(more, *value.shape[1:])])
+                      for value in (faces, ignored, crowd, image)]
+            has_faces = torch.tensor([True, True, True, False])
+            batch = Batch(torch.zeros(4, 3, 300, 300), *padded, has_faces, kinds)
+            own = outputs.clone().requires_grad_()
+            criterion = Criterion(anchors, torch.zeros(2), (0.3, 0.4), *losses)
+            parts, distilled = criterion((own[..., 4:], own[..., :4]), batch, teacher)
+            (parts[0] + distilled).backward()
+            results.append((parts, distilled, own.grad))
+        for other in results[1:]:
+            assert all(torch.equal(one, two) for one, two in zip(results[0], other))
 
 
 def iou(a, b):
@@ -226,11 +259,10 @@ def test_losses_are_finite_whatever_the_network_says(losses, scale):
 
 def test_the_criterion_uses_what_it_is_told(monkeypatch):
     """The batch's labels are those of the anchors that answer best; both losses get through."""
-    from data import Batch
     anchors, seen = make_anchors(Config()), []
     face = torch.tensor([[100.0, 100, 160, 160]])
     no = torch.tensor([False])
-    batch = Batch(torch.zeros(1, 3, 300, 300), face, no, no, torch.tensor([0]), [0], [(300, 300)], {})
+    batch = Batch(torch.zeros(1, 3, 300, 300), face, no, no, torch.tensor([0]), ~no, torch.tensor([0]))
     logits, offsets = torch.zeros(1, len(anchors), 2), torch.zeros(1, len(anchors), 4)
     monkeypatch.setattr("loss.multibox_loss",
                         lambda *values: seen.append(values) or (torch.zeros(()),) * 3)

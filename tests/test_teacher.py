@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_in_one_line(sample, files, refused, monkey
 
 def test_nothing_is_learned_from_the_boxes_of_unlabelled_photos(sample):
     anchors, read = make_anchors(Config()), read_annotations(sample / "train.json")
-    unlabelled, seen = FaceDataset(read.unlabelled(), 300, 300), 0
+    unlabelled = FaceDataset(read.unlabelled(), 300, 300)
     for index in range(len(unlabelled)):
         for seed in (None, (index, 0), (index, 1)):
             batch = collate([unlabelled[index, seed]])
@@ -131,13 +131,9 @@ def test_nothing_is_learned_from_the_boxes_of_unlabelled_photos(sample):
             teacher = torch.tensor([0.0, 3]).expand_as(logits), torch.ones_like(offsets)
             criterion = Criterion(anchors, torch.zeros(2), [1, 1])
             losses, distilled = criterion((logits, offsets), batch, teacher)
-            assert losses[2] == 0
-            if seed is None or (batch.faces == batch.faces.new_tensor([0, 0, 300, 300])).all():  # no zoom out
-                assert losses[1] == 0
-                seen += 1
+            assert losses[1] == losses[2] == 0  # also at the border, and on the black around a photo
             distilled.backward()
             assert logits.grad.abs().sum() > 0 and offsets.grad.abs().sum() > 0
-    assert seen > len(unlabelled)
 
 
 @pytest.mark.slow

@@ -1,45 +1,49 @@
-"""Measure speed: models side by side, data loading, the training step, a whole epoch.
+"""Measure speed, what is compared side by side: models, data loading, the training step, a whole recipe.
 
-    python -m tools.benchmark latency weights/face_ssd300.pth export/model.onnx export/model.xml  # the models alone
-    python -m tools.benchmark pictures export/model.xml embedded/model.xml --data data/val.json   # picture to boxes
-    python -m tools.benchmark loading   # data.py against torchvision's transforms
-    python -m tools.benchmark training --batch-sizes 32 --threads 2   # the step: precision, compiling, memory
-    python -m tools.benchmark epoch --data data/train.json   # loader, step, and both together
+    python -m tools.benchmark latency weights/face_ssd300.pth export/model.xml            # models alone
+    python -m tools.benchmark pictures export/model.xml embedded/model.xml --data val.json # resizing too
+    python -m tools.benchmark loading --data data/train.json   # data.py beside torchvision's transforms
+    python -m tools.benchmark training --batch-sizes 65 260    # the step: precision, graphs, compiling
+    python -m tools.benchmark recipe --data data/train.json    # minutes of the reference recipe, here
+    python -m tools.benchmark peer yunet.onnx --data val.json --out yunet.json    # another detector's faces
 
 What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
 is the time for one input of the model's own size, through everything in its file (for a checkpoint, the
 network and NMS). Models compute in float32 on the CPU, except quantised ones.
 """
 
-import argparse
 import functools
-import multiprocessing
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from support.script import InputError, command, keep_memory, new_parser
+from support.script import ROOT, InputError, command, new_parser, write_json
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.ops import nms
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from tools import sample
 import train
-from support.coco import read_annotations
 from data import FaceDataset, collate
-from detector import detect, load_detector
-from support.distributed import choose_device
+from detector import NMS_IOU, SCORE, TOP, detect, load_detector, to_picture
 from model import SSD
+from support.coco import Detections, read_annotations, to_results, to_xywh
+from support.distributed import choose_device
 from support.pictures import load_picture
 from support.runtimes import SUFFIXES, open_network
+from tools import sample
+
+VIEWS = 12_880 * 2 * 70  # of the reference recipe on WIDER FACE: photos, passes, epochs
 
 
 def interleaved(jobs, rounds, seconds=0.2):
@@ -79,6 +83,13 @@ def report(names, notes, measured):
         print(f"{name:{width}}  {np.median(times):9.2f} {spread} {ratio:7.3f}   {note}")
 
 
+def speeds(names, measured):
+    """Print a table of photos a second, measured `[jobs, rounds]`, and the median ratio to the first job."""
+    for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
+        print(f"{name:44} {np.median(values):8.1f} photos/s "
+              f"({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
+
+
 def setting(args, what):
     """Print one line that says what was measured, and how."""
     print(f"{what}; {args.threads} thread{'s' * (args.threads > 1)}, f32, {args.rounds} interleaved rounds, "
@@ -99,7 +110,8 @@ def latency(args):
         else:
             call = load_detector(path, device="cpu")
             shape = [1, 3, *call.size[::-1]]
-            noise, note = torch.from_numpy(rng.integers(0, 256, shape, np.uint8)), "PyTorch, FP32"
+            noise = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
+            note = "PyTorch, FP32"
         jobs.append(functools.partial(call, noise))
         notes.append(f"{note}, {'x'.join(map(str, shape))}")
     setting(args, "latency of one input")
@@ -137,84 +149,57 @@ def loading(args):
             v2.SanitizeBoundingBoxes(labels_getter=None), v2.Resize((300, 300)), v2.RandomHorizontalFlip()])
 
         def theirs(index):
-            picture = tv_tensors.Image(decode_image(str(annotations.file(index)), ImageReadMode.RGB))
+            picture = v2.functional.pil_to_tensor(Image.open(annotations.file(index)).convert("RGB"))
             own = corners[ours.starts[index]:ours.starts[index + 1]]
-            return transform(picture, tv_tensors.BoundingBoxes(own, format="XYXY",
-                                                               canvas_size=picture.shape[1:]))
+            return transform(tv_tensors.Image(picture), tv_tensors.BoundingBoxes(
+                own, format="XYXY", canvas_size=picture.shape[1:]))
 
         chosen = range(min(len(ours), args.photos))
         jobs = [lambda: [theirs(index) for index in chosen],
                 lambda: [ours[index, (0, index)] for index in chosen]]
         measured = interleaved(jobs, args.rounds, 0)
-    sizes = np.unique(annotations.sizes, axis=0)
-    print(f"loading on one core, {len(chosen)} photos of "
-          f"{np.median(sizes[:, 0]):.0f}x{np.median(sizes[:, 1]):.0f} (median)")
+    sizes = np.median(annotations.sizes, 0)
+    print(f"loading on one core, {len(chosen)} photos of {sizes[0]:.0f}x{sizes[1]:.0f} (median)")
     speeds(["torchvision", "data.py"], len(chosen) / measured)
 
 
 def training(args):
-    """Time the training step: precision, compiling, freed memory kept or not; torchvision's beside it."""
-    compiled = [] if (trouble := train.cannot_compile(choose_device(args.device))) else [True]
-    if trouble:
-        print(f"not compiled: {trouble}")
-    rows = [("train.py", precision, compiles) for compiles in (False, *compiled)
-            for precision in ("fp32", "bf16")] + [("torchvision ssdlite320", "fp32", False)]
-    context = multiprocessing.get_context("spawn")
+    """Time the training step, with the seconds to its first; torchvision's light SSD beside it."""
+    device = choose_device(args.device)
+    ways = [("fp32", False, False), ("bf16", False, False), ("bf16", True, False)]
+    if device.startswith("cuda"):
+        ways = [("bf16", False, False), ("bf16", False, True), ("bf16", True, True)]
     with photos_for(args) as file:
         for size in args.batch_sizes:
-            jobs, names, first, helpers = [], [], [], []
-            for keeps in (False, True):
-                mine, its = context.Pipe()
-                how = {"device": args.device, "threads": args.threads}
-                helpers.append((mine, context.Process(
-                    target=step_on_request, args=(its, how, str(file), size, keeps), daemon=True)))
-                helpers[-1][1].start()
-                its.close()  # else, should that process fail, this one would wait for its answer for ever
-                for row in rows:
-                    jobs.append(lambda pipe=mine, row=row: (pipe.send(row), pipe.recv()))
-                    names.append(f"{row[0]} {row[1]}{', compiled' if row[2] else ''}, "
-                                 f"memory {'kept' if keeps else 'given back'}")
-                    started = time.perf_counter()
-                    jobs[-1]()
-                    first.append(time.perf_counter() - started)
-            print(f"training step, batch {size}, {args.threads} threads; the seconds are of the first call")
-            measured = interleaved(jobs, args.rounds, 1)
-            speeds([f"{name:54}{once:4.0f} s" for name, once in zip(names, first)], size / measured)
-            for pipe, process in helpers:
-                pipe.close()
-                process.join()
+            jobs, names = [], []
+            for precision, compiled, graph in ways:
+                started = time.perf_counter()
+                step = our_step(device, file, size, precision, compiled, graph)
+                step()
+                seconds = time.perf_counter() - started
+                words = [precision, "compiled" * compiled, "graph" * graph]
+                names.append(f"{' '.join(filter(None, words))}, first step {seconds:.1f} s")
+                jobs.append(step)
+            names.append("torchvision ssdlite320 fp32")
+            jobs.append(torchvision_step(device, size))
+            print(f"training step on {device}, batch {size}, {args.threads} threads")
+            speeds(names, size / interleaved(jobs, args.rounds, 1))
 
 
-def step_on_request(pipe, how, file, size, keeps):
-    """Do one training step for each row (whose, precision, compiled) that comes through `pipe`; answer then.
-
-    A process of its own: whether freed memory is kept holds for a whole process.
-    """
-    if keeps:
-        keep_memory()
-    torch.set_num_threads(how["threads"])
-    args, steps = argparse.Namespace(**how), {}
-    with suppress(EOFError):  # the end: nothing more is asked
-        while True:
-            row = pipe.recv()
-            if row not in steps:
-                make = our_step if row[0] == "train.py" else torchvision_step
-                steps[row] = make(args, file, size, *row[1:])
-            pipe.send(steps[row]())
-
-
-def our_step(args, file, size, precision, compiles):
+def our_step(device, file, size, precision="bf16", compiled=False, graph=True):
     """One step of train.py on a batch of augmented photos, as a function."""
-    trainer = make_trainer(args, file, size, precision, 0, compiles)
-    trainer.raw_model.train()
+    trainer = make_trainer(device, file, size, precision, 0, compiled)
+    if not graph:
+        trainer.graphs = None
+    trainer.start_epoch()
     photos = trainer.loader.dataset
     batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
-    return lambda: trainer.update(batch, 0.05).tolist()
+    batch = batch.pin_memory() if trainer.graphs else batch
+    return lambda: trainer.update(batch, 0.01).tolist()
 
 
-def torchvision_step(args, file, size, *_):
+def torchvision_step(device, size):
     """One step of torchvision's light SSD on a batch of noise with five faces each, as a function."""
-    device = choose_device(args.device)
     model = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=2).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     images = list(torch.rand(size, 3, 320, 320, device=device))
@@ -231,47 +216,81 @@ def torchvision_step(args, file, size, *_):
     return step
 
 
-def epoch(args):
-    """Time a whole epoch, and its two parts alone (loading in --workers processes, step): photos a second."""
+def recipe(args):
+    """Time the loader, the step and real epochs of train.py: the minutes of the reference recipe here."""
+    device = choose_device(args.device)
+    size = args.batch_sizes[0]
     with photos_for(args) as file:
-        size = args.batch_sizes[0]
-        trainer, stop = make_trainer(args, file, size, args.precision, args.workers), NoStop()
-        train.train_one_epoch(trainer, stop)  # warm up: workers start, kernels are chosen
-        started = time.perf_counter()
-        loaded = sum(len(batch.index) for batch in trainer.loader)
-        loader_speed = loaded / (time.perf_counter() - started)
-        train.train_one_epoch(trainer, stop)
-        batch = next(iter(trainer.loader))
-        steps = interleaved([lambda: trainer.update(batch, 0.05).tolist()], args.rounds, 1)
-    whole = trainer.record["photos_per_second"]
-    print(f"an epoch on {trainer.device}, batch {size}, {args.precision}, {args.workers} workers, "
-          f"photos a second: loader alone {loader_speed:.0f}, step alone {size / np.median(steps):.0f}, "
-          f"together {whole:.0f}\n"
-          "the whole recipe (12,880 photos x 2 x 70 epochs) at that speed: "
-          f"{12_880 * 2 * 70 / whole / 60:.0f} minutes")
+        trainer = make_trainer(device, file, size, "bf16" if device != "cpu" else None, args.workers)
+        for _ in range(2):  # in the first the workers start
+            started = time.perf_counter()
+            loaded = sum(len(batch.index) for batch in trainer.loader)
+            loader = loaded / (time.perf_counter() - started)
+        step = size / np.median(interleaved([our_step(device, file, size)], args.rounds, 1))
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--data", file, "--val", "none", "--min-face", 0, "--epochs", args.epochs, "--lr", 0.001,
+                     "--batch-size", size, "--workers", args.workers, "--device", device, "--out", folder]
+            done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], text=True,
+                                  capture_output=True)
+        if done.returncode:
+            raise InputError(f"train.py: {done.stderr.strip()[-300:]}")
+        whole = float(done.stdout.rsplit(" photos/s", 1)[0].rsplit(None, 1)[1])
+    slowest = "loader" if loader < step else "step"
+    print(f"{device}, batch {size}, {args.workers} workers, photos a second: loader alone {loader:.0f}, "
+          f"step alone {step:.0f}, the last epoch of train.py {whole:.0f}; the {slowest} limits it\n"
+          f"the reference recipe, {VIEWS:,} views, takes {VIEWS / whole / 60:.0f} minutes at that speed")
 
 
-class NoStop:
-    """In the place of distributed.StopFlag: Ctrl-C ends the measurement, nothing is saved."""
+def peer(args):
+    """Find faces with another light detector (YuNet or UltraFace, ONNX): COCO results for evaluate.py."""
+    annotations = read_annotations(args.data)
+    network = open_network(args.model, 1)
+    find = yunet if len(network.session.get_outputs()) > 2 else ultraface
+    found = []
+    for index in tqdm(range(len(annotations.ids)), leave=False, disable=None):
+        picture = load_picture(annotations.file(index))
+        boxes, scores, size = find(network, picture)
+        likely = np.flatnonzero(scores > SCORE)
+        boxes, scores = torch.from_numpy(boxes[likely]), torch.from_numpy(scores[likely])
+        kept = nms(boxes, scores, NMS_IOU)[:TOP]
+        faces = torch.cat([boxes[kept], scores[kept, None]], 1).numpy()
+        found.append(to_picture(faces, size, picture.size))
+    image = np.repeat(np.arange(len(found)), [len(faces) for faces in found])
+    faces = np.concatenate(found)
+    write_json(args.out, to_results(annotations, Detections(image, to_xywh(faces[:, :4]), faces[:, 4])))
+    print(f"wrote {args.out}: {len(faces):,} faces on {len(found):,} photos")
 
-    def at_once(self, ends):
-        """Ctrl-C ends it as it ends any script."""
 
-    def agreed(self):
-        """Nobody asks the run to stop."""
-        return False
+def ultraface(network, picture):
+    """Boxes `[K, 4]`, scores `[K]` and the size of the picture in their pixels (Linzaer's UltraFace)."""
+    height, width = network.shape[2:]
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    scores, boxes = network(((pixels - 127) / 128).transpose(2, 0, 1)[None])
+    return boxes[0] * np.float32([width, height, width, height]), scores[0, :, 1], (width, height)
 
 
-def speeds(names, measured):
-    """Print a table of photos a second, measured `[jobs, rounds]`, and the median ratio to the first job."""
-    for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
-        print(f"{name:34} {np.median(values):8.1f} photos/s "
-              f"({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
+def yunet(network, picture):
+    """As `ultraface`, of YuNet (Wu et al. 2023): the picture keeps its shape in the input's corner."""
+    height, width = network.shape[2:]
+    scale = min(width / picture.width, height / picture.height)
+    size = round(picture.width * scale), round(picture.height * scale)
+    canvas = np.zeros((height, width, 3), np.float32)
+    canvas[:size[1], :size[0]] = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))[..., ::-1]
+    outputs = network(np.ascontiguousarray(canvas.transpose(2, 0, 1)[None]))
+    boxes, scores = [], []
+    for level, stride in enumerate((8, 16, 32)):
+        classes, objects, offsets = (outputs[3 * part + level][0] for part in range(3))
+        y, x = np.divmod(np.arange(len(offsets)), width // stride)
+        centres = (np.stack([x, y], 1) + offsets[:, :2]) * stride
+        sides = np.exp(offsets[:, 2:]) * stride
+        boxes.append(np.concatenate([centres - sides / 2, centres + sides / 2], 1))
+        scores.append(np.sqrt(classes.clip(0, 1) * objects.clip(0, 1))[:, 0])
+    return np.concatenate(boxes).astype(np.float32), np.concatenate(scores), size
 
 
 @contextmanager
 def photos_for(args):
-    """Yield the path of --data, or else of a dataset drawn for the purpose, 1024x768."""
+    """Yield the path of --data, or else of a synthetic dataset, 1024x768."""
     if args.data:
         yield args.data
     else:
@@ -280,13 +299,14 @@ def photos_for(args):
             yield Path(folder) / "train.json"
 
 
-def make_trainer(args, file, batch_size, precision, workers, compiles=False):
+def make_trainer(device, file, batch_size, precision, workers, compiled=False):
     """Make a Trainer of a new network on the photos of `file`, which does not save."""
-    device = choose_device(args.device)
-    flags = train.parse_args(["--data", str(file), "--batch-size", str(batch_size), "--precision", precision,
-                              "--workers", str(workers), "--min-face", "0", "--save-every", "1000000000",
-                              "--compile" if compiles else "--no-compile"])
-    trainer = train.Trainer(flags, SSD(), FaceDataset(read_annotations(file), 300, 300), device=device)
+    words = ["--data", file, "--batch-size", batch_size, "--workers", workers, "--min-face", 0,
+             "--compile" if compiled else "--no-compile"]
+    args = train.parse_args([str(word) for word in words])
+    args.precision = train.choose_precision(args, None, device) if precision is None else precision
+    dataset = FaceDataset(read_annotations(file), 300, 300)
+    trainer = train.Trainer(args, SSD(), dataset, device=device)
     trainer.connect()
     return trainer
 
@@ -296,28 +316,26 @@ def main(argv=None):
     """Measure what the first argument names."""
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run in (("latency", latency), ("pictures", pictures)):
-        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        add = one.add_argument
-        add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
-        add("--threads", type=int, default=1, help="threads of each model (default %(default)s)")
-        add("--rounds", type=int, default=7, help="rounds of measurement (default %(default)s)")
-        one.set_defaults(run=run)
-        if name == "pictures":
-            add("--data", help="COCO json whose photos are used (default: drawn ones, 640x480)")
-    for run, rounds in ((loading, 3), (training, 5), (epoch, 5)):
+    for run in (latency, pictures, loading, training, recipe, peer):
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         add = one.add_argument
-        add("--data", help="COCO json whose photos are used (default: drawn ones, 1024x768)")
-        add("--photos", type=int, default=64, help="photos to draw, or to load at most (default %(default)s)")
-        add("--threads", type=int, default=1, help="threads of the step or the loader (default %(default)s)")
-        add("--rounds", type=int, default=rounds, help="rounds of measurement (default %(default)s)")
-        if run is not loading:
+        add("--threads", type=int, default=1, help="of the model, step or loader (default %(default)s)")
+        add("--rounds", type=int, default=5, help="rounds of measurement (default %(default)s)")
+        if run in (latency, pictures):
+            add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
+        if run is peer:
+            add("model", help="its .onnx file")
+            add("--out", required=True, help="COCO results json to write")
+        if run is not latency:
+            add("--data", required=run is peer, help="COCO json (default: synthetic photos)")
+        if run in (loading, training, recipe):
+            add("--photos", type=int, default=64, help="to draw, or to load at most (default %(default)s)")
+        if run in (training, recipe):
             add("--device", help="cuda, mps or cpu (default: the first there is)")
-            add("--batch-sizes", type=int, nargs="+", default=[65], help="default 65; epoch uses the first")
-        if run is epoch:
+            add("--batch-sizes", type=int, nargs="+", default=[65], help="default 65; recipe uses the first")
+        if run is recipe:
             add("--workers", type=int, default=os.cpu_count(), help="loading processes (default %(default)s)")
-            add("--precision", choices=("fp32", "bf16"), default="fp32", help="default %(default)s")
+            add("--epochs", type=int, default=2, help="of the real run (default %(default)s)")
         one.set_defaults(run=run)
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:

@@ -1,0 +1,50 @@
+"""A function of tensors as CUDA graphs: recorded once for each shape, then replayed without Python's delays."""
+
+import torch
+
+
+class Graphs:
+    """Calls `function(*tensors)`, a tensor's worth of work on the GPU, from a CUDA graph for each shape.
+
+    The function must not wait for the GPU, and must find the same memory each time: what it changes, such as
+    gradients, has to exist before the first call. `buffers` are tensors that it changes as it runs (batch
+    norm's statistics): recording runs it a few times, and puts them back. The output is overwritten by the
+    next call. See "CUDA graphs" in PyTorch's notes.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function, buffers):
+        self.function = function
+        self.buffers = list(buffers)
+        self.recorded = {}
+        self.pool = None
+
+    def __call__(self, *tensors):
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(tensors)
+        graph, inputs, output = self.recorded[shapes]
+        for own, given in zip(inputs, tensors):
+            own.copy_(given, non_blocking=True)
+        graph.replay()
+        return output
+
+    def record(self, tensors):
+        """Record the function on tensors of these shapes: (graph, input tensors, output tensor)."""
+        inputs = [torch.empty_like(tensor, device="cuda").copy_(tensor) for tensor in tensors]
+        before = [buffer.clone() for buffer in self.buffers]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may page-lock memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = self.function(*inputs)
+        self.pool = graph.pool()
+        for buffer, value in zip(self.buffers, before):
+            buffer.copy_(value)
+        return graph, inputs, output
