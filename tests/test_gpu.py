@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import detector
 import evaluate
 import train
+from data import collate
 from detector import TorchDetector, load_detector
 from model import load_model
+from support.coco import read_annotations
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3",
@@ -58,6 +61,26 @@ def test_newer_losses_follow_the_cpu(sample, tmp_path, whole_floats, words):
     losses = {device: run(tmp_path / device, sample, "--device", device, *STEADY, "--epochs", 1, *words)
               for device in ("cpu", "cuda")}
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.005)
+
+
+@pytest.mark.parametrize("words", [[], ["--matching", "aligned", "--class-loss", "quality-focal", "--box-loss",
+                                        "eiou", "--distill", "0.3", "0.4", "--load-from"]])
+def test_the_graph_computes_the_eager_gradients(sample, whole_floats, words):
+    """Also for a second batch, and batch norm's statistics are those of one step each."""
+    dataset = train.FaceDataset(read_annotations(sample / "train.json"), 300, 300)
+    batches = [collate([dataset[n, (0, n)] for n in range(first, first + 5)]).pin_memory() for first in (0, 5)]
+    found = {}
+    for graph in (False, True):
+        torch.manual_seed(0)
+        args = train.parse_args(["--batch-size", "5", "--precision", "fp32", "--workers", "0", *words])
+        trainer = train.Trainer(args, load_model(detector.MODEL), dataset, device="cuda")
+        assert trainer.graphs is not None
+        trainer.graphs = trainer.graphs if graph else None
+        trainer.start_epoch()
+        losses = [trainer.update(batch, 0).clone() for batch in batches]
+        found[graph] = [*losses, *(p.grad for p in trainer.raw_model.parameters()), *trainer.raw_model.buffers()]
+    for one, two in zip(found[False], found[True]):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_is_the_default_and_near_fp32(sample, tmp_path):
