@@ -134,13 +134,19 @@ def pair_iou(boxes, others):
     """IoU `[...]` of each of boxes `[..., 4]` with its partner in others `[..., 4]`, xyxy."""
     start = torch.maximum(boxes[..., :2], others[..., :2])
     end = torch.minimum(boxes[..., 2:], others[..., 2:])
-    common = (end - start).clamp(min=0).prod(-1)
-    areas = sum((one[..., 2:] - one[..., :2]).clamp(min=0).prod(-1) for one in (boxes, others))
+    common = area(end - start)
+    areas = area(boxes[..., 2:] - boxes[..., :2]) + area(others[..., 2:] - others[..., :2])
     return common / (areas - common).clamp(min=1e-6)
+
+
+def area(sides):
+    """Areas `[...]` of sides `[..., 2]`, 0 where one is negative. (A GPU waits for the gradient of prod().)"""
+    sides = sides.clamp(min=0)
+    return sides[..., 0] * sides[..., 1]
 
 
 def covered(anchors, regions):
     """The share `[T, A]` of each anchor's area within each region; anchors `[A, 4]`, regions `[T, 4]`."""
     start = torch.maximum(regions[:, None, :2], anchors[:, :2])             # [T, A, 2]
     end = torch.minimum(regions[:, None, 2:], anchors[:, 2:])
-    return (end - start).clamp(min=0).prod(-1) / (anchors[:, 2:] - anchors[:, :2]).prod(-1)
+    return area(end - start) / area(anchors[:, 2:] - anchors[:, :2])
