@@ -140,8 +140,8 @@ def pair_iou(boxes, others):
 
 
 def area(sides):
-    """Areas `[...]` of sides `[..., 2]`, 0 where one is negative. (A GPU waits for the gradient of prod().)"""
-    sides = sides.clamp(min=0)
+    """Areas `[...]` of sides `[..., 2]`, 0 where one is negative."""
+    sides = sides.clamp(min=0)  # not prod() of them, for whose gradient a GPU is waited for
     return sides[..., 0] * sides[..., 1]
 
 

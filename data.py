@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from support.cache import PhotoCache
 from support.coco import MADE, UNLABELLED, Annotations, to_xyxy
 from support.pictures import decode_picture, load_picture, open_picture, upright_size
 from support.script import InputError
@@ -27,6 +28,11 @@ FROM_YIQ = np.linalg.inv(YIQ)
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """A picture (PIL, RGB) as a uint8 tensor `[3, H, W]`."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def channels_last(image: Image.Image) -> torch.Tensor:
+    """As `to_tensor`, but in memory as the picture has it, `[H, W, 3]`: training wants it so."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
@@ -105,6 +111,19 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     return image.convert("RGB", matrix.ravel().tolist())
 
 
+def cut_view(pixels: np.ndarray, view: np.ndarray, target: tuple) -> tuple:
+    """What resizing needs of pixels `[h, w, 3]` to show `view` (xyxy) at the size `target`.
+
+    Returns it as a picture (PIL), and the view in its pixels.
+    """
+    margin = np.ceil((view[2:] - view[:2]) / target) + 1  # how far the filter reaches
+    height, width = pixels.shape[:2]
+    left, top = np.clip(view[:2] - margin, 0, (width - 1, height - 1)).astype(int)
+    right, bottom = np.clip(np.ceil(view[2:] + margin), (left + 1, top + 1), (width, height)).astype(int)
+    image = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
+    return image, view - (left, top, left, top)
+
+
 def resize_view(image: Image.Image, view: np.ndarray, width: int, height: int) -> tuple:
     """Resize the part `view` (xyxy, pixels of `image`) to `width` x `height`.
 
@@ -140,11 +159,13 @@ class FaceDataset(Dataset):
     Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
     integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
     of the photo, or below `min_size` pixels of the network input, are ignored. The share `own_shape` of the
-    views keeps the photo's shape. Without `width` and `height` the photos keep their sizes.
+    views keeps the photo's shape. Augmented photos come from the `cache`, if there is one. Without `width`
+    and `height` the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
-                 min_face: float = 0, min_size: float = 0, own_shape: float = 0):
+                 min_face: float = 0, min_size: float = 0, own_shape: float = 0,
+                 cache: PhotoCache | None = None):
         self.width, self.height, self.folder = width, height, annotations.path.parent
         self.names = np.array([os.fsencode(name) for name in annotations.names] or [b""])
         self.sizes = annotations.sizes
@@ -155,6 +176,7 @@ class FaceDataset(Dataset):
         self.labels = annotations.labels
         self.min_size = min_size
         self.own_shape = own_shape
+        self.cache = cache
 
     def __len__(self):
         return len(self.sizes)
@@ -167,6 +189,8 @@ class FaceDataset(Dataset):
             if seed is None:  # decoded at full size: evaluation's resize is PIL's on the whole picture
                 image = load_picture(path)
                 size = image.size
+            elif self.cache:
+                image, size = self.cache.load(path)
             else:
                 image = open_picture(path)
                 size = upright_size(image)
@@ -188,7 +212,8 @@ class FaceDataset(Dataset):
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
         ignored = ignored | small | outside
-        return Item(index, to_tensor(picture), faces.astype(np.float32), ignored, crowd, size,
+        pixels = to_tensor(picture) if seed is None else channels_last(picture)
+        return Item(index, pixels, faces.astype(np.float32), ignored, crowd, size,
                     int(self.labels[index]))
 
     def augment(self, image, size, faces, ignored, crowd, seed):
@@ -197,11 +222,17 @@ class FaceDataset(Dataset):
         choose = own_shape_view if self.own_shape and rng.random() < self.own_shape else random_view
         view = choose(rng, size, faces[~ignored])
         scale = target / (view[2:] - view[:2])
-        image = decode_picture(image, max(scale))
-        view_in_image = view * (np.array(image.size * 2) / (size * 2))  # a JPEG may have been decoded smaller
+        if self.cache:
+            image, view_in_image = cut_view(image, view * (np.array(image.shape[1::-1] * 2) / (size * 2)), target)
+        else:
+            image = decode_picture(image, max(scale))
+            view_in_image = view * (np.array(image.size * 2) / (size * 2))  # a JPEG may be decoded smaller
         inside, corner = resize_view(image, view_in_image, *target)
-        picture = Image.new("RGB", target)
-        picture.paste(distort_colours(inside, rng), corner)
+        picture = distort_colours(inside, rng)
+        if picture.size != target:  # the view reaches beyond the photo
+            canvas = Image.new("RGB", target)
+            canvas.paste(picture, corner)
+            picture = canvas
         faces = (faces - np.tile(view[:2], 2)) * np.tile(scale, 2)
         centres = (faces[:, :2] + faces[:, 2:]) / 2
         kept = ((centres > 0) & (centres < target)).all(1)

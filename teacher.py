@@ -5,9 +5,10 @@ from argparse import ArgumentTypeError
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import batched_nms
 
-from anchors import assign, encode, make_anchors
-from detector import postprocess
+from anchors import assign, decode, encode, make_anchors
+from detector import NMS_IOU, SCORE
 from model import load_model
 from support.script import InputError, bad_values, parse_size
 
@@ -27,6 +28,8 @@ class Teacher(nn.Module):
         self.networks = nn.ModuleList(network for network, _ in networks)
         self.sizes, self.own = [size for _, size in networks], config.input_size
         self.register_buffer("anchors", make_anchors(config), persistent=False)
+        for number, (network, size) in enumerate(networks):
+            self.register_buffer(f"anchors{number}", make_anchors(network.config, size), persistent=False)
         self.same_size = all(size == self.own for size in self.sizes)
         self.requires_grad_(False).eval()
 
@@ -36,8 +39,8 @@ class Teacher(nn.Module):
 
         The score is the mean of the networks'. The box is the mean of theirs by score.
         """
-        answers = [network(images) if size == self.own else self.enlarged(network, size, images)
-                   for network, size in zip(self.networks, self.sizes)]
+        answers = [network(images) if size == self.own else self.enlarged(number, images)
+                   for number, (network, size) in enumerate(zip(self.networks, self.sizes))]
         if len(answers) == 1:
             return answers[0]
         scores = torch.stack([logits.float().softmax(-1)[..., 1] for logits, _ in answers])  # [N, B, A]
@@ -45,19 +48,22 @@ class Teacher(nn.Module):
         shares = (scores.clamp(min=LEAST) / scores.clamp(min=LEAST).sum(0))[..., None]
         return to_logits(scores.mean(0)), (offsets * shares).sum(0)
 
-    def enlarged(self, network, size, images):
-        """What `network` answers for the pictures enlarged to `size`, at the student's anchors."""
+    def enlarged(self, number, images):
+        """What network `number` answers for the pictures enlarged to its size, at the student's anchors."""
+        size = self.sizes[number]
         larger = F.interpolate(images, size=size[::-1], mode="bilinear", align_corners=False)
-        logits, offsets = network(larger)
-        anchors = make_anchors(network.config, size).to(images.device)
-        found = postprocess(logits, offsets, anchors)  # B of [K, 5]
-        faces = torch.cat(found)  # [T, 5]
-        boxes = faces[:, :4] * faces.new_tensor([own / side for own, side in zip(self.own, size)] * 2)
-        image = torch.arange(len(found), device=faces.device).repeat_interleave(
-            torch.tensor([len(own) for own in found], device=faces.device))
+        logits, offsets = self.networks[number](larger)
+        boxes = decode(offsets.float(), getattr(self, f"anchors{number}"))          # [B, A', 4]
+        scores = logits.float().softmax(-1)[..., 1]                                 # [B, A']
+        image, place = (scores > SCORE).nonzero(as_tuple=True)
+        scores, boxes = scores[image, place], boxes[image, place]
+        kept = batched_nms(boxes, scores, image, NMS_IOU)
+        scores, image = scores[kept], image[kept]                                   # [T]
+        width, height = (own / side for own, side in zip(self.own, size))
+        boxes = boxes[kept] * boxes.new_tensor([width, height, width, height])
         ignored = torch.zeros_like(image, dtype=torch.bool)
-        labels, face = assign(self.anchors, boxes, ignored, image, len(found))
-        scores = torch.cat([faces[:, 4], faces.new_zeros(1)])[face]  # [B, A]
+        labels, face = assign(self.anchors, boxes, ignored, image, len(images))
+        scores = torch.cat([scores, scores.new_zeros(1)])[face]                     # [B, A]
         boxes = torch.cat([boxes, boxes.new_ones(1, 4)])[face]
         return to_logits(scores), encode(boxes, self.anchors).masked_fill(labels[..., None] != 1, 0)
 

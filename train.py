@@ -28,6 +28,7 @@ from detector import TorchDetector, detect_all
 from evaluate import score_faces
 from loss import Criterion
 from model import grid_size
+from support.cache import PhotoCache
 from support.coco import join, read_annotations
 from support.distributed import (StopFlag, all_or_none, from_first, gather, join_processes, launch_id,
                                  leave_processes, mean, print_once, share_weights)
@@ -391,11 +392,15 @@ def prepare(args):
     faces, val, model = all_or_none(lambda: read_inputs(args, content))
     run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
            "val": val.fingerprint() if val else None}
-    dataset = FaceDataset(faces, *model.config.input_size, args.min_face, args.min_size, args.own_shape)
+    size = model.config.input_size
+    cache = PhotoCache(args.cache, size) if args.cache else None
+    if cache:
+        from_first(lambda: cache.check(faces.file(n) for n in range(len(faces.ids))))
+    dataset = FaceDataset(faces, *size, args.min_face, args.min_size, args.own_shape, cache)
     before = content["flags"] if content else None
     args.precision = choose_precision(args, before, device)
     args.compile = choose_compile(args, before, device, processes, len(dataset) * args.repeat,
-                                  math.prod(model.config.input_size))
+                                  math.prod(size))
     if args.warmup is None:
         batches = TrainBatches(len(dataset), args.batch_size, args.repeat, world=processes)
         args.warmup = min(WARM_UP, 4 * batches.total)

@@ -1,10 +1,10 @@
 """The flags of train.py: what they are, and which values make sense."""
 
 import math
-import os
 from argparse import BooleanOptionalAction
 
 from support.script import ROOT, FlagFileParser, parse_sides, parse_size
+from support.threads import usable_cores
 
 DATA = "data/train.json"
 
@@ -76,6 +76,8 @@ def make_parser(description=None):
     add("--precision", choices=("fp32", "bf16"),
         help="default bf16 on a GPU and on a CPU that computes in it, else fp32")
     add("--workers", type=int, help="loading processes for each process (default: share the cores)")
+    add("--cache", metavar="FOLDER",
+        help="keep the photos there, reduced and decoded: faster from the second epoch on, about 1 MB a photo")
     add("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
@@ -110,8 +112,7 @@ def parse_args(argv, description=None):
         parser.error("--teacher and --unlabelled need weights of what is learned: --distill 0.3 0.4")
     args.data = args.data or [DATA]
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = usable_cores()
     return args
 
 

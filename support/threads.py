@@ -1,0 +1,49 @@
+"""How many cores this process may use, and how its threads wait: set before torch and numpy are imported."""
+
+import math
+import os
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """The cores of this process: its affinity, a container's CPU quota (rounded up), shared under torchrun."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    cores = min(cores, math.ceil(cpu_quota()))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def cpu_quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+    """How many CPUs' time Linux's control groups allow this process; infinity if they do not say."""
+    try:
+        lines = Path(own).read_text().splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            folder = Path(root, controllers, path.strip("/"))
+            quotas += [read_quota(group) for group in (folder, *folder.parents)]
+    return min(quotas)
+
+
+def read_quota(group: Path) -> float:
+    """The quota of one control group: version 2's cpu.max, or version 1's two files."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
+    except (OSError, ValueError):  # no such group, or "max"
+        return math.inf
+
+
+def settle() -> None:
+    """Let OpenMP use the usable cores, and its threads wait without burning one. What the user has set stays."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
