@@ -1,4 +1,4 @@
-"""A function of tensors as CUDA graphs: recorded once for each shape, then replayed without Python's delays."""
+"""A function of tensors as CUDA graphs: recorded once for each shape, replayed without Python's delays."""
 
 import torch
 

@@ -52,7 +52,7 @@ def make_parser(description=None):
              "N times as large; often used then: --lr 0.05 x N, --warmup 1200 / N")
     add("--milestones", type=int, nargs="*", default=[40, 55, 65],
         help="epochs at which lr is divided by 10 (default 40 55 65)")
-    add("--warmup", type=int, 
+    add("--warmup", type=int,
         help="iterations from lr / 3 to lr (default 1200, or four epochs if that is less)")
     add("--momentum", type=float, default=0.9, help="default 0.9")
     add("--weight-decay", type=float, default=5e-4, help="default 5e-4")
@@ -77,7 +77,7 @@ def make_parser(description=None):
         help="default bf16 on a GPU and on a CPU that computes in it, else fp32")
     add("--workers", type=int, help="loading processes for each process (default: share the cores)")
     add("--cache", metavar="FOLDER",
-        help="keep the photos there, reduced and decoded: faster from the second epoch on, about 1 MB a photo")
+        help="keep the photos there, reduced and decoded: faster from the second epoch on (0.6 MB a photo)")
     add("--save-every", type=int, default=500, help="iterations between saves in an epoch (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """The cores of this process: its affinity, a container's CPU quota (rounded up), shared under torchrun."""
+    """The cores of this process: its affinity or its container's quota, rounded up, shared under torchrun."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    cores = min(cores, math.ceil(cpu_quota()))
+    cores = math.ceil(min(cores, cpu_quota()))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -44,6 +44,6 @@ def read_quota(group: Path) -> float:
 
 
 def settle() -> None:
-    """Let OpenMP use the usable cores, and its threads wait without burning one. What the user has set stays."""
+    """Let OpenMP use these cores, and its threads wait without burning them. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
