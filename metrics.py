@@ -57,10 +57,7 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
     gt_area = np.asarray(gt_area, np.float64)
-    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    rank = _rank_in_image(dt_image)
-    shown = rank < MAX_DETECTIONS[-1]
-    dt_image, dt_xywh, rank = dt_image[shown], dt_xywh[shown], rank[shown]
+    rank, dt_image, dt_xywh = _best_hundred(dt_image, dt_xywh, dt_score)
     dt_area = dt_xywh[:, 2] * dt_xywh[:, 3]
     pairs = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
 
@@ -68,11 +65,9 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     for name, (low, high) in AREAS.items():
         ignored = crowd | (gt_area < low) | (gt_area > high)
         outside = (dt_area < low) | (dt_area > high)
-        match = _coco_match(*pairs, rank, ignored, crowd)                                          # [10, D]
-        dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
-        hit = (match >= 0) & ~dropped
+        hit, counted = _coco_hits(pairs, rank, ignored, crowd, outside)
         faces = np.count_nonzero(~ignored)
-        precision[name] = np.array([_coco_precision(h, ~x, faces) for h, x in zip(hit, dropped)])  # [10, 101]
+        precision[name] = np.array([_coco_precision(h, c, faces) for h, c in zip(hit, counted)])  # [10, 101]
         recall[name] = {n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS))
                         for n in MAX_DETECTIONS}
 
@@ -83,6 +78,19 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     numbers |= {f"AR{n}": recall[""][n].mean() for n in MAX_DETECTIONS}
     numbers |= {f"AR{name}": recall[name][MAX_DETECTIONS[-1]].mean() for name in AREAS if name}
     return {name: float(number) for name, number in numbers.items()}, curves
+
+
+def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+                 dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Match detections to faces of all sizes as in `coco_ap`, for who computes its AP on resampled images.
+
+    Returns, for the 100 best detections of each image, best first: their image `[D]`, which find a face
+    `[10, D]` and which count at all `[10, D]`, a row for each IoU threshold.
+    """
+    gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
+    rank, dt_image, dt_xywh = _best_hundred(dt_image, dt_xywh, dt_score)
+    pairs = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
+    return dt_image, *_coco_hits(pairs, rank, crowd, crowd, np.zeros(len(rank), bool))
 
 
 def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
@@ -207,6 +215,14 @@ def _rank_in_image(dt_image):
     return rank
 
 
+def _best_hundred(image, xywh, score):
+    """The 100 best detections of each image, best first: rank in the image `[D]`, image `[D]`, xywh `[D, 4]`."""
+    _, image, xywh, _ = _best_first(image, xywh, score)
+    rank = _rank_in_image(image)
+    kept = rank < MAX_DETECTIONS[-1]
+    return rank[kept], image[kept], xywh[kept]
+
+
 def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     """Find all pairs of a detection and a face of the same image with IoU >= 0.5.
 
@@ -284,6 +300,16 @@ def _coco_match(d, g, iou, rank, ignored, crowd):
         match[threshold, detection[which]] = chosen
         taken[threshold, chosen] = True
     return match
+
+
+def _coco_hits(pairs, rank, ignored, crowd, outside):
+    """Which detections find a face, and which count at all, at each IoU threshold: bool `[10, D]` each.
+
+    outside `[D]` marks detections that do not count where they find nothing.
+    """
+    match = _coco_match(*pairs, rank, ignored, crowd)
+    dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
+    return (match >= 0) & ~dropped, ~dropped
 
 
 def _coco_precision(hit, counted, faces):

@@ -200,6 +200,16 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     return Detections(image, xywh, score)
 
 
+def face_entries(annotations: Annotations) -> tuple[dict, list[dict]]:
+    """The whole content of the file behind Annotations, and its entry of each face, in their order."""
+    content = read_json(annotations.path)
+    place = {number: index for index, number in enumerate(annotations.ids.tolist())}
+    entries = [entry for entry in content["annotations"]
+               if int(entry["category_id"]) == annotations.category and int(entry["image_id"]) in place]
+    entries.sort(key=lambda entry: place[int(entry["image_id"])])  # stable: in file order on one photo
+    return content, entries
+
+
 def to_results(annotations: Annotations, detections: Detections) -> list[dict]:
     """Make Detections a COCO results list: the inverse of `read_results`."""
     ids = annotations.ids[detections.image].tolist()

@@ -30,6 +30,16 @@ class GroundTruth:
     xywh: np.ndarray    # [M, 4] float64
     kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
 
+    def part(self, names):
+        """The ground truth of those images alone that are in `names`. Raises InputError if none is."""
+        given = np.isin(self.names, list(names))  # [I]
+        if not given.any():
+            raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
+        kept = given[self.image]
+        place = np.cumsum(given) - 1
+        return GroundTruth([name for name, there in zip(self.names, given) if there], place[self.image[kept]],
+                           self.xywh[kept], {level: own[kept] for level, own in self.kept.items()})
+
 
 def read_ground_truth(folder=GROUND_TRUTH):
     """Read the ground truth in `folder`: wider_face_val.mat and the face lists of the three levels.
@@ -66,10 +76,10 @@ def wider_names(path, file_names):
     return names
 
 
-def read_predictions(folder, ground_truth):
+def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    Detections are sorted by image, best first. As in the official code, a file's path tells its image; the
+    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`. As in the official code, a file's path tells its image; the
     first line of the file is not used. Raises InputError, with file and line, if a row is not five finite
     numbers.
     """
@@ -77,7 +87,7 @@ def read_predictions(folder, ground_truth):
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     paths, counts, rows, missing = [], [], [], []
-    for name in ground_truth.names:
+    for name in names:
         paths.append(f"{folder}/{name}.txt")  # strings: 3,226 Path objects take longer than reading the files
         try:
             lines = _rows(paths[-1], _read(paths[-1]))
