@@ -24,6 +24,7 @@ AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "
 MAX_DETECTIONS = (1, 10, 100)
 FACE_SIZES = (0, 30, 60, 100)            # px, as in the reference's table: all faces, > 30, > 60, > 100
 PAIRS = 2 ** 20                          # box pairs compared at once; limits the memory on crowded images
+MEASURES = ("precision", "recall", "false_per_photo")  # of a ScoreCurve
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
 
 
@@ -45,6 +46,25 @@ class OperatingPoint:
     false_per_picture: float
     false_with_faces: float     # a picture that has faces, or regions to ignore; -1 where there is none such
     false_without_faces: float  # a picture that has neither
+
+
+@dataclass
+class Outcomes:
+    """What D detections on I photos are: faces, false, or neither (on regions to ignore). In any order."""
+    image: np.ndarray   # [D] int64, the index of each detection's photo
+    score: np.ndarray   # [D] float64
+    hit: np.ndarray     # [D] bool: finds a face
+    false: np.ndarray   # [D] bool
+    faces: np.ndarray   # [I] int64, the faces to be found on each photo
+
+
+@dataclass
+class ScoreCurve:
+    """How a detector performs with each threshold, highest first. 0/0 counts as 0."""
+    score: np.ndarray            # [T] float64
+    precision: np.ndarray        # [T]
+    recall: np.ndarray           # [T]
+    false_per_photo: np.ndarray  # [T]
 
 
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
@@ -163,6 +183,49 @@ def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarra
     return face, false, asked
 
 
+def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+             dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
+    """Match detections to faces as `match_faces` does. Here images are indices, below `photos`."""
+    face, false, asked = match_faces(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
+    faces = np.bincount(gt_image[asked], minlength=photos)
+    return Outcomes(dt_image, dt_score, face >= 0, false, faces)
+
+
+def score_curve(outcomes: Outcomes) -> ScoreCurve:
+    """Every threshold that makes a difference: the distinct scores of the detections that count."""
+    counted = outcomes.hit | outcomes.false
+    order = np.argsort(-outcomes.score[counted], kind="stable")
+    score = outcomes.score[counted][order]
+    ends = np.flatnonzero(np.diff(score, append=-np.inf))  # equal scores are shown or hidden as one
+    found = np.cumsum(outcomes.hit[counted][order])[ends]
+    false = np.cumsum(outcomes.false[counted][order])[ends]
+    counts = found, false, outcomes.faces.sum(), len(outcomes.faces)
+    return ScoreCurve(score[ends], *(measure(name, *counts) for name in MEASURES))
+
+
+def measure(name, found, false, faces, photos, spare=0):
+    """Precision, recall or false detections a photo, of counts, with `spare` mistakes more than counted."""
+    if name == "precision":
+        return found / np.maximum(found + false + spare, 1)
+    if name == "recall":
+        return found / np.maximum(faces + spare, 1)
+    return (false + spare) / max(photos, 1)
+
+
+def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
+    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
+
+    The first and the last stay.
+    """
+    if len(curve.score) <= points:
+        return curve
+    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
+    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
+    kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
+    kept[-1] = True
+    return ScoreCurve(*(values[kept] for values in vars(curve).values()))
+
+
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
              dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, Curve]:
     """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
@@ -231,42 +294,48 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     The arithmetic has the same order of operations as pycocotools and the official WIDER code, so that the
     results are equal to the last bit.
     """
-
-    def corners(image, xywh):
-        order = np.argsort(image, kind="stable")
-        start = xywh[order, :2].T
-        return order, image[order], start, start + xywh[order, 2:].T  # corners, [2, M] each
-    gt_order, gt_image, gt_start, gt_end = corners(gt_image, gt_xywh)
-    dt_order, dt_image, dt_start, dt_end = corners(dt_image, dt_xywh)
-    images = np.intersect1d(gt_image, dt_image)
-    cuts = [np.searchsorted(ids, images, side) for ids in (gt_image, dt_image) for side in ("left", "right")]
-
-    def area(xywh):
-        side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
-        return side[:, 0] * side[:, 1]
-    dt_areas, gt_areas = area(dt_xywh), area(gt_xywh)
-
-    def near(found):
-        d, g, shared = (np.concatenate(parts) for parts in zip(*found))
-        dt_area, gt_area = dt_areas[d], gt_areas[g]
-        union = np.where(crowd[g], dt_area, dt_area + gt_area - shared)
-        iou = shared / np.where(union > 0, union, 1)  # the union of tiny boxes can underflow to 0
-        return tuple(part[iou >= 0.5] for part in (d, g, iou))
-
-    pairs, found, waiting = [], [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
-    blocks = ((g0, g1, d, min(d + max(1, PAIRS // (g1 - g0)), d1)) for g0, g1, d0, d1 in zip(*cuts)
-              for d in range(d0, d1, max(1, PAIRS // (g1 - g0))))
-    for g0, g1, d0, d1 in blocks:
-        width, height = (np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
-                         - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1])
-                         + pixel for axis in (0, 1))
+    gt_order, gt_image, gt_start, gt_end = _sorted_corners(gt_image, gt_xywh)
+    dt_order, dt_image, dt_start, dt_end = _sorted_corners(dt_image, dt_xywh)
+    gt_areas = _areas(gt_xywh, pixel)
+    dt_areas = _areas(dt_xywh, pixel)
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for g0, g1, d0, d1 in _blocks(gt_image, dt_image):
+        start = np.maximum(dt_start[:, d0:d1, None], gt_start[:, None, g0:g1])
+        width, height = np.minimum(dt_end[:, d0:d1, None], gt_end[:, None, g0:g1]) - start + pixel
         d, g = np.nonzero((width > 0) & (height > 0))
-        found.append((dt_order[d0 + d], gt_order[g0 + g], width[d, g] * height[d, g]))
-        waiting += len(d)
-        if waiting > PAIRS:  # reduce the pairs that merely touch to those with enough overlap
-            pairs.append(near(found))
-            found, waiting = found[:1], 0
-    return tuple(np.concatenate(parts) for parts in zip(*pairs, near(found)))
+        shared = width[d, g] * height[d, g]
+        d, g = dt_order[d0 + d], gt_order[g0 + g]
+        union = np.where(crowd[g], dt_areas[d], dt_areas[d] + gt_areas[g] - shared)
+        iou = shared / np.where(union > 0, union, 1)  # the union of tiny boxes can underflow to 0
+        near = iou >= 0.5
+        found.append((d[near], g[near], iou[near]))
+    return tuple(np.concatenate(parts) for parts in zip(*found))
+
+
+def _blocks(gt_image, dt_image):
+    """Yield (g0, g1, d0, d1), faces g0 to g1 and detections d0 to d1 of one image, at most about PAIRS pairs.
+
+    Both arrays of image ids are sorted.
+    """
+    for image in np.intersect1d(gt_image, dt_image):
+        g0, g1 = np.searchsorted(gt_image, (image, image + 1))
+        first, last = np.searchsorted(dt_image, (image, image + 1))
+        step = max(1, PAIRS // (g1 - g0))
+        for d0 in range(first, last, step):
+            yield g0, g1, d0, min(d0 + step, last)
+
+
+def _sorted_corners(image, xywh):
+    """Sort boxes by image: order `[N]`, image `[N]`, upper left and lower right corners `[2, N]` each."""
+    order = np.argsort(image, kind="stable")
+    start = xywh[order, :2].T
+    return order, image[order], start, start + xywh[order, 2:].T
+
+
+def _areas(xywh, pixel):
+    """The areas `[N]` of boxes, or of pixel-inclusive ones as the official WIDER code computes them."""
+    side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
+    return side[:, 0] * side[:, 1]
 
 
 def _coco_match(d, g, iou, rank, ignored, crowd):

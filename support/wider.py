@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from support.coco import Detections
+from support.coco import Annotations, Detections
 from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
@@ -62,6 +62,24 @@ def read_ground_truth(folder=GROUND_TRUTH):
         raise InputError(f"{folder}: not the WIDER FACE val ground truth ({error})") from None
     _check_names(folder, names)
     return GroundTruth(names, np.repeat(np.arange(len(names)), faces), np.concatenate(boxes), kept)
+
+
+def only_photos(ground_truth, folder):
+    """The images of a GroundTruth as Annotations without faces, for detections on photos that nobody reads."""
+    count = len(ground_truth.names)
+    no_boxes, nothing = np.zeros((0, 4)), np.zeros(0, bool)
+    return Annotations(Path(folder), 1, np.arange(count), ground_truth.names, np.zeros((count, 2), np.int64),
+                       np.zeros(0, np.int64), no_boxes, np.zeros(0), nothing, nothing)
+
+
+def renumber(detections, names, target, where):
+    """Move Detections from the images called `names` to those called `target`, which `where` has."""
+    place = {name: index for index, name in enumerate(target)}
+    image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
+    if (image < 0).any():
+        name = names[detections.image[image < 0][0]]
+        raise InputError(f"{where}: has no image {name}, but there are detections of it")
+    return Detections(image, detections.xywh, detections.score)
 
 
 def wider_names(path, file_names):
