@@ -25,7 +25,7 @@ import numpy as np
 
 import metrics
 from support import wider
-from support.coco import Annotations, Detections, read_annotations, read_results, to_results
+from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
 from support.plots import plot_curves
 
 DATA = "data/val.json"
@@ -103,7 +103,7 @@ def parse_args(argv):
     add("--wider", nargs="?", const=str(wider.GROUND_TRUTH), metavar="FOLDER",
         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
     add("--wider-part", action="store_true",
-        help="measure on the photos of --data alone; without it WIDER's other photos count as without detections")
+        help="on the photos of --data alone; without it WIDER's other photos count as without detections")
     add("--face-sizes", type=int, nargs="+", metavar="PX",
         help="AP50 of faces larger than these (default 0 30 60 100)")
     add = parser.add_argument_group("running the model").add_argument
@@ -216,8 +216,7 @@ def write_outputs(args, scores, curves, annotations, detections, made):
     """Write the files that were asked for."""
     by_score = None
     if not args.wider:
-        outcomes = metrics.outcomes(annotations.image, annotations.xywh, annotations.ignored, detections.image,
-                                    detections.xywh, detections.score, len(annotations.ids))
+        outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
         by_score = metrics.score_curve(outcomes)
     if args.out:
         write_json(args.out, to_results(annotations, detections))
@@ -225,7 +224,8 @@ def write_outputs(args, scores, curves, annotations, detections, made):
             write_json(made_path(args.out), made | {"detections": file_hash(args.out),
                                                     "photos": photo_list(annotations)})
     if args.wider_out:
-        wider.write_predictions(args.wider_out, wider.wider_names(annotations.path, annotations.names), detections)
+        names = wider.wider_names(annotations.path, annotations.names)
+        wider.write_predictions(args.wider_out, names, detections)
     if args.json:
         if by_score:
             thinned = vars(metrics.thin(by_score))
@@ -261,7 +261,8 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
         return annotations, detections, None
     made = read_json(made_path(path))
     if not isinstance(made, dict) or made.get("detections") != file_hash(path):
-        raise InputError(f"{made_path(path)}: is not of {path} as it is now; write both again with evaluate.py --out")
+        raise InputError(f"{made_path(path)}: is not of {path} as it is now; "
+                         "write both again with evaluate.py --out")
     own, seen = photo_list(annotations), {tuple(photo) for photo in made["photos"]}
     if not seen <= set(own):
         raise InputError(f"{path}: is of other photos than {data}")

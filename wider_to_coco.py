@@ -4,9 +4,10 @@
     python wider_to_coco.py $text/wider_face_train_bbx_gt.txt data/WIDER_train/images data/train.json
     python wider_to_coco.py $text/wider_face_val_bbx_gt.txt data/WIDER_val/images data/val.json
 
-Of a partial download, --skip-missing converts the pictures that are there. Every annotation is kept. Those that are flagged invalid, or whose box is empty or outside the picture, get
+Every annotation is kept. Those that are flagged invalid, or whose box is empty or outside the picture, get
 `"iscrowd": 1`: training skips them and evaluation ignores them. File names in the output are relative to its
-folder, so the json and its photos can be moved together.
+folder, so the json and its photos can be moved as one. Of a partial download --skip-missing converts the
+pictures that are there.
 """
 
 import os
@@ -14,7 +15,6 @@ import re
 import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, write_json
 
 from support.coco import clip
@@ -132,9 +132,9 @@ def to_coco(pictures, sizes, prefix):
 
 
 def present(pictures, images, skip_missing):
-    """The entries of `pictures` that are in the folder `images`. Raises InputError unless that is all of them.
+    """The entries of `pictures` that are in the folder `images`.
 
-    With `skip_missing` only if there is none at all.
+    Raises InputError if that is not all of them, or with `skip_missing` if it is none.
     """
     missing = [name for name, _ in pictures if not os.path.isfile(os.path.join(images, name))]
     if missing and not (skip_missing and len(missing) < len(pictures)):

@@ -268,6 +268,12 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8")
 
 
+def csv_cell(text):
+    """A text for a CSV file: a quote comes before what a spreadsheet would take for a formula (OWASP)."""
+    text = str(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def read_json(path):
     """Read a JSON file. Raises InputError if it is missing, not UTF-8 or not JSON."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from support.coco import Annotations, Detections
+from support.coco import Annotations, Detections, require_pixels
 from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
@@ -125,6 +125,7 @@ def read_predictions(folder, names):
             for path, count in zip(paths, counts) if count
             for number, line in enumerate(_lines(_read(path)), 1)
             if number > 2 and line.strip() and _numbers([line]) is None))
+    require_pixels(folder, values[:, :4])
     image = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
     return Detections(image, values[order, :4], values[order, 4]), missing

@@ -11,15 +11,15 @@ The standard error of a difference is that of a paired bootstrap over photos (Ef
 measured on the same resamples. A difference below two of them may be luck.
 """
 
-# First, so that Ctrl-C during the slow imports ends in one line.
-from support.script import InputError, command, new_parser
-
 from pathlib import PurePosixPath
+
+from support.script import InputError, command, new_parser
 
 import numpy as np
 
+from evaluate import read_detections
 from metrics import RECALLS, coco_matches, match_faces
-from support.coco import Annotations, Detections, face_entries, read_annotations, read_results
+from support.coco import Annotations, Detections, arrays, face_entries, read_annotations
 
 INPUT = 300                                   # px, the sides of the network's input that sizes refer to
 SIZES = (6, 8, 10, 12, 15, 20, 30, 60, np.inf)  # px there: the square root of a face's area
@@ -31,10 +31,8 @@ class Matched:
     """A model's detections on some photos, matched once; `measure` then takes any weights of the photos."""
 
     def __init__(self, annotations: Annotations, detections: Detections):
-        arguments = (annotations.image, annotations.xywh, annotations.ignored,
-                     detections.image, detections.xywh, detections.score)
-        self.image, self.hit, self.counted = coco_matches(*arguments)
-        face, false, self.asked = match_faces(*arguments)
+        self.image, self.hit, self.counted = coco_matches(*arrays(annotations, detections))
+        face, false, self.asked = match_faces(*arrays(annotations, detections))
         self.face_image = annotations.image
         self.face_score = np.full(len(annotations.image), -np.inf)  # of the detection that finds it
         self.face_score[face[face >= 0]] = detections.score[face >= 0]
@@ -102,7 +100,10 @@ def compare(one: Matched, other: Matched, groups: dict, rate: float, photos: int
 def find(path: str, annotations: Annotations) -> Detections:
     """The detections of a results json, or of a model that is run."""
     if path.endswith(".json"):
-        return read_results(path, annotations)
+        seen, detections, _ = read_detections(annotations.path, path)
+        if len(seen.ids) < len(annotations.ids):
+            raise InputError(f"{path}: is of {len(seen.ids)} of the {len(annotations.ids)} photos of {annotations.path}")
+        return detections
     from detector import detect_all, load_detector  # torch takes seconds
     detections, errors = detect_all(load_detector(path), annotations)
     if errors:

@@ -1,16 +1,23 @@
-"""A measurement to look at: its curves, the photos with most mistakes, a row for each photo."""
+"""Look at a model's mistakes: the photos with most of them as one picture, a row for each photo as CSV.
+
+    python -m tools.worst val.json detections.json --count 12 --score 0.4 --out worst.png --csv photos.csv
+
+detections.json is what evaluate.py --out has written.
+"""
 
 import csv
 import math
 from dataclasses import dataclass
 
+from support.script import command, csv_cell, new_parser, parse_picture, whole_file
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from support.coco import Annotations, Detections, to_xyxy
-from metrics import match_faces
-from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture
-from support.script import whole_file
+from evaluate import read_detections
+from metrics import match_faces, operating_points
+from support.coco import Annotations, Detections, arrays, to_xyxy
+from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture, save_picture
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels
@@ -35,8 +42,7 @@ def judge(annotations: Annotations, detections: Detections, score: float) -> Jud
     """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
     shown = detections.score >= score
     found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
-    face, false, asked = match_faces(annotations.image, annotations.xywh, annotations.ignored,
-                                     found.image, found.xywh, found.score)
+    face, false, asked = match_faces(*arrays(annotations, found))
     missed = asked.copy()
     missed[face[face >= 0]] = False
     images = {"faces": annotations.image[asked], "ignored": annotations.image[~asked],
@@ -66,7 +72,8 @@ def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf
 
 def draw_legend(sheet, text):
     """Say at the bottom of a picture, in a line of LINE pixels, what the colours mean, then `text`."""
-    draw, font, x, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 12, sheet.height - LINE
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    x, y = 12, sheet.height - LINE
     for colour, meaning in ((TRUTH, "annotated face"), (FACE, "found, with score"), (MISSED, "missed face"),
                             (FALSE, "false detection"), (IGNORED, "to ignore"), (None, text)):
         if colour:
@@ -83,7 +90,8 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
     drawn = [[draw_judged(judged, index, TILE, TILE) for index in row] for row in rows]
     heights = [max(photo.height for photo in row) + CAPTION for row in drawn]
     sheet = Image.new("RGB", (COLUMNS * (TILE + 8), sum(heights) + LINE), "black")
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 0
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    y = 0
     for row, photos, height in zip(rows, drawn, heights):
         for x, index, photo in zip(range(4, sheet.width, TILE + 8), row, photos):
             sheet.paste(photo, (x, y))
@@ -121,4 +129,33 @@ def write_per_photo(judged: Judged, detections: Detections, path):
             for index, name in enumerate(judged.annotations.names):
                 scores = (f"{score:.5f}" if math.isfinite(score) else ""
                           for score in (best_false[index], lowest_found[index]))
-                rows.writerow([name, *(own[index] for own in judged.counts.values()), *scores])
+                rows.writerow([csv_cell(name), *(own[index] for own in judged.counts.values()), *scores])
+
+
+@command
+def main(argv=None):
+    """Read, compare at the score, draw, write."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("data", help="COCO json")
+    add("detections", help="detections on its photos, as evaluate.py --out writes them")
+    add("--count", type=int, default=12, help="photos on the picture (default %(default)s)")
+    add("--score", type=float, help="show detections of at least this score (default: that of the best F1)")
+    add("--out", type=parse_picture, default="worst.png", metavar="PNG", help="default %(default)s")
+    add("--csv", metavar="CSV", help="a row for each photo: faces, found, missed, false, scores")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    annotations, detections, _ = read_detections(args.data, args.detections)
+    if args.score is None:
+        args.score = operating_points(*arrays(annotations, detections), len(annotations.ids))[-1].score
+    judged = judge(annotations, detections, args.score)
+    save_picture(worst_sheet(judged, args.count), args.out)
+    print(f"wrote {args.out}")
+    if args.csv:
+        write_per_photo(judged, detections, args.csv)
+        print(f"wrote {args.csv}")
+
+
+if __name__ == "__main__":
+    main()
