@@ -1,7 +1,7 @@
 """Measure a detector or existing predictions: COCO's 12 numbers, AP by face size, WIDER easy, medium, hard.
 
     python evaluate.py --data data/val.json                            # the shipped network
-    python evaluate.py --data data/val.json --model runs/face/best.pth --size 640 --out found.json --plot pr.png
+    python evaluate.py --model runs/face/best.pth --size 640 --out found.json --plot pr.png
     python evaluate.py --wider                                         # on WIDER val (see wider_to_coco.py)
     python evaluate.py --wider --predictions FOLDER_OR_RESULTS.json    # scores what any detector has written
     python evaluate.py --wider --wider-part --data part.json           # only on the photos of part.json
@@ -21,8 +21,6 @@ from pathlib import Path, PurePosixPath
 from support.script import (InputError, TilesFlag, command, file_hash, git_commit, new_parser, parse_picture,
                             parse_size, read_json, write_json)
 
-import numpy as np
-
 import metrics
 from support import wider
 from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
@@ -37,11 +35,11 @@ def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
     truth = annotations.ids[annotations.image], annotations.xywh, annotations.ignored
     found = annotations.ids[detections.image], detections.xywh, detections.score
     numbers, curves = metrics.coco_ap(*truth, annotations.area, *found)
-    points = metrics.operating_points(*truth, *found, len(annotations.ids))
+    outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
     by_size = metrics.size_ap(*truth, *found, sizes)
     scores = {"coco": numbers,
               "AP50_by_size": {f"> {size} px" if size else "all faces": ap for size, ap in by_size.items()},
-              "operating_points": [asdict(point) for point in points]}
+              "operating_points": [asdict(point) for point in metrics.operating_points(outcomes)]}
     return scores, {f"IoU {iou}": curve for iou, curve in curves.items()}
 
 
@@ -82,7 +80,7 @@ def hashes(model, **more):
 
 
 def settings(args):
-    """Say what produced the numbers: model and data with their hashes, flags, versions, git commit."""
+    """What produced the numbers: model and data with their hashes, flags, versions, git commit."""
     versions = {"python": platform.python_version()}
     for package in ("numpy", "pillow", "torch", "torchvision", "onnxruntime", "openvino"):
         try:
@@ -90,7 +88,8 @@ def settings(args):
         except PackageNotFoundError:
             pass
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
-            "sha256": hashes(args.model, data=args.data, predictions=args.predictions), "versions": versions, "commit": git_commit()}
+            "sha256": hashes(args.model, data=args.data, predictions=args.predictions),
+            "versions": versions, "commit": git_commit()}
 
 
 def parse_args(argv):
@@ -118,7 +117,7 @@ def parse_args(argv):
     add("--skip-unreadable", action="store_true", default=None,
         help="leave photos out that cannot be read, with their faces")
     add = parser.add_argument_group("results").add_argument
-    add("--out", metavar="FILE.json", help="detections as COCO results json; what made them in FILE.made.json")
+    add("--out", metavar="FILE.json", help="the detections, COCO results, and what made them in FILE.made.json")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
     add("--plot", type=parse_picture, metavar="PNG",
@@ -157,7 +156,8 @@ def run_model(args, annotations):
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
     detector = load_detector(args.model, args.size, device, args.colour, args.range)
-    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "size": detector.size, "tiles": args.tiles}
+    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "size": detector.size,
+            "tiles": args.tiles}
     if not args.model.endswith(SUFFIXES):
         from model import read_checkpoint
         made["trained_on"] = read_checkpoint(args.model).get("photos")
@@ -207,8 +207,8 @@ def score(args, truth, annotations, detections):
     if absent and args.wider_part:
         print(f"{len(truth.names):,} of {len(all_names):,} photos, not comparable with published figures")
     elif absent:
-        print(f"{absent:,} images of the ground truth are not in {args.data} and count as without detections; "
-              "--wider-part leaves them out")
+        print(f"{absent:,} images of the ground truth are not in {args.data} and count as without "
+              "detections; --wider-part leaves them out")
     return score_wider(truth, wider.renumber(detections, names, truth.names, args.wider))
 
 

@@ -24,7 +24,7 @@ AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "
 MAX_DETECTIONS = (1, 10, 100)
 FACE_SIZES = (0, 30, 60, 100)            # px, as in the reference's table: all faces, > 30, > 60, > 100
 PAIRS = 2 ** 20                          # box pairs compared at once; limits the memory on crowded images
-MEASURES = ("precision", "recall", "false_per_photo")  # of a ScoreCurve
+MEASURES = ("precision", "recall", "false_per_photo", "f1")  # of a ScoreCurve
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
 
 
@@ -56,6 +56,7 @@ class Outcomes:
     hit: np.ndarray     # [D] bool: finds a face
     false: np.ndarray   # [D] bool
     faces: np.ndarray   # [I] int64, the faces to be found on each photo
+    empty: np.ndarray   # [I] bool: the photo has neither faces nor regions to ignore
 
 
 @dataclass
@@ -65,6 +66,7 @@ class ScoreCurve:
     precision: np.ndarray        # [T]
     recall: np.ndarray           # [T]
     false_per_photo: np.ndarray  # [T]
+    f1: np.ndarray               # [T]
 
 
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
@@ -132,40 +134,6 @@ def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, d
     return result
 
 
-def operating_points(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray,
-                     dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray,
-                     pictures: int, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
-    """Compute precision, recall and false detections per picture at IoU 0.5, over all faces.
-
-    Faces are matched as in `size_ap`. `pictures` is the number of images, with and without faces; false
-    detections are also counted on the two apart. Returns one OperatingPoint for each of `scores`, then one
-    more: the threshold with the best F1. That threshold is the lowest score still shown (1 if there are no
-    detections). 0/0 counts as 0.
-    """
-    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
-    faces = np.count_nonzero(asked)
-    # [D + 1] each: entry n is for the n best detections
-    empty = ~np.isin(dt_image, gt_image)
-    with_faces = len(np.unique(gt_image))
-    found, shown, false_on_empty = (np.append(0, np.cumsum(flags)) for flags in (
-        face >= 0, counted, empty & counted))
-    f1 = 2 * found / np.maximum(shown + faces, 1)
-
-    def point(score):
-        n = np.searchsorted(-dt_score, -score, side="right")
-        false, on_empty = shown[n] - found[n], false_on_empty[n]
-        return OperatingPoint(float(score), float(found[n] / max(shown[n], 1)),
-                              float(found[n] / max(faces, 1)), float(f1[n]), float(false / max(pictures, 1)),
-                              *(float(count / of) if of > 0 else -1.0 for count, of in (
-                                  (false - on_empty, with_faces), (on_empty, pictures - with_faces))))
-
-    # A threshold shows equal scores together or not at all.
-    ends = 1 + np.flatnonzero(np.diff(dt_score, append=-np.inf))
-    best = dt_score[ends[np.argmax(f1[ends])] - 1] if len(ends) else 1.0
-    return [point(score) for score in (*scores, best)]
-
-
 def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
                 dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes. Three arrays, in input order:
@@ -185,10 +153,35 @@ def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarra
 
 def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
              dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
-    """Match detections to faces as `match_faces` does. Here images are indices, below `photos`."""
+    """Match detections to faces as `match_faces` does. Here images are indices below `photos`."""
     face, false, asked = match_faces(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
-    faces = np.bincount(gt_image[asked], minlength=photos)
-    return Outcomes(dt_image, dt_score, face >= 0, false, faces)
+    gt_image = np.asarray(gt_image, np.int64)
+    return Outcomes(np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64), face >= 0, false,
+                    np.bincount(gt_image[asked], minlength=photos),
+                    np.bincount(gt_image, minlength=photos) == 0)
+
+
+def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
+    """How a detector performs at IoU 0.5 if only detections of at least each of `scores` are shown.
+
+    One more point follows: the threshold with the best F1 (1 if there are no detections). 0/0 counts as 0.
+    """
+    def point(score):
+        shown = found.score >= score
+        hits = np.count_nonzero(found.hit & shown)
+        false = np.count_nonzero(found.false & shown)
+        on_empty = np.count_nonzero(found.false & shown & found.empty[found.image])
+        counts = hits, false, found.faces.sum(), len(found.faces)
+        precision, recall, false_per_photo, f1 = (float(measure(name, *counts)) for name in MEASURES)
+        return OperatingPoint(float(score), precision, recall, f1, false_per_photo,
+                              (false - on_empty) / full if full else -1.0,
+                              on_empty / empty if empty else -1.0)
+
+    empty = np.count_nonzero(found.empty)
+    full = len(found.empty) - empty
+    curve = score_curve(found)
+    best = curve.score[np.argmax(curve.f1)] if len(curve.score) else 1.0
+    return [point(score) for score in (*scores, best)]
 
 
 def score_curve(outcomes: Outcomes) -> ScoreCurve:
@@ -204,11 +197,13 @@ def score_curve(outcomes: Outcomes) -> ScoreCurve:
 
 
 def measure(name, found, false, faces, photos, spare=0):
-    """Precision, recall or false detections a photo, of counts, with `spare` mistakes more than counted."""
+    """One of MEASURES, of counts, with `spare` mistakes more than counted."""
     if name == "precision":
         return found / np.maximum(found + false + spare, 1)
     if name == "recall":
         return found / np.maximum(faces + spare, 1)
+    if name == "f1":
+        return 2 * found / np.maximum(found + false + faces + spare, 1)
     return (false + spare) / max(photos, 1)
 
 
@@ -279,7 +274,7 @@ def _rank_in_image(dt_image):
 
 
 def _best_hundred(image, xywh, score):
-    """The 100 best detections of each image, best first: rank in the image `[D]`, image `[D]`, xywh `[D, 4]`."""
+    """The 100 best detections of each image, best first: their rank `[D]`, image `[D]` and xywh `[D, 4]`."""
     _, image, xywh, _ = _best_first(image, xywh, score)
     rank = _rank_in_image(image)
     kept = rank < MAX_DETECTIONS[-1]

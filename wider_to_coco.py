@@ -12,7 +12,6 @@ pictures that are there.
 
 import os
 import re
-import time
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from support.script import InputError, command, new_parser, write_json
@@ -136,36 +135,15 @@ def present(pictures, images, skip_missing):
 
     Raises InputError if that is not all of them, or with `skip_missing` if it is none.
     """
-    missing = [name for name, _ in pictures if not os.path.isfile(os.path.join(images, name))]
-    if missing and not (skip_missing and len(missing) < len(pictures)):
+    there = [picture for picture in pictures if os.path.isfile(os.path.join(images, picture[0]))]
+    if len(there) < len(pictures) and not (skip_missing and there):
+        kept = {name for name, _ in there}
+        missing = [repr(name) for name, _ in pictures if name not in kept]
         more = ", ..." if len(missing) > 3 else ""
         raise InputError(f"{images}: of {len(pictures):,} pictures {len(missing):,} are missing "
-                         f"({', '.join(map(repr, missing[:3]))}{more}); of a partial download "
-                         "--skip-missing converts those that are there")
-    missing = set(missing)
-    return [picture for picture in pictures if picture[0] not in missing]
-
-
-def convert(annotation, images, out, jobs=1, skip_missing=False):
-    """Convert the text file `annotation` and the folder `images` to the COCO file `out`.
-
-    Returns the counts of what was found. Raises InputError.
-    """
-    annotation, images, out = Path(annotation), Path(images), Path(out)
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder of pictures")
-    if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
-        raise InputError(
-            f"{out}: is a folder or the annotation text itself, name another file for the output")
-    listed = read_wider(annotation)
-    pictures = present(listed, images, skip_missing)
-    sizes = read_sizes(pictures, images, jobs)
-    prefix = os.path.relpath(images, out.parent)
-    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
-        prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))
-    content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
-    write_json(out, content)
-    return counts | ({"missing": len(listed) - len(pictures)} if skip_missing else {})
+                         f"({', '.join(missing[:3])}{more}); of a partial download --skip-missing converts "
+                         "those that are there")
+    return there
 
 
 @command
@@ -173,19 +151,27 @@ def main(argv=None):
     """Convert one annotation text, and print what was found in it."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("annotation", help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
-    add("images", help="folder of the pictures named in the text, such as data/WIDER_train/images")
-    add("out", help="COCO json to write, such as data/train.json")
-    add("--jobs", type=int, default=os.cpu_count(), help="threads to read picture sizes (default: all cores)")
+    add("annotation", type=Path, help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
+    add("images", type=Path, help="folder of the pictures named in the text, such as data/WIDER_train/images")
+    add("out", type=Path, help="COCO json to write, such as data/train.json")
     add("--skip-missing", action="store_true", help="leave pictures out that are not in the folder")
     args = parser.parse_args(argv)
-    if not 1 <= args.jobs <= 256:
-        raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")
-    start = time.perf_counter()
-    counts = convert(args.annotation, args.images, args.out, args.jobs, args.skip_missing)
-    for kind, number in counts.items():
+    if not args.images.is_dir():
+        raise InputError(f"{args.images}: no such folder of pictures")
+    if args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.annotation):
+        raise InputError(
+            f"{args.out}: is a folder or the annotation text itself, name another file for the output")
+    listed = read_wider(args.annotation)
+    pictures = present(listed, args.images, args.skip_missing)
+    sizes = read_sizes(pictures, args.images, os.cpu_count())
+    prefix = os.path.relpath(args.images, args.out.parent)
+    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
+        prefix = os.path.relpath(os.path.realpath(args.images), os.path.realpath(args.out.parent))
+    content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
+    write_json(args.out, content)
+    for kind, number in ({"missing": len(listed) - len(pictures)} | counts).items():
         print(f"{kind:20}{number:>9,}")
-    print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def read_ground_truth(folder=GROUND_TRUTH):
 
 
 def only_photos(ground_truth, folder):
-    """The images of a GroundTruth as Annotations without faces, for detections on photos that nobody reads."""
+    """The images of a GroundTruth as Annotations without faces, whose photos nobody reads."""
     count = len(ground_truth.names)
     no_boxes, nothing = np.zeros((0, 4)), np.zeros(0, bool)
     return Annotations(Path(folder), 1, np.arange(count), ground_truth.names, np.zeros((count, 2), np.int64),
@@ -97,9 +97,9 @@ def wider_names(path, file_names):
 def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`. As in the official code, a file's path tells its image; the
-    first line of the file is not used. Raises InputError, with file and line, if a row is not five finite
-    numbers.
+    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`.
+    As in the official code, a file's path tells its image; the first line of the file is not used. Raises
+    InputError, with file and line, if a row is not five finite numbers.
     """
     folder = Path(folder)
     if not folder.is_dir():

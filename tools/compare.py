@@ -1,11 +1,11 @@
 """Is one model better than another, or is it luck? Two models on the same photos, with standard errors.
 
-    python -m tools.compare val.json a.json b.json                 # detections that evaluate.py --out has written
+    python -m tools.compare val.json a.json b.json        # detections that evaluate.py --out has written
     python -m tools.compare val.json weights/face_ssd300.pth runs/face/best.pth --false 0.1
 
-AP and AP50 are COCO's. Recall is at IoU 0.5 and the score from which there are `--false` false detections a
-photo, which each model has for itself; also by size of face at the network's input, and by blur, occlusion and
-event (the photo's folder) where the json has them. Detections that fit an `iscrowd` box do not count.
+AP and AP50 are COCO's. Recall is at IoU 0.5 and the score, each model's own, from which there are `--false`
+false detections a photo; also by size of face at the network's input, and by blur, occlusion and event (the
+photo's folder) where the json has them. Detections that fit an `iscrowd` box do not count.
 
 The standard error of a difference is that of a paired bootstrap over photos (Efron 1979): both models are
 measured on the same resamples. A difference below two of them may be luck.
@@ -102,7 +102,7 @@ def find(path: str, annotations: Annotations) -> Detections:
     if path.endswith(".json"):
         seen, detections, _ = read_detections(annotations.path, path)
         if len(seen.ids) < len(annotations.ids):
-            raise InputError(f"{path}: is of {len(seen.ids)} of the {len(annotations.ids)} photos of {annotations.path}")
+            raise InputError(f"{path}: is of only {len(seen.ids)} photos of {annotations.path}")
         return detections
     from detector import detect_all, load_detector  # torch takes seconds
     detections, errors = detect_all(load_detector(path), annotations)

@@ -2,8 +2,8 @@
 
     python -m tools.doubt train.json detections.json --count 50        # what evaluate.py --out has written
 
-doubt.json is the whole set with the corrections made, doubt.png shows the first. Four kinds, each with a doubt
-from 0 to 1, so that one ranking orders them:
+doubt.json is the whole set with the corrections made, doubt.png shows the first. There are four kinds, each
+with a doubt from 0 to 1, so that one ranking orders them:
 
     unlabelled   the score of a detection far from every label
     off          score * (1 - (IoU / usual IoU) ** 2) of a label and the detection that stands for it
@@ -33,8 +33,9 @@ PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant
 FOUND_IOU = 0.5         # a label that counts as found, to say what is usual
 NEAR_IOU = 0.3          # a detection that overlaps any label as much is not unlabelled
 IN_IGNORED = 0.5        # of its area: then it may be what is ignored there
-LEAST = 0.5             # below it chance does as well: in parts of 80 faces of a set of masks, one label in eight made
-#                         wrong, the doubts of 0.4 to 0.5 were right once in eight times, those above five times in eight
+# Below it chance does as well. In parts of 80 faces of a set of masks, with one label in eight made wrong, the
+# doubts of 0.4 to 0.5 were right once in eight times, those above it five times in eight.
+LEAST = 0.5
 ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
 
 
@@ -173,7 +174,7 @@ def main(argv=None):
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")
     add("--count", type=int, default=50, help="doubts at most (default %(default)s)")
-    add("--out", default="doubt.json", metavar="JSON", help="default %(default)s; the picture stands beside it")
+    add("--out", default="doubt.json", metavar="JSON", help="default %(default)s; the picture lies beside it")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")
@@ -185,8 +186,8 @@ def main(argv=None):
         print(f"  not {args.count}: doubts below {LEAST} are right no more often than chance")
     ignored = sum(doubt.reason in ("doubled", "not found") for doubt in doubts)
     if ignored:
-        print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, which labelling tools "
-              "show as faces like others")
+        print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, which labelling "
+              "tools show as ordinary faces")
     if doubts:
         picture = Path(args.out).with_suffix(".png")
         draw_suspects(doubts, picture)

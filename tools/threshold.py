@@ -1,6 +1,6 @@
 """Choose the score from which detections are shown, so that a target is met on other photos too.
 
-    python -m tools.threshold val.json detections.json precision=0.95        # what evaluate.py --out has written
+    python -m tools.threshold val.json detections.json precision=0.95     # what evaluate.py --out wrote
     python -m tools.threshold val.json detections.json false=0.1 --save runs/face/best.pth runs/face/sure.pth
 
 A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
@@ -101,8 +101,8 @@ def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     if here is not None:
         needed = photos_needed(found, target)
         advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
-        return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few to "
-                f"say so of others; {advice} enough by what is seen here")
+        return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
+                f"to say so of others; {advice} enough")
     curve = score_curve(found)
     values = getattr(curve, target.measure)
     if not len(values):
@@ -127,8 +127,9 @@ def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, fl
     From `low` to `high` lie 95 % of the resamples of the photos.
     """
     photos, shown = len(found.faces), found.score >= score
-    counts = np.stack([np.bincount(found.image[shown & found.hit], minlength=photos),
-                       np.bincount(found.image[shown & found.false], minlength=photos), found.faces])  # [3, I]
+    hits = np.bincount(found.image[shown & found.hit], minlength=photos)
+    false = np.bincount(found.image[shown & found.false], minlength=photos)
+    counts = np.stack([hits, false, found.faces])                                          # [3, I]
     resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
     result = {}
     for name in MEASURES:
@@ -158,8 +159,8 @@ def check_save(args, made):
     """Refuse to save a threshold into another model than the one that made the detections."""
     model, new = args.save
     if not (os.path.splitext(model)[1] == os.path.splitext(new)[1] == ".pth"):
-        raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts the "
-                         "threshold into .onnx and .xml")
+        raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
+                         "the threshold into .onnx and .xml")
     if os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {new}: is the model itself, name a new file")
     if not os.path.isfile(model):
@@ -192,7 +193,7 @@ def main(argv=None):
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")
-    add("target", type=parse_target, help="precision=0.95, recall=0.9 or false=0.1 (false detections a photo)")
+    add("target", type=parse_target, help="precision=0.95, recall=0.9 or false=0.1 (a photo)")
     add("--save", nargs=2, metavar=("MODEL", "NEW"), help="write MODEL with the threshold in it to NEW")
     args = parser.parse_args(argv)
     annotations, detections, made = read_detections(args.data, args.detections)
@@ -211,8 +212,8 @@ def main(argv=None):
         print(f"{args.target}: score {here:g} meets it on these photos alone: {costs(here)}")
     if score is None:
         raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
-    print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of {RESAMPLES:,} "
-          f"resamples of these photos: {costs(score)}")
+    print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
+          f"{RESAMPLES:,} resamples of these photos: {costs(score)}")
     if args.save:
         measured = {name: values[0] for name, values in intervals(found, score).items()}
         save(args, annotations, made, {"score": score, "target": str(args.target), "measured": measured})

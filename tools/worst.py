@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluate import read_detections
-from metrics import match_faces, operating_points
+from metrics import match_faces, operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
 from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture, save_picture
 
@@ -86,28 +86,19 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
     """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
     counts = judged.counts
     worst = np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]
-    rows = [worst[n:n + COLUMNS] for n in range(0, len(worst), COLUMNS)]
-    drawn = [[draw_judged(judged, index, TILE, TILE) for index in row] for row in rows]
-    heights = [max(photo.height for photo in row) + CAPTION for row in drawn]
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), sum(heights) + LINE), "black")
+    photos = [draw_judged(judged, index, TILE, TILE) for index in worst]
+    height = max(photo.height for photo in photos) + CAPTION
+    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), math.ceil(len(worst) / COLUMNS) * height + LINE), "black")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    y = 0
-    for row, photos, height in zip(rows, drawn, heights):
-        for x, index, photo in zip(range(4, sheet.width, TILE + 8), row, photos):
-            sheet.paste(photo, (x, y))
-            below = y + photo.height
-            draw.text((x, below + 6), shorten(judged.annotations.names[index]), "white", font)
-            draw.text((x, below + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
-                      f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
-        y += height
+    for n, (index, photo) in enumerate(zip(worst, photos)):
+        x, y = n % COLUMNS * (TILE + 8) + 4, n // COLUMNS * height
+        sheet.paste(photo, (x, y))
+        y += photo.height
+        draw.text((x, y + 6), drawable(judged.annotations.names[index])[-LETTERS:], "white", font)
+        draw.text((x, y + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
+                  f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
     draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
     return sheet
-
-
-def shorten(name):
-    """A file name as it can be drawn: its end, if it is long."""
-    name = drawable(name)
-    return name if len(name) <= LETTERS else "..." + name[3 - LETTERS:]
 
 
 def write_per_photo(judged: Judged, detections: Detections, path):
@@ -148,7 +139,8 @@ def main(argv=None):
         parser.error("--count must be at least 1")
     annotations, detections, _ = read_detections(args.data, args.detections)
     if args.score is None:
-        args.score = operating_points(*arrays(annotations, detections), len(annotations.ids))[-1].score
+        found = outcomes(*arrays(annotations, detections), len(annotations.ids))
+        args.score = operating_points(found)[-1].score
     judged = judge(annotations, detections, args.score)
     save_picture(worst_sheet(judged, args.count), args.out)
     print(f"wrote {args.out}")
