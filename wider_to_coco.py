@@ -146,30 +146,39 @@ def present(pictures, images, skip_missing):
     return there
 
 
+def convert(annotation, images, out, skip_missing=False):
+    """Convert the text file `annotation` and the folder `images` to the COCO file `out`.
+
+    Returns the counts of what was found. Raises InputError.
+    """
+    annotation, images, out = Path(annotation), Path(images), Path(out)
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of pictures")
+    if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
+        raise InputError(
+            f"{out}: is a folder or the annotation text itself, name another file for the output")
+    listed = read_wider(annotation)
+    pictures = present(listed, images, skip_missing)
+    sizes = read_sizes(pictures, images, os.cpu_count())
+    prefix = os.path.relpath(images, out.parent)
+    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
+        prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))
+    content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
+    write_json(out, content)
+    return counts | {"missing": len(listed) - len(pictures)}
+
+
 @command
 def main(argv=None):
     """Convert one annotation text, and print what was found in it."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("annotation", type=Path, help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
-    add("images", type=Path, help="folder of the pictures named in the text, such as data/WIDER_train/images")
-    add("out", type=Path, help="COCO json to write, such as data/train.json")
+    add("annotation", help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
+    add("images", help="folder of the pictures named in the text, such as data/WIDER_train/images")
+    add("out", help="COCO json to write, such as data/train.json")
     add("--skip-missing", action="store_true", help="leave pictures out that are not in the folder")
     args = parser.parse_args(argv)
-    if not args.images.is_dir():
-        raise InputError(f"{args.images}: no such folder of pictures")
-    if args.out.is_dir() or os.path.realpath(args.out) == os.path.realpath(args.annotation):
-        raise InputError(
-            f"{args.out}: is a folder or the annotation text itself, name another file for the output")
-    listed = read_wider(args.annotation)
-    pictures = present(listed, args.images, args.skip_missing)
-    sizes = read_sizes(pictures, args.images, os.cpu_count())
-    prefix = os.path.relpath(args.images, args.out.parent)
-    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
-        prefix = os.path.relpath(os.path.realpath(args.images), os.path.realpath(args.out.parent))
-    content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
-    write_json(args.out, content)
-    for kind, number in ({"missing": len(listed) - len(pictures)} | counts).items():
+    for kind, number in convert(args.annotation, args.images, args.out, args.skip_missing).items():
         print(f"{kind:20}{number:>9,}")
     print(f"wrote {args.out}")
 
