@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from support.coco import read_annotations
-from support.coco import clip
+from support.coco import clip, read_annotations
 from support.pictures import picture_size
 from wider_to_coco import main, read_wider
 
@@ -51,7 +50,7 @@ def test_a_face_keeps_its_box_and_its_six_attributes(folder, capsys):
     report = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
     assert report == {"pictures": "2", "without annotation": "1", "annotations": "1",
                       "invalid": "0", "empty": "0", "rows of zeros": "0",
-                      "clipped": "0", "outside": "0", "marked iscrowd": "0"}
+                      "clipped": "0", "outside": "0", "marked iscrowd": "0", "missing": "0"}
 
 
 @pytest.mark.parametrize("row, bbox, area, iscrowd", [
@@ -140,9 +139,9 @@ REFUSED = {  # case: (text, part of the message)
     "drive": (lines("C:/e/a.jpg", "1", FACE), "wider.txt:1: 'C:/e/a.jpg' is not plainly inside"),
     "backslash": (lines("e\\a.jpg", "1", FACE), "wider.txt:1: 'e\\\\a.jpg' is not plainly inside"),
     "NUL": (lines("e/a\0.jpg", "1", FACE), "wider.txt:1: 'e/a\\x00.jpg' is not plainly inside"),
-    "escape codes": (lines("e/\x1b[2J.jpg", "0"), "1 missing ('e/\\x1b[2J.jpg')"),
-    "name too long": (lines("e/" + "a" * 5000 + ".jpg", "0"), "1 missing"),
-    "a folder as picture": (lines("e", "0"), "of 1 pictures 1 missing ('e')"),
+    "escape codes": (lines("e/\x1b[2J.jpg", "0"), "1 are missing ('e/\\x1b[2J.jpg')"),
+    "name too long": (lines("e/" + "a" * 5000 + ".jpg", "0"), "1 are missing"),
+    "a folder as picture": (lines("e", "0"), "of 1 pictures 1 are missing ('e')"),
 }
 
 
@@ -165,8 +164,7 @@ def test_refused(folder, capsys, text, message):
     (["wider.txt", "images", "images"], "images: is a folder or the annotation text"),
     (["wider.txt", "images", "wider.txt"], "wider.txt: is a folder or the annotation text"),
     (["wider.txt", "images", "wider.txt/out.json"], "wider.txt"),
-    (["wider.txt", "images/e", "out.json"], "of 1 pictures 1 missing ('e/a.jpg')"),
-    (["wider.txt", "images", "out.json", "--jobs", "0"], "--jobs 0: 1 to 256 threads are expected"),
+    (["wider.txt", "images/e", "out.json"], "of 1 pictures 1 are missing ('e/a.jpg')"),
 ])
 def test_wrong_arguments(folder, capsys, monkeypatch, case, message):
     monkeypatch.chdir(folder)
@@ -178,17 +176,31 @@ def test_wrong_arguments(folder, capsys, monkeypatch, case, message):
     assert Path("wider.txt").read_text() == lines("e/a.jpg", "1", FACE) and not Path("out.json").exists()
 
 
-def test_all_missing_and_unreadable_pictures_are_listed(folder, capsys):
+def test_missing_and_unreadable_pictures_are_named(folder, capsys):
     (folder / "images/e/empty.jpg").touch()
     (folder / "images/e/text.jpg").write_text("not a picture")
     os.mkfifo(folder / "images/e/pipe.jpg")  # opening it would block for ever
     names = ["a", "gone", "empty", "text", "pipe", *(f"none{n}" for n in range(30))]
-    with pytest.raises(SystemExit):
-        run(folder, lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS))))
-    error = capsys.readouterr().err
-    assert ("of 35 pictures 32 missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg'" in error
-            and ", ...)" in error)
-    assert "2 unreadable ('e/empty.jpg', 'e/text.jpg')" in error and error.count("\n") == 1
+    text = lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS)))
+    missing = ("of 35 pictures 32 are missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg', ...); of a partial "
+               "download --skip-missing converts those that are there")
+    for options, message in (((), missing), (["--skip-missing"], "2 unreadable ('e/empty.jpg', 'e/text.jpg')")):
+        with pytest.raises(SystemExit):
+            run(folder, text, *options)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_partial_download_is_converted_on_request(folder, capsys):
+    text = lines("e/gone.jpg", "2", FACE, FACE, "e/a.jpg", "1", FACE, "e/b.jpg", "0", ZEROS)
+    coco = run(folder, text, "--skip-missing")
+    assert [image["file_name"] for image in coco["images"]] == ["images/e/a.jpg", "images/e/b.jpg"]
+    assert [face["image_id"] for face in coco["annotations"]] == [1] and coco["images"][0]["id"] == 1
+    report = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
+    assert (report["pictures"], report["missing"], report["annotations"]) == ("2", "1", "1")
+    with pytest.raises(SystemExit):  # nothing at all is no part
+        run(folder, lines("e/gone.jpg", "1", FACE), "--skip-missing")
+    assert "1 are missing ('e/gone.jpg')" in capsys.readouterr().err
 
 
 def test_an_older_output_survives_an_error(folder):
@@ -223,7 +235,7 @@ def test_names_are_relative_to_the_output(folder, monkeypatch):
     for out, name in (("out.json", "images/e/a.jpg"), ("new/sub/out.json", "../../images/e/a.jpg"),
                       ("images/out.json", "e/a.jpg"), ("images/e/out.json", "../e/a.jpg"),
                       ("link/out.json", "../../images/e/a.jpg")):  # relative to where the link leads
-        main(["wider.txt", "images", out, "--jobs", "2"])
+        main(["wider.txt", "images", out])
         faces = read_annotations(out)
         assert faces.names == [name] and faces.file(0).is_file()
 
