@@ -117,7 +117,7 @@ def parse_args(argv):
     add("--skip-unreadable", action="store_true", default=None,
         help="leave photos out that cannot be read, with their faces")
     add = parser.add_argument_group("results").add_argument
-    add("--out", metavar="FILE.json", help="the detections, COCO results, and what made them in FILE.made.json")
+    add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
     add("--plot", type=parse_picture, metavar="PNG",
@@ -214,10 +214,6 @@ def score(args, truth, annotations, detections):
 
 def write_outputs(args, scores, curves, annotations, detections, made):
     """Write the files that were asked for."""
-    by_score = None
-    if not args.wider:
-        outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
-        by_score = metrics.score_curve(outcomes)
     if args.out:
         write_json(args.out, to_results(annotations, detections))
         if made:
@@ -227,12 +223,10 @@ def write_outputs(args, scores, curves, annotations, detections, made):
         names = wider.wider_names(annotations.path, annotations.names)
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
-        if by_score:
-            thinned = vars(metrics.thin(by_score))
-            scores["curve"] = {name: values.tolist() for name, values in thinned.items()}
         write_json(args.json, scores | settings(args))
     if args.plot:
-        plot_curves(curves, args.plot, by_score)
+        outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
+        plot_curves(curves, args.plot, None if args.wider else metrics.score_curve(outcomes))
     for path in (args.out, args.wider_out, args.json, args.plot):
         if path:
             print(f"wrote {path}")

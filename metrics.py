@@ -184,15 +184,15 @@ def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[O
     return [point(score) for score in (*scores, best)]
 
 
-def score_curve(outcomes: Outcomes) -> ScoreCurve:
+def score_curve(found: Outcomes) -> ScoreCurve:
     """Every threshold that makes a difference: the distinct scores of the detections that count."""
-    counted = outcomes.hit | outcomes.false
-    order = np.argsort(-outcomes.score[counted], kind="stable")
-    score = outcomes.score[counted][order]
+    counted = np.flatnonzero(found.hit | found.false)
+    order = counted[np.argsort(-found.score[counted], kind="stable")]
+    score = found.score[order]
     ends = np.flatnonzero(np.diff(score, append=-np.inf))  # equal scores are shown or hidden as one
-    found = np.cumsum(outcomes.hit[counted][order])[ends]
-    false = np.cumsum(outcomes.false[counted][order])[ends]
-    counts = found, false, outcomes.faces.sum(), len(outcomes.faces)
+    hits = np.cumsum(found.hit[order])[ends]
+    false = np.cumsum(found.false[order])[ends]
+    counts = hits, false, found.faces.sum(), len(found.faces)
     return ScoreCurve(score[ends], *(measure(name, *counts) for name in MEASURES))
 
 
@@ -205,20 +205,6 @@ def measure(name, found, false, faces, photos, spare=0):
     if name == "f1":
         return 2 * found / np.maximum(found + false + faces + spare, 1)
     return (false + spare) / max(photos, 1)
-
-
-def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
-    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
-
-    The first and the last stay.
-    """
-    if len(curve.score) <= points:
-        return curve
-    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
-    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
-    kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
-    kept[-1] = True
-    return ScoreCurve(*(values[kept] for values in vars(curve).values()))
 
 
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,

@@ -213,8 +213,8 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
 def require_pixels(path, xywh):
     """Raise InputError if all boxes `[D, 4]` on photos of hundreds of pixels lie within about 0 to 1."""
     if len(xywh) and 0 < np.abs(xywh).max() <= 1.5:
-        raise InputError(f"{path}: all boxes lie within 0-1, as fractions of the photo do; pixels are expected, "
-                         "so multiply by the photo's width and height")
+        raise InputError(f"{path}: all boxes lie within 0-1, as fractions of the photo do; pixels are "
+                         "expected, so multiply by the photo's width and height")
 
 
 def _of_faces(path, entries, annotations):
@@ -230,7 +230,8 @@ def _of_faces(path, entries, annotations):
                 raise InputError(f"{path}: entry {n} is of category_id {repr(value)[:60]}, which is not in "
                                  f"{annotations.path}; its face is {category}")
         if not numbers:
-            raise InputError(f"{path}: none of its {len(entries)} entries is of category_id {category}, the face")
+            raise InputError(f"{path}: none of its {len(entries)} entries is of category_id {category}, "
+                             "the face")
     return numbers
 
 

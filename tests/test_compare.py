@@ -16,15 +16,16 @@ from tools.compare import Matched, compare, face_groups, main
 def annotated(image, xywh, photos, crowd=None):
     """Annotations of faces on `photos` photos of 300x300."""
     crowd = np.zeros(len(image), bool) if crowd is None else np.array(crowd)
-    xywh = np.array(xywh, float)
-    return Annotations("x.json", 1, np.arange(photos), [f"{n}.jpg" for n in range(photos)],
-                       np.full((photos, 2), 300), np.array(image), xywh, xywh[:, 2] * xywh[:, 3], crowd, crowd)
+    xywh, sizes = np.array(xywh, float), np.full((photos, 2), 300)
+    names = [f"{n}.jpg" for n in range(photos)]
+    return Annotations("x.json", 1, np.arange(photos), names, sizes, np.array(image), xywh, xywh[:, 2:].prod(1),
+                       crowd, crowd)
 
 
 def test_by_hand():
     """Of the false ones at 0.8 and 0.6 half a false detection a photo allows the first alone."""
-    faces = annotated([0, 0, 1, 1], [[0, 0, 20, 20], [50, 0, 40, 40], [0, 0, 20, 20], [100, 100, 100, 100]], 2,
-                      [False, False, False, True])
+    boxes = [[0, 0, 20, 20], [50, 0, 40, 40], [0, 0, 20, 20], [100, 100, 100, 100]]
+    faces = annotated([0, 0, 1, 1], boxes, 2, [False, False, False, True])
     one = Detections(np.array([0, 0, 0, 1, 1, 1]),
                      np.array([[0, 0, 20, 20], [200, 0, 20, 20], [50, 0, 40, 40], [200, 0, 20, 20],
                                [0, 0, 20, 20], [120, 120, 30, 30]], float),  # the last fits the crowd
@@ -35,7 +36,7 @@ def test_by_hand():
     ap50 = (34 + 33 * 2 / 3 + 34 * 3 / 5) / 101  # of the 101 recalls 34 are up to 1/3, 67 up to 2/3
     np.testing.assert_allclose(rows[:, 0], [ap50, ap50, 1 / 2, 1])
     assert not rows[:, 1].any() and (rows[:, 2] == -rows[:, 0]).all()
-    assert compare(Matched(faces, one), Matched(faces, one), groups, 1, 2)[2, 0] == 1  # two false ones a photo
+    assert compare(Matched(faces, one), Matched(faces, one), groups, 1, 2)[2, 0] == 1  # two false ones
 
 
 def test_recall_leaves_out_what_scores_as_the_first_false_one_too_many():
@@ -65,7 +66,7 @@ def test_the_standard_error_is_that_of_the_difference():
 def test_groups(tmp_path):
     """Sizes are those at 300x300; flags and events come from the json, whose faces are in another order."""
     sides = [8] * 10 + [16] * 10 + [40] * 12
-    images = [{"id": 9 - n, "file_name": f"x/{'ab'[n]}/{n}.jpg", "width": 600, "height": 300} for n in range(2)]
+    images = [{"id": 9 - n, "file_name": f"x/{'ab'[n]}/{n}.jpg", "width": 600, "height": 300} for n in (0, 1)]
     entries = [{"id": n + 1, "image_id": 8 + n % 2, "category_id": 1, "bbox": [0, 0, 2 * side, side],
                 **({"blur": 2} if side == 40 else {}), "occlusion": 0} for n, side in enumerate(sides)]
     write_json(tmp_path / "x.json", {"images": images, "annotations": entries,
@@ -82,7 +83,8 @@ def test_command(sample, tmp_path, small, capsys, refused):
     data = sample / "val.json"
     faces = read_annotations(data)
     rng = np.random.default_rng(0)
-    found = Detections(faces.image, faces.xywh * rng.normal(1, 0.05, faces.xywh.shape), rng.random(len(faces.image)))
+    count = len(faces.image)
+    found = Detections(faces.image, faces.xywh * rng.normal(1, 0.05, (count, 4)), rng.random(count))
     write_json(tmp_path / "a.json", to_results(faces, found))
     torch.save(checkpoint(small), tmp_path / "b.pth")
     main([str(data), str(tmp_path / "a.json"), str(tmp_path / "b.pth")])
@@ -90,9 +92,10 @@ def test_command(sample, tmp_path, small, capsys, refused):
     numbers = score_faces(faces, found)[0]["coco"]
     assert rows["AP"][0] == f"{numbers['AP']:.4f}" and rows["AP50"][0] == f"{numbers['AP50']:.4f}"
     assert int(rows["all faces"][0]) == (~faces.ignored).sum()
-    assert "above 0" in refused(main, data, tmp_path / "a.json", tmp_path / "a.json", "--false", "0")
+    same = [tmp_path / "a.json"] * 2
+    assert "above 0" in refused(main, data, *same, "--false", "0")
     content = json.loads(data.read_text())
     for image in content["images"]:
         del image["width"]
     write_json(tmp_path / "x.json", content)
-    assert "need width and height" in refused(main, tmp_path / "x.json", tmp_path / "a.json", tmp_path / "a.json")
+    assert "need width and height" in refused(main, tmp_path / "x.json", *same)

@@ -118,7 +118,8 @@ def test_outlines_are_those_of_the_boxes(planted, tmp_path):
     """pycocotools makes a mask of each box that is new, not of the old outline."""
     coco = pytest.importorskip("pycocotools.coco").COCO()
     annotations, detections = planted
-    coco.dataset = doubt.corrected(annotations, doubt.find_doubts(annotations, detections, 4), tmp_path / "d.json")
+    doubts = doubt.find_doubts(annotations, detections, 4)
+    coco.dataset = doubt.corrected(annotations, doubts, tmp_path / "d.json")
     coco.createIndex()
     new = [face for face in coco.dataset["annotations"] if face.get("reason") in ("off", "unlabelled")]
     assert len(new) == 2

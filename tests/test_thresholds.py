@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 import train
 from checkpoints import make_model, save
 from detector import check_threshold, load_detector
-from metrics import Outcomes, score_curve, thin
+from metrics import Outcomes, score_curve
 from model import checkpoint, read_checkpoint
 from support.coco import Detections, read_annotations, to_results
 from support.script import InputError, file_hash, write_json
-from tools.threshold import Target, choose, intervals, main, parse_target, photos_needed, refusal
+from tools.threshold import Target, choose, intervals, main, parse_target, photos_needed, refusal, thin
 
 FALSE, PRECISION, RECALL = parse_target("false=0.2"), Target("precision", 0.7), Target("recall", 0.6)
 
@@ -204,7 +204,7 @@ def test_parse_target():
 
 
 def test_how_many_photos_are_needed():
-    """A face found on each photo, one false detection in ten: resampled, one more is too many for 12 photos."""
+    """A face found on each of 12 photos, and a false detection."""
     few = outcomes([(n, 0.9, "hit") for n in range(12)] + [(0, 0.5, "false")], [1] * 12)
     target = Target("precision", 0.85)
     assert choose(few, target) == (0.5, 0.9)
@@ -220,7 +220,7 @@ def test_how_many_photos_are_needed():
 
 @pytest.fixture
 def world(sample, tmp_path, small):
-    """val.json's annotations, a model, detections and what made them: each face at 0.9, a false one at 0.5."""
+    """val.json, a model, detections and what made them: each face at 0.9, a false one at 0.5."""
     annotations = read_annotations(sample / "val.json")
     found = Detections(np.append(annotations.image, 0), np.append(annotations.xywh, [[1, 1, 9, 9]], 0),
                        np.append(np.full(len(annotations.image), 0.9), 0.5))
@@ -229,7 +229,8 @@ def world(sample, tmp_path, small):
     names = [[n, name.split("/")[-1]] for n, name in zip(annotations.ids.tolist(), annotations.names)]
     write_json(tmp_path / "r.made.json", {
         "model": "m.pth", "sha256": {"model": file_hash(tmp_path / "m.pth")}, "size": [96, 64], "tiles": None,
-        "detections": file_hash(tmp_path / "r.json"), "photos": names, "trained_on": annotations.fingerprint()})
+        "detections": file_hash(tmp_path / "r.json"), "photos": names,
+        "trained_on": annotations.fingerprint()})
     return annotations, [sample / "val.json", tmp_path / "r.json"]
 
 
@@ -262,7 +263,7 @@ def test_threshold_in_a_copy_of_the_checkpoint(world, sample, tmp_path, capsys):
 def test_refused(world, tmp_path, refused, capsys):
     _, files = world
     model, other = tmp_path / "m.pth", tmp_path / "o.pth"
-    other.write_bytes(model.read_bytes() + b" ")
+    torch.save(read_checkpoint(model) | {"epoch": 4}, other)
     (tmp_path / "link.pth").symlink_to(model)
     target = [*files, "false=0.2"]
     for words, line in (([*files, "recall=90"], "precision=0.95 or recall=0.9"),
@@ -270,14 +271,15 @@ def test_refused(world, tmp_path, refused, capsys):
                         ([*target, "--save", "m.xml", "new.pth"], "two checkpoints (.pth) are expected"),
                         ([*target, "--save", model, model], "is the model itself"),
                         ([*target, "--save", model, tmp_path / "link.pth"], "is the model itself"),
-                        ([*target, "--save", "absent.pth", "n.pth"], "absent.pth: no such model"),
-                        ([*target, "--save", other, "n.pth"], "r.json: was made by another model (m.pth), not by")):
+                        ([*target, "--save", "absent.pth", "n.pth"], "absent.pth: "),
+                        ([*target, "--save", other, "n.pth"], "was made by another model (m.pth), not by")):
         assert line in refused(main, *words)
     line = refused(main, *files, "precision=0.999", "--save", model, tmp_path / "n.pth")
     assert "val.json: precision=0.999: score 0.9 meets it on these 6 photos, but they are too few" in line
     with pytest.raises(SystemExit):
         main([*map(str, files), "precision=0.999"])
-    assert "score 0.9 meets it on these photos alone: precision 1.000 (1.000 to 1.000)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "score 0.9 meets it on these photos alone: precision 1.000 (1.000 to 1.000)" in out
     (tmp_path / "r.made.json").unlink()
     line = refused(main, *target, "--save", model, tmp_path / "n.pth")
     assert "r.made.json: no such file, so nothing says which model made" in line

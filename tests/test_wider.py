@@ -148,15 +148,17 @@ def test_pipes_and_folders_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / f"{NAMES[0]}.txt")
     code = "import sys; from support import wider; wider.%s(sys.argv[1]%s)"
 
+    predictions = code % ("read_predictions", ", ['0--Parade/0_Parade_1']")
+
     def last_line(code):
         command = [sys.executable, "-c", code, tmp_path]
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stderr.splitlines()[-1]
-    assert "0_Parade_1.txt: is no ordinary file" in last_line(code % ("read_predictions", ", ['0--Parade/0_Parade_1']"))
+    assert "0_Parade_1.txt: is no ordinary file" in last_line(predictions)
     os.mkfifo(tmp_path / "wider_face_val.mat")
     assert "wider_face_val.mat: is no ordinary file" in last_line(code % ("read_ground_truth", ""))
     (tmp_path / f"{NAMES[0]}.txt").unlink()
     (tmp_path / f"{NAMES[0]}.txt").mkdir()
-    assert "0_Parade_1.txt: is no ordinary file" in last_line(code % ("read_predictions", ", ['0--Parade/0_Parade_1']"))
+    assert "0_Parade_1.txt: is no ordinary file" in last_line(predictions)
 
 
 def test_predictions_written_and_read_back_are_the_same(tmp_path):

@@ -184,7 +184,8 @@ def test_missing_and_unreadable_pictures_are_named(folder, capsys):
     text = lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS)))
     missing = ("of 35 pictures 32 are missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg', ...); of a partial "
                "download --skip-missing converts those that are there")
-    for options, message in (((), missing), (["--skip-missing"], "2 unreadable ('e/empty.jpg', 'e/text.jpg')")):
+    unreadable = "2 unreadable ('e/empty.jpg', 'e/text.jpg')"
+    for options, message in (((), missing), (["--skip-missing"], unreadable)):
         with pytest.raises(SystemExit):
             run(folder, text, *options)
         error = capsys.readouterr().err

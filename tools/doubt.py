@@ -33,8 +33,8 @@ PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant
 FOUND_IOU = 0.5         # a label that counts as found, to say what is usual
 NEAR_IOU = 0.3          # a detection that overlaps any label as much is not unlabelled
 IN_IGNORED = 0.5        # of its area: then it may be what is ignored there
-# Below it chance does as well. In parts of 80 faces of a set of masks, with one label in eight made wrong, the
-# doubts of 0.4 to 0.5 were right once in eight times, those above it five times in eight.
+# Below it chance does as well. In parts of 80 faces of a set of masks, with one label in eight made wrong,
+# the doubts of 0.4 to 0.5 were right once in eight times, those above it five times in eight.
 LEAST = 0.5
 ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
 
@@ -186,8 +186,8 @@ def main(argv=None):
         print(f"  not {args.count}: doubts below {LEAST} are right no more often than chance")
     ignored = sum(doubt.reason in ("doubled", "not found") for doubt in doubts)
     if ignored:
-        print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, which labelling "
-              "tools show as ordinary faces")
+        print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, "
+              "which labelling tools show as ordinary faces")
     if doubts:
         picture = Path(args.out).with_suffix(".png")
         draw_suspects(doubts, picture)

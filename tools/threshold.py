@@ -5,10 +5,10 @@
 
 A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
 lowest score that meets it on the photos at hand meets it on only about half of all others: it was chosen for
-them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979), each
-with one mistake more than it has. Without that one, photos that happen to have no mistake would meet any
-target, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it for
-the same reason.)
+them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979),
+each with one mistake more than it has. Without that one, photos that happen to have no mistake would meet any
+target, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it
+for the same reason.)
 """
 
 import argparse
@@ -21,7 +21,7 @@ from support.script import InputError, bad_values, command, new_parser
 import numpy as np
 
 from evaluate import hashes, made_path, read_detections
-from metrics import MEASURES, Outcomes, measure, outcomes, score_curve, thin
+from metrics import MEASURES, Outcomes, ScoreCurve, measure, outcomes, score_curve
 from support.coco import arrays, read_annotations
 
 RESAMPLES, SEED = 1000, 0
@@ -81,6 +81,20 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
         else:
             scores.append(None)
     return tuple(scores)
+
+
+def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
+    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
+
+    The first and the last stay.
+    """
+    if len(curve.score) <= points:
+        return curve
+    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
+    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
+    kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
+    kept[-1] = True
+    return ScoreCurve(*(values[kept] for values in vars(curve).values()))
 
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -155,35 +169,23 @@ def _round_down(score, below):
     return float(score)
 
 
-def check_save(args, made):
-    """Refuse to save a threshold into another model than the one that made the detections."""
+def read_model(args, made):
+    """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
+    from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    if not (os.path.splitext(model)[1] == os.path.splitext(new)[1] == ".pth"):
+    if not model.endswith(".pth") or not new.endswith(".pth"):
         raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
                          "the threshold into .onnx and .xml")
     if os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {new}: is the model itself, name a new file")
-    if not os.path.isfile(model):
-        raise InputError(f"{model}: no such model")
+    with bad_values():
+        content = read_checkpoint(model)
     if not made:
         raise InputError(f"{made_path(args.detections)}: no such file, so nothing says which model made "
                          f"{args.detections}; evaluate.py --model {model} --out writes both")
     if made["sha256"] != hashes(model):
         raise InputError(f"{args.detections}: was made by another model ({made['model']}), not by {model}")
-
-
-def save(args, annotations, made, entry):
-    """Write a copy of the checkpoint with the threshold in it."""
-    from checkpoints import write_content  # torch takes seconds
-    from model import read_checkpoint
-    model, new = args.save
-    with bad_values():
-        content = read_checkpoint(model)
-    data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
-            "faces": int((~annotations.ignored).sum()), "fingerprint": annotations.fingerprint()}
-    entry |= {"size": made["size"], "tiles": made["tiles"], "data": data}
-    write_content(new, content | {"threshold": entry})
-    print(f"wrote {new}")
+    return content
 
 
 @command
@@ -197,8 +199,7 @@ def main(argv=None):
     add("--save", nargs=2, metavar=("MODEL", "NEW"), help="write MODEL with the threshold in it to NEW")
     args = parser.parse_args(argv)
     annotations, detections, made = read_detections(args.data, args.detections)
-    if args.save:
-        check_save(args, made)
+    content = read_model(args, made) if args.save else None
     if made and made.get("trained_on") == read_annotations(args.data).fingerprint():
         print(f"warning: {made['model']} was trained on the photos of {args.data}, "
               "on others it does worse than what follows")
@@ -215,8 +216,13 @@ def main(argv=None):
     print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
           f"{RESAMPLES:,} resamples of these photos: {costs(score)}")
     if args.save:
-        measured = {name: values[0] for name, values in intervals(found, score).items()}
-        save(args, annotations, made, {"score": score, "target": str(args.target), "measured": measured})
+        from checkpoints import write_content
+        data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
+                "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
+        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
+                 "data": data, "measured": {name: own[0] for name, own in intervals(found, score).items()}}
+        write_content(args.save[1], content | {"threshold": entry})
+        print(f"wrote {args.save[1]}")
 
 
 if __name__ == "__main__":
