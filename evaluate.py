@@ -93,7 +93,7 @@ def settings(args):
 
 
 def parse_args(argv):
-    """Parse and check the flags."""
+    """Parse the flags."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", help=f"COCO json (default {DATA})")
@@ -123,6 +123,12 @@ def parse_args(argv):
     add("--plot", type=parse_picture, metavar="PNG",
         help="precision-recall curves; precision, recall and false per photo against the score")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """Refuse what does not go together or would do nothing; settle the defaults."""
     folder = args.predictions and os.path.isdir(args.predictions)
     unused = [f"--{name.replace('_', '-')}" for name in RUNNING if getattr(args, name) is not None]
     if args.predictions and unused:
@@ -142,7 +148,6 @@ def parse_args(argv):
         args.workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
         if args.batch_size < 1 or args.workers < 0:
             parser.error("--batch-size must be at least 1, --workers at least 0")
-    return args
 
 
 def run_model(args, annotations):
@@ -225,8 +230,11 @@ def write_outputs(args, scores, curves, annotations, detections, made):
     if args.json:
         write_json(args.json, scores | settings(args))
     if args.plot:
-        outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
-        plot_curves(curves, args.plot, None if args.wider else metrics.score_curve(outcomes))
+        by_score = None
+        if not args.wider:
+            outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
+            by_score = metrics.score_curve(outcomes)
+        plot_curves(curves, args.plot, by_score)
     for path in (args.out, args.wider_out, args.json, args.plot):
         if path:
             print(f"wrote {path}")

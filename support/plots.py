@@ -3,11 +3,11 @@
 from support.script import whole_file
 
 
-def plot_curves(curves, path, by_score=None, threshold=None):
+def plot_curves(curves, path, by_score=None):
     """Plot precision-recall curves {name: metrics.Curve} to a picture file, the APs in the legend.
 
-    With a thresholds.ScoreCurve `by_score`, precision, recall and false detections a photo stand beside
-    them, against the score; a `threshold` is marked.
+    With a metrics.ScoreCurve `by_score`, precision, recall and false detections a photo stand beside them,
+    against the score.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12 if by_score else 6, 5), layout="constrained")
@@ -24,8 +24,6 @@ def plot_curves(curves, path, by_score=None, threshold=None):
         right = panels[1].twinx()
         right.plot(by_score.score, by_score.false_per_photo, "C3", label="false per photo")
         right.set(ylabel="false per photo", yscale="log" if by_score.false_per_photo.any() else "linear")
-        if threshold is not None:
-            panels[1].axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
         lines = panels[1].get_lines() + right.get_lines()
         panels[1].legend(lines, [line.get_label() for line in lines], ncols=4, fontsize="small",
                          loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -116,7 +116,7 @@ def read_predictions(folder, names):
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
     if len(missing) == len(names):
         raise InputError(
-            f"{folder}: no predictions for WIDER FACE val, files such as {folder}/{names[0]}.txt are expected")
+            f"{folder}: no predictions for WIDER FACE val, files such as {path} are expected")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing
@@ -204,8 +204,8 @@ def _read(path):
 def _boxes(path, content):
     """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes; an empty file has none.
 
-    They follow the image's name and the number of boxes. Raises InputError if a row is not five finite numbers,
-    or if their number is wrong.
+    They follow the image's name and the number of boxes. Raises InputError if a row is not five finite
+    numbers, or if there are more or fewer rows than that.
     """
     lines = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     if not lines:
@@ -221,7 +221,8 @@ def _boxes(path, content):
     if values is None:
         number, bad = next((n, line) for n, line in enumerate(lines, 1)
                            if n > 2 and line.strip() and _numbers([line]) is None)
-        raise InputError(f"{path}:{number}: expected x y w h score, finite numbers, found {bad.strip()[:60]!r}")
+        raise InputError(
+            f"{path}:{number}: expected x y w h score, finite numbers, found {bad.strip()[:60]!r}")
     return values
 
 

@@ -18,8 +18,8 @@ def annotated(image, xywh, photos, crowd=None):
     crowd = np.zeros(len(image), bool) if crowd is None else np.array(crowd)
     xywh, sizes = np.array(xywh, float), np.full((photos, 2), 300)
     names = [f"{n}.jpg" for n in range(photos)]
-    return Annotations("x.json", 1, np.arange(photos), names, sizes, np.array(image), xywh, xywh[:, 2:].prod(1),
-                       crowd, crowd)
+    return Annotations("x.json", 1, np.arange(photos), names, sizes, np.array(image), xywh,
+                       xywh[:, 2:].prod(1), crowd, crowd)
 
 
 def test_by_hand():

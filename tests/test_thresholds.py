@@ -109,15 +109,6 @@ def test_what_is_chosen_keeps_the_target_and_is_the_cautious_side(seed):
         assert choose(turned, target) == (here, score)
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10 ** 6))
-def test_a_lower_score_would_not_do_on_the_photos_alone(seed):
-    found = random_outcomes(seed)
-    here = choose(found, FALSE)[0]
-    lower = found.score[(found.hit | found.false) & (found.score < here)].max()
-    assert measured(found, lower)["false_per_photo"] > FALSE.value
-
-
 def test_intervals_hold_the_value_and_narrow_with_photos():
     few, many = random_outcomes(1, 30), random_outcomes(1, 3000)
     widths = []

@@ -89,52 +89,32 @@ def test_untidy_text_is_accepted(folder, text):
 
 
 REFUSED = {  # case: (text, part of the message)
-    "empty file": ("", "wider.txt: lists no pictures"),
     "only blank lines": ("\n \r\n", "wider.txt: lists no pictures"),
     "not text": (b"\xff\xd8\xff\xe0", "wider.txt: not UTF-8 text (byte 0)"),
-    "utf-16": ("e/a.jpg".encode("utf-16"), "not UTF-8 text"),
-    "truncated after a name": (
-        lines("e/a.jpg", "1", FACE, "e/b.jpg"), "wider.txt:4: the file ends after the name"),
-    "truncated in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
-    "truncated in a row": (
-        lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
-    "more rows than counted": (
-        lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces of 'e/a.jpg'"),
-    "two rows too many": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
+    "cut after a name": (lines("e/a.jpg", "1", FACE, "e/b.jpg"), "wider.txt:4: the file ends after the name"),
+    "cut in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
+    "cut in a row": (lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
+    "a row too many": (lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces"),
+    "two rows of zeros": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
     "a face counted as 0": (lines("e/a.jpg", "0", FACE), "wider.txt:3: a row beyond the 0 faces"),
-    "fewer rows than counted": (
-        lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE),
-        "wider.txt:4: a face's 10 numbers are expected, found 'e/b.jpg'"),
+    "a row too few": (lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE), "wider.txt:4: a face's 10 numbers"),
     "no count": (lines("e/a.jpg", FACE), "wider.txt:2: the number of faces of 'e/a.jpg' is expected"),
-    "negative count": (lines("e/a.jpg", "-1", FACE), "wider.txt:2: the number of faces"),
     "fractional count": (lines("e/a.jpg", "1.0", FACE), "wider.txt:2: the number of faces"),
     "absurd count": (lines("e/a.jpg", "9" * 5000, FACE), "wider.txt:2: the number of faces"),
-    "large count": (
-        lines("e/a.jpg", "999999999", FACE), "wider.txt:2: 'e/a.jpg' has 999999999 faces but the file"),
+    "large count": (lines("e/a.jpg", "999999999", FACE), "wider.txt:2: 'e/a.jpg' has 999999999 faces but"),
     "no name": (lines("1", FACE), "wider.txt:1: a picture's name is expected"),
-    "word in a row": (
-        lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers are expected"),
-    "nan": (
-        lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers are expected"),
+    "word in a row": (lines("e/a.jpg", "1", "10 12 x 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
+    "nan": (lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
     "infinity": (lines("e/a.jpg", "1", "1e999 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a number is too large"),
     "5,000 digits": (lines("e/a.jpg", "1", "9" * 5000 + FACE[2:]), "wider.txt:3: a number is too large"),
-    "underscore": (
-        lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"),
-        "wider.txt:3: a face's 10 numbers are expected"),
-    "other digits": (
-        lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
+    "underscore": (lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10 numbers"),
+    "other digits": (lines("e/a.jpg", "1", "\u0661 12 20 24 0 0 0 0 0 0"), "wider.txt:3: a face's 10"),
     "bare signs": (lines("e/a.jpg", "1", "- . e + 0 0 0 0 0 0"), "wider.txt:3: not a number"),
-    "fractional attribute": (lines("e/a.jpg", "1", "1 2 3 4 0 0.5 0 0 0 0"), "wider.txt:3: blur, expression"),
+    "fractional blur": (lines("e/a.jpg", "1", "1 2 3 4 0.5 0 0 0 0 0"), "wider.txt:3: blur, expression"),
     "eleven numbers": (lines("e/a.jpg", "1", FACE + " 0"), "wider.txt:3: a face's 10 numbers are expected"),
-    "duplicate picture": (
-        lines("e/a.jpg", "0", ZEROS, "e/a.jpg", "1", FACE),
-        "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1"),
-    "duplicate, written otherwise": (
-        lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "0"), "wider.txt:4: picture 'e/a.jpg'"),
-    "traversal": (lines("../../e/a.jpg", "1", FACE), "wider.txt:1: '../../e/a.jpg' is not plainly inside"),
-    "traversal inside": (
-        lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
+    "listed twice": (lines("e/a.jpg", "0", ZEROS, "e/./a.jpg", "1", FACE),
+                     "wider.txt:4: picture 'e/a.jpg' is listed twice, first on line 1"),
+    "traversal": (lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
     "absolute": (lines("/etc/a.jpg", "1", FACE), "wider.txt:1: '/etc/a.jpg' is not plainly inside"),
     "drive": (lines("C:/e/a.jpg", "1", FACE), "wider.txt:1: 'C:/e/a.jpg' is not plainly inside"),
     "backslash": (lines("e\\a.jpg", "1", FACE), "wider.txt:1: 'e\\\\a.jpg' is not plainly inside"),

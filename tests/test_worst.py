@@ -99,7 +99,7 @@ def test_plot_has_a_second_panel_where_scores_are_known(tmp_path):
         hit = np.array(flags, bool)
         by_score = score_curve(Outcomes(np.zeros(len(hit), int), np.linspace(0.9, 0.5, len(hit)), hit, ~hit,
                                         np.array([1]), np.array([False])))
-        plot_curves(curves, tmp_path / f"{name}.png", by_score, 0.7)
+        plot_curves(curves, tmp_path / f"{name}.png", by_score)
         assert Image.open(tmp_path / f"{name}.png").width > 1000
     plot_curves(curves, tmp_path / "alone.png")
     assert Image.open(tmp_path / "alone.png").width < 800
