@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from support.coco import clip, read_annotations
-from support.pictures import picture_size
+from support.coco import read_annotations
 from wider_to_coco import main, read_wider
 
 ZEROS = "0 0 0 0 0 0 0 0 0 0"
@@ -189,23 +188,6 @@ def test_an_older_output_survives_an_error(folder):
     with pytest.raises(SystemExit):
         run(folder, lines("e/a.jpg", "2", FACE))
     assert json.loads((folder / "out.json").read_text()) == before
-
-
-@pytest.mark.parametrize("suffix, orientation, expected", [
-    (".jpg", 1, (100, 80)), (".jpg", 3, (100, 80)), (".jpg", 6, (80, 100)), (".png", 8, (80, 100)),
-    (".tif", 6, (80, 100))])
-def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix, orientation, expected):
-    exif = Image.Exif()
-    exif[274] = orientation
-    Image.new("RGB", (100, 80)).save(tmp_path / f"a{suffix}", exif=exif)
-    assert picture_size(tmp_path / f"a{suffix}") == expected
-
-
-def test_clip_touches_only_what_reaches_out():
-    assert clip([0, 0, 100, 80], 100, 80) == ([0, 0, 100, 80], "inside")
-    assert clip([0.1, 0.2, 0.3, 0.1], 100, 80) == ([0.1, 0.2, 0.3, 0.1], "inside")
-    assert clip([99, 79, 2, 2], 100, 80) == ([99, 79, 1, 1], "clipped")
-    assert clip([99, 80, 2, 2], 100, 80) == ([99, 80, 2, 2], "outside")
 
 
 def test_names_are_relative_to_the_output(folder, monkeypatch):
