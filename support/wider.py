@@ -115,8 +115,8 @@ def read_predictions(folder, names):
         image += [index] * len(boxes)
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
     if len(missing) == len(names):
-        raise InputError(
-            f"{folder}: no predictions for WIDER FACE val, files such as {path} are expected")
+        first = f"{folder}/{names[0]}.txt"
+        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {first} are expected")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing

@@ -27,8 +27,9 @@ def planted(tmp_path):
     labels[6].append((220, 100, 30, 40))    # not found
     labels[7].append((200, 20, 4, 5))       # too small to be found: no suspect, as the next ones say
     labels[8:28] = [[*own, (200 + n, 20, 4, 5)] for n, own in enumerate(labels[8:28])]
-    crowd = {"bbox": [200, 100, 80, 60], "image_id": 9, "iscrowd": 1}
-    faces = [{"bbox": list(box), "image_id": n} for n, own in enumerate(labels) for box in own] + [crowd]
+    crowds = [{"bbox": [200, 100, 80, 60], "image_id": 9, "iscrowd": 1},
+              {"bbox": [21, 21, 30, 40], "image_id": 10, "iscrowd": 1}]  # takes no label's detection
+    faces = [{"bbox": list(box), "image_id": n} for n, own in enumerate(labels) for box in own] + crowds
     faces = [{"id": n, "category_id": 1, "blur": 2, "segmentation": [[0, 0, 9, 0, 9, 9]], **face}
              for n, face in enumerate(faces, 1)]
     faces = [faces[n] for n in np.random.default_rng(0).permutation(len(faces))]
@@ -62,12 +63,25 @@ def test_planted_errors_are_found_and_nothing_else(planted):
     assert len(doubt.find_doubts(*planted, 2)) == 2
 
 
-def test_half_sure_detections_are_no_doubts(planted):
+def test_half_sure_detections_and_those_near_labels_are_no_doubts(planted):
     annotations, detections = planted
-    for score, count in ((0.49, 0), (0.51, 1)):
-        more = Detections(np.append(detections.image, 0), np.append(detections.xywh, [[150, 120, 30, 40]], 0),
+    for x, y, score, count in ((150, 120, 0.49, 0), (150, 120, 0.51, 1),
+                               (33, 20, 0.9, 0), (40, 20, 0.9, 1)):  # IoU 0.40 and 0.20 with a label
+        more = Detections(np.append(detections.image, 0), np.append(detections.xywh, [[x, y, 30, 40]], 0),
                           np.append(detections.score, score))
         assert len(doubt.find_doubts(annotations, more, 100)) == 4 + count
+
+
+def test_photos_of_another_size_change_nothing(planted):
+    annotations, detections = planted
+    before = doubt.find_doubts(annotations, detections, 100)
+    scale = np.where(np.arange(PHOTOS) % 2, 1, 8)
+    annotations.sizes *= scale[:, None]
+    annotations.xywh *= scale[annotations.image, None]
+    detections.xywh *= scale[detections.image, None]
+    after = doubt.find_doubts(annotations, detections, 100)
+    assert [(one.photo, one.label) for one in after] == [(one.photo, one.label) for one in before]
+    assert [one.score for one in after] == pytest.approx([one.score for one in before])
 
 
 def test_usual_is_what_labels_of_about_the_same_size_have():

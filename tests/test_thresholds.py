@@ -159,6 +159,7 @@ def test_a_long_curve_is_thinned_evenly():
     assert set(short.score) <= set(curve.score)
     assert np.diff(short.recall).max() < 0.03
     assert thin(short, 200) is short
+    assert all(thin(curve, points).score[-1] == curve.score[-1] for points in range(50, 90))
     right = outcomes([(0, n / 50, "hit") for n in range(50)], [50])  # nothing false at all
     assert len(thin(score_curve(right), 20).score) in range(10, 22)
 
