@@ -9,7 +9,7 @@ import torch
 from evaluate import score_faces
 from model import checkpoint
 from support.coco import Annotations, Detections, read_annotations, to_results
-from support.script import write_json
+from support.script import file_hash, write_json
 from tools.compare import Matched, compare, face_groups, main
 
 
@@ -94,6 +94,10 @@ def test_command(sample, tmp_path, small, capsys, refused):
     assert int(rows["all faces"][0]) == (~faces.ignored).sum()
     same = [tmp_path / "a.json"] * 2
     assert "above 0" in refused(main, data, *same, "--false", "0")
+    write_json(tmp_path / "a.made.json", {"detections": file_hash(tmp_path / "a.json"), "photos": [
+        [n, name.split("/")[-1]] for n, name in zip(faces.ids[1:].tolist(), faces.names[1:])]})
+    assert "a.json: is of only 5 photos of" in refused(main, data, *same)
+    (tmp_path / "a.made.json").unlink()
     content = json.loads(data.read_text())
     for image in content["images"]:
         del image["width"]

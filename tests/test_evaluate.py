@@ -74,11 +74,11 @@ def test_what_made_the_detections_lies_beside_them(sample, tmp_path, model_file)
     data, out = str(sample / "val.json"), tmp_path / "r.json"
     torch.save(read_checkpoint(model_file) | {"photos": "their hash"}, model_file)
     evaluate.main(["--data", data, "--workers", "0", "--model", str(model_file), "--size", "96x64",
-                   "--out", str(out)])
+                   "--tiles", "160", "--out", str(out)])
     annotations, detections, made = evaluate.read_detections(data, out)
     assert len(annotations.ids) == 6 and len(detections.score) == len(json.loads(out.read_text()))
     assert made["sha256"] == {"model": file_hash(model_file)} and made["trained_on"] == "their hash"
-    assert made["size"] == [96, 64] and made["tiles"] is None and made["model"] == "small.pth"
+    assert made["size"] == [96, 64] and made["tiles"] == [160, 40] and made["model"] == "small.pth"
     with pytest.raises(InputError, match="r.json: is of other photos than"):
         content = json.loads((sample / "val.json").read_text())
         content["images"][0]["file_name"] = "other.jpg"
