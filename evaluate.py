@@ -25,6 +25,7 @@ import metrics
 from support import wider
 from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
 from support.plots import plot_curves
+from support.runtimes import SUFFIXES
 
 DATA = "data/val.json"
 RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "skip_unreadable")
@@ -156,7 +157,6 @@ def run_model(args, annotations):
 
     from detector import MODEL, TiledDetector, detect_all, load_detector
     from support.distributed import join_processes, leave_processes
-    from support.runtimes import SUFFIXES
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)

@@ -262,16 +262,15 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+def csv_cell(text):
+    """A cell that a spreadsheet takes as text: one that begins like a formula gets a quote before it."""
+    return f"'{text}" if str(text)[:1] in ("=", "+", "-", "@") else text
+
+
 def write_json(path, content):
     """Write `content` as JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8")
-
-
-def csv_cell(text):
-    """A text for a CSV file: a quote comes before what a spreadsheet would take for a formula (OWASP)."""
-    text = str(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def read_json(path):
