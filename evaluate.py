@@ -144,11 +144,8 @@ def check_args(parser, args):
         parser.error("--out and --wider-part need the photos: give their --data as well")
     args.data = args.data or (None if folder else DATA)
     args.face_sizes = args.face_sizes or metrics.FACE_SIZES
-    if not args.predictions:
-        args.batch_size = 16 if args.batch_size is None else args.batch_size
-        args.workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
-        if args.batch_size < 1 or args.workers < 0:
-            parser.error("--batch-size must be at least 1, --workers at least 0")
+    if args.batch_size == 0 or min(args.batch_size or 1, args.workers or 0) < 0:
+        parser.error("--batch-size must be at least 1, --workers at least 0")
 
 
 def run_model(args, annotations):
@@ -168,7 +165,8 @@ def run_model(args, annotations):
         made["trained_on"] = read_checkpoint(args.model).get("photos")
     if args.tiles:
         detector = TiledDetector(detector, *args.tiles)
-    detections, errors = detect_all(detector, annotations, args.batch_size, args.workers, rank, processes)
+    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
+    detections, errors = detect_all(detector, annotations, args.batch_size or 16, workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
         lines = "; ".join(list(errors.values())[:5])
