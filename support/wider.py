@@ -5,10 +5,7 @@ example `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh` in pixels of t
 in the files. This file does not import torch.
 """
 
-import io
-import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +105,8 @@ def read_predictions(folder, names):
     for index, name in enumerate(names):
         path = f"{folder}/{name}.txt"  # a string: 3,226 Path objects take longer than reading the files
         try:
-            boxes = _boxes(path, _read(path))
+            with open(path, "rb") as file:
+                boxes = _boxes(path, file.read())
         except FileNotFoundError:
             missing.append(name)
             continue
@@ -180,25 +178,15 @@ def _plain(part):
 def _load_mat(path, *keys):
     """Read the variables `keys` of a MATLAB file: {key: array}. Raises InputError."""
     try:
-        file = io.BytesIO(_read(path))
+        content = loadmat(path, appendmat=False, variable_names=keys)
+        return {key: content[key] for key in keys}
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
             f"and unpack it under data, which gives {GROUND_TRUTH}") from None
-    try:
-        content = loadmat(file, variable_names=keys)
-        return {key: content[key] for key in keys}
     except Exception as error:  # scipy raises all kinds of errors for a damaged file
         raise InputError(
             f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
-
-
-def _read(path):
-    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"{path}: is no ordinary file, which is expected there")
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _boxes(path, content):
