@@ -178,7 +178,8 @@ def _plain(part):
 def _load_mat(path, *keys):
     """Read the variables `keys` of a MATLAB file: {key: array}. Raises InputError."""
     try:
-        content = loadmat(path, appendmat=False, variable_names=keys)
+        with open(path, "rb") as file:
+            content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
     except FileNotFoundError:
         raise InputError(

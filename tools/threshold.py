@@ -86,14 +86,13 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
 def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
     """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
 
-    The first and the last stay.
+    The first and the last stay: each step of the curve has a hit or a false detection more.
     """
     if len(curve.score) <= points:
         return curve
     false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
     steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
     kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
-    kept[-1] = True
     return ScoreCurve(*(values[kept] for values in vars(curve).values()))
 
 
