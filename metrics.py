@@ -217,7 +217,7 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, np.zeros(len(gt_image)))
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    lowest, highest = min(dt_score.min(initial=1), 1), max(dt_score.max(initial=0), 0)
+    lowest, highest = dt_score.min(initial=1), dt_score.max(initial=0)
     score = (dt_score - lowest) / (highest - lowest) if highest > lowest else np.ones(len(dt_score))
     face = _best_face(*_overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=1), len(score))
     annotated = np.isin(dt_image, gt_image)
