@@ -184,7 +184,8 @@ def test_refused(sample, tmp_path, answers, refused):
                         (["--batch-size", "0"], "at least 1"),
                         (["--wider-part"], "is for --wider"),
                         (["--wider", tmp_path, "--face-sizes", "9"], "--face-sizes would do nothing"),
-                        (["--wider", tmp_path, "--predictions", tmp_path, "--out", "x"], "need the photos"),
+                        *((["--wider", tmp_path, "--predictions", tmp_path, *more], "need the photos")
+                          for more in (["--out", "x"], ["--wider-part"])),
                         ([*results, "--workers", "0", "--tiles", "64"], "--tiles, --workers would do"),
                         *(([*results, flag, value], f"{flag} would do nothing")
                           for flag, value in (("--model", "x"), ("--size", "64"), ("--batch-size", "1"),
@@ -278,12 +279,12 @@ def test_a_part_of_wider_is_measured_alone(wider_world, tmp_path, capsys):
     assert whole == measured("all.json")[0] != part and "not comparable" not in out
 
 
-def test_a_part_of_something_else_is_refused(wider_world, tmp_path, refused):
+def test_photos_of_something_else_are_refused(wider_world, tmp_path, refused):
     write_json(tmp_path / "x.json", {"images": [{"id": 1, "file_name": "q/z.jpg"}], "annotations": []})
-    write_json(tmp_path / "r.json", [])
-    assert "none of the photos is one of WIDER" in refused(
-        evaluate.main, "--wider", tmp_path / "mat", "--wider-part", "--data", tmp_path / "x.json",
-        "--predictions", tmp_path / "r.json")
+    write_json(tmp_path / "r.json", [{"image_id": 1, "category_id": 1, "bbox": [9, 9, 9, 9], "score": 1}])
+    words = ["--wider", tmp_path / "mat", "--data", tmp_path / "x.json", "--predictions", tmp_path / "r.json"]
+    assert "none of the photos is one of WIDER" in refused(evaluate.main, *words, "--wider-part")
+    assert "has no image q/z, but there are detections of it" in refused(evaluate.main, *words)
 
 
 @pytest.mark.slow

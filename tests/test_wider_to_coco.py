@@ -94,6 +94,7 @@ REFUSED = {  # case: (text, part of the message)
     "cut in the rows": (lines("e/a.jpg", "3", FACE, FACE), "wider.txt:2: 'e/a.jpg' has 3 faces but"),
     "cut in a row": (lines("e/a.jpg", "1", "10 12 20 2"), "wider.txt:3: a face's 10 numbers are expected"),
     "a row too many": (lines("e/a.jpg", "1", FACE, FACE), "wider.txt:4: a row beyond the 1 faces"),
+    "zeros too many": (lines("e/a.jpg", "1", FACE, ZEROS), "wider.txt:4: a row beyond the 1 faces"),
     "two rows of zeros": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
     "a face counted as 0": (lines("e/a.jpg", "0", FACE), "wider.txt:3: a row beyond the 0 faces"),
     "a row too few": (lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE), "wider.txt:4: a face's 10 numbers"),
