@@ -312,7 +312,7 @@ def choose_score(args, detector):
         return (DOUBTFUL if args.coco else args.mine[0]), ""
     if args.score is not None or not threshold:
         return (SHOWN if args.score is None else args.score), ""
-    said = f"; score {threshold['score']:.3f} is the model's, for {threshold['promise']}"
+    said = f"; score {threshold['score']:.3f} is the model's, for {threshold['target']}"
     size, tiles = args.size or detector.size, args.tiles
     if size and list(size) != list(threshold["size"]) or tiles != (threshold["tiles"] or None):
         made = "{}x{}".format(*threshold["size"])

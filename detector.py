@@ -191,7 +191,7 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     """The threshold that a model file holds, if any: a dict, or JSON in an exported file's metadata.
 
     `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
-    with which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError
+    with which it was measured; `target`, such as "precision=0.95"; and more plain values. Raises InputError
     if it makes no sense.
     """
     def numbers(*values):
@@ -203,12 +203,12 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
         (width, height), tiles = entry["size"], entry["tiles"]
         side, overlap = (1, 0) if tiles is None else tiles
         if (numbers(entry["score"], width, height, side, overlap) and min(width, height, side) >= 1
-                and isinstance(entry["promise"], str)):
+                and isinstance(entry["target"], str)):
             return entry
     except (KeyError, TypeError, ValueError, RecursionError):
         pass
     raise InputError(f"{path}: its threshold is damaged; choose it anew with "
-                     "evaluate.py --threshold-at ... --save-threshold NEW.pth")
+                     "python -m tools.threshold ... --save MODEL.pth NEW.pth")
 
 
 def to_pixels(detector, image: Image.Image) -> torch.Tensor:

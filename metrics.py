@@ -24,6 +24,7 @@ AREAS = {"": (0, 1e10), "_small": (0, 32 ** 2), "_medium": (32 ** 2, 96 ** 2), "
 MAX_DETECTIONS = (1, 10, 100)
 FACE_SIZES = (0, 30, 60, 100)            # px, as in the reference's table: all faces, > 30, > 60, > 100
 PAIRS = 2 ** 20                          # box pairs compared at once; limits the memory on crowded images
+MEASURES = ("precision", "recall", "false_per_photo", "f1")  # of a ScoreCurve
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
 
 
@@ -47,6 +48,27 @@ class OperatingPoint:
     false_without_faces: float  # a picture that has neither
 
 
+@dataclass
+class Outcomes:
+    """What D detections on I photos are: faces, false, or neither (on regions to ignore). In any order."""
+    image: np.ndarray   # [D] int64, the index of each detection's photo
+    score: np.ndarray   # [D] float64
+    hit: np.ndarray     # [D] bool: finds a face
+    false: np.ndarray   # [D] bool
+    faces: np.ndarray   # [I] int64, the faces to be found on each photo
+    empty: np.ndarray   # [I] bool: the photo has neither faces nor regions to ignore
+
+
+@dataclass
+class ScoreCurve:
+    """How a detector performs with each threshold, highest first. 0/0 counts as 0."""
+    score: np.ndarray            # [T] float64
+    precision: np.ndarray        # [T]
+    recall: np.ndarray           # [T]
+    false_per_photo: np.ndarray  # [T]
+    f1: np.ndarray               # [T]
+
+
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
             dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[dict, dict]:
     """Compute the 12 COCO numbers of one class, as pycocotools does (Lin et al. 2014; COCOeval.py, bbox).
@@ -57,10 +79,7 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
     gt_area = np.asarray(gt_area, np.float64)
-    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    rank = _rank_in_image(dt_image)
-    shown = rank < MAX_DETECTIONS[-1]
-    dt_image, dt_xywh, rank = dt_image[shown], dt_xywh[shown], rank[shown]
+    rank, dt_image, dt_xywh = _best_hundred(dt_image, dt_xywh, dt_score)
     dt_area = dt_xywh[:, 2] * dt_xywh[:, 3]
     pairs = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
 
@@ -68,11 +87,9 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     for name, (low, high) in AREAS.items():
         ignored = crowd | (gt_area < low) | (gt_area > high)
         outside = (dt_area < low) | (dt_area > high)
-        match = _coco_match(*pairs, rank, ignored, crowd)                                          # [10, D]
-        dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
-        hit = (match >= 0) & ~dropped
+        hit, counted = _coco_hits(pairs, rank, ignored, crowd, outside)
         faces = np.count_nonzero(~ignored)
-        precision[name] = np.array([_coco_precision(h, ~x, faces) for h, x in zip(hit, dropped)])  # [10, 101]
+        precision[name] = np.array([_coco_precision(h, c, faces) for h, c in zip(hit, counted)])  # [10, 101]
         recall[name] = {n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS))
                         for n in MAX_DETECTIONS}
 
@@ -83,6 +100,19 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     numbers |= {f"AR{n}": recall[""][n].mean() for n in MAX_DETECTIONS}
     numbers |= {f"AR{name}": recall[name][MAX_DETECTIONS[-1]].mean() for name in AREAS if name}
     return {name: float(number) for name, number in numbers.items()}, curves
+
+
+def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+                 dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Match detections to faces of all sizes as in `coco_ap`, for who computes its AP on resampled images.
+
+    Returns, for the 100 best detections of each image, best first: their image `[D]`, which find a face
+    `[10, D]` and which count at all `[10, D]`, a row for each IoU threshold.
+    """
+    gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, gt_ignored)
+    rank, dt_image, dt_xywh = _best_hundred(dt_image, dt_xywh, dt_score)
+    pairs = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
+    return dt_image, *_coco_hits(pairs, rank, crowd, crowd, np.zeros(len(rank), bool))
 
 
 def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
@@ -104,40 +134,6 @@ def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, d
     return result
 
 
-def operating_points(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray,
-                     dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray,
-                     pictures: int, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
-    """Compute precision, recall and false detections per picture at IoU 0.5, over all faces.
-
-    Faces are matched as in `size_ap`. `pictures` is the number of images, with and without faces; false
-    detections are also counted on the two apart. Returns one OperatingPoint for each of `scores`, then one
-    more: the threshold with the best F1. That threshold is the lowest score still shown (1 if there are no
-    detections). 0/0 counts as 0.
-    """
-    _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    face, counted, asked = _by_size(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, (0,))[0]
-    faces = np.count_nonzero(asked)
-    # [D + 1] each: entry n is for the n best detections
-    empty = ~np.isin(dt_image, gt_image)
-    with_faces = len(np.unique(gt_image))
-    found, shown, false_on_empty = (np.append(0, np.cumsum(flags)) for flags in (
-        face >= 0, counted, empty & counted))
-    f1 = 2 * found / np.maximum(shown + faces, 1)
-
-    def point(score):
-        n = np.searchsorted(-dt_score, -score, side="right")
-        false, on_empty = shown[n] - found[n], false_on_empty[n]
-        return OperatingPoint(float(score), float(found[n] / max(shown[n], 1)),
-                              float(found[n] / max(faces, 1)), float(f1[n]), float(false / max(pictures, 1)),
-                              *(float(count / of) if of > 0 else -1.0 for count, of in (
-                                  (false - on_empty, with_faces), (on_empty, pictures - with_faces))))
-
-    # A threshold shows equal scores together or not at all.
-    ends = 1 + np.flatnonzero(np.diff(dt_score, append=-np.inf))
-    best = dt_score[ends[np.argmax(f1[ends])] - 1] if len(ends) else 1.0
-    return [point(score) for score in (*scores, best)]
-
-
 def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
                 dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes. Three arrays, in input order:
@@ -155,6 +151,62 @@ def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarra
     return face, false, asked
 
 
+def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+             dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
+    """Match detections to faces as `match_faces` does. Here images are indices below `photos`."""
+    face, false, asked = match_faces(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
+    gt_image = np.asarray(gt_image, np.int64)
+    return Outcomes(np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64), face >= 0, false,
+                    np.bincount(gt_image[asked], minlength=photos),
+                    np.bincount(gt_image, minlength=photos) == 0)
+
+
+def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[OperatingPoint]:
+    """How a detector performs at IoU 0.5 if only detections of at least each of `scores` are shown.
+
+    One more point follows: the threshold with the best F1 (1 if there are no detections). 0/0 counts as 0.
+    """
+    def point(score):
+        shown = found.score >= score
+        hits = np.count_nonzero(found.hit & shown)
+        false = np.count_nonzero(found.false & shown)
+        on_empty = np.count_nonzero(found.false & shown & found.empty[found.image])
+        counts = hits, false, found.faces.sum(), len(found.faces)
+        precision, recall, false_per_photo, f1 = (float(measure(name, *counts)) for name in MEASURES)
+        return OperatingPoint(float(score), precision, recall, f1, false_per_photo,
+                              (false - on_empty) / full if full else -1.0,
+                              on_empty / empty if empty else -1.0)
+
+    empty = np.count_nonzero(found.empty)
+    full = len(found.empty) - empty
+    curve = score_curve(found)
+    best = curve.score[np.argmax(curve.f1)] if len(curve.score) else 1.0
+    return [point(score) for score in (*scores, best)]
+
+
+def score_curve(found: Outcomes) -> ScoreCurve:
+    """Every threshold that makes a difference: the distinct scores of the detections that count."""
+    counted = np.flatnonzero(found.hit | found.false)
+    order = counted[np.argsort(-found.score[counted], kind="stable")]
+    score = found.score[order]
+    ends = np.flatnonzero(np.diff(score, append=-np.inf))  # equal scores are shown or hidden as one
+    hits = np.cumsum(found.hit[order])[ends]
+    false = np.cumsum(found.false[order])[ends]
+    counts = hits, false, found.faces.sum(), len(found.faces)
+    return ScoreCurve(score[ends], *(measure(name, *counts) for name in MEASURES))
+
+
+def measure(name, found, false, faces, photos, spare=0):
+    """One of MEASURES, of counts, with `spare` mistakes more than counted."""
+    if name == "precision":
+        return found / np.maximum(found + false + spare, 1)
+    if name == "recall":
+        return found / np.maximum(faces + spare, 1)
+    if name == "f1":
+        return 2 * found / np.maximum(found + false + faces + spare, 1)
+    return (false + spare) / max(photos, 1)
+
+
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
              dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, Curve]:
     """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
@@ -165,7 +217,7 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
     """
     gt_image, gt_xywh, crowd = _faces(gt_image, gt_xywh, np.zeros(len(gt_image)))
     _, dt_image, dt_xywh, dt_score = _best_first(dt_image, dt_xywh, dt_score)
-    lowest, highest = min(dt_score.min(initial=1), 1), max(dt_score.max(initial=0), 0)
+    lowest, highest = dt_score.min(initial=1), dt_score.max(initial=0)
     score = (dt_score - lowest) / (highest - lowest) if highest > lowest else np.ones(len(dt_score))
     face = _best_face(*_overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=1), len(score))
     annotated = np.isin(dt_image, gt_image)
@@ -207,6 +259,14 @@ def _rank_in_image(dt_image):
     return rank
 
 
+def _best_hundred(image, xywh, score):
+    """The 100 best detections of each image, best first: their rank `[D]`, image `[D]` and xywh `[D, 4]`."""
+    _, image, xywh, _ = _best_first(image, xywh, score)
+    rank = _rank_in_image(image)
+    kept = rank < MAX_DETECTIONS[-1]
+    return rank[kept], image[kept], xywh[kept]
+
+
 def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     """Find all pairs of a detection and a face of the same image with IoU >= 0.5.
 
@@ -215,42 +275,48 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
     The arithmetic has the same order of operations as pycocotools and the official WIDER code, so that the
     results are equal to the last bit.
     """
-
-    def corners(image, xywh):
-        order = np.argsort(image, kind="stable")
-        start = xywh[order, :2].T
-        return order, image[order], start, start + xywh[order, 2:].T  # corners, [2, M] each
-    gt_order, gt_image, gt_start, gt_end = corners(gt_image, gt_xywh)
-    dt_order, dt_image, dt_start, dt_end = corners(dt_image, dt_xywh)
-    images = np.intersect1d(gt_image, dt_image)
-    cuts = [np.searchsorted(ids, images, side) for ids in (gt_image, dt_image) for side in ("left", "right")]
-
-    def area(xywh):
-        side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
-        return side[:, 0] * side[:, 1]
-    dt_areas, gt_areas = area(dt_xywh), area(gt_xywh)
-
-    def near(found):
-        d, g, shared = (np.concatenate(parts) for parts in zip(*found))
-        dt_area, gt_area = dt_areas[d], gt_areas[g]
-        union = np.where(crowd[g], dt_area, dt_area + gt_area - shared)
-        iou = shared / np.where(union > 0, union, 1)  # the union of tiny boxes can underflow to 0
-        return tuple(part[iou >= 0.5] for part in (d, g, iou))
-
-    pairs, found, waiting = [], [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
-    blocks = ((g0, g1, d, min(d + max(1, PAIRS // (g1 - g0)), d1)) for g0, g1, d0, d1 in zip(*cuts)
-              for d in range(d0, d1, max(1, PAIRS // (g1 - g0))))
-    for g0, g1, d0, d1 in blocks:
-        width, height = (np.minimum(dt_end[axis, d0:d1, None], gt_end[axis, g0:g1])
-                         - np.maximum(dt_start[axis, d0:d1, None], gt_start[axis, g0:g1])
-                         + pixel for axis in (0, 1))
+    gt_order, gt_image, gt_start, gt_end = _sorted_corners(gt_image, gt_xywh)
+    dt_order, dt_image, dt_start, dt_end = _sorted_corners(dt_image, dt_xywh)
+    gt_areas = _areas(gt_xywh, pixel)
+    dt_areas = _areas(dt_xywh, pixel)
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for g0, g1, d0, d1 in _blocks(gt_image, dt_image):
+        start = np.maximum(dt_start[:, d0:d1, None], gt_start[:, None, g0:g1])
+        width, height = np.minimum(dt_end[:, d0:d1, None], gt_end[:, None, g0:g1]) - start + pixel
         d, g = np.nonzero((width > 0) & (height > 0))
-        found.append((dt_order[d0 + d], gt_order[g0 + g], width[d, g] * height[d, g]))
-        waiting += len(d)
-        if waiting > PAIRS:  # reduce the pairs that merely touch to those with enough overlap
-            pairs.append(near(found))
-            found, waiting = found[:1], 0
-    return tuple(np.concatenate(parts) for parts in zip(*pairs, near(found)))
+        shared = width[d, g] * height[d, g]
+        d, g = dt_order[d0 + d], gt_order[g0 + g]
+        union = np.where(crowd[g], dt_areas[d], dt_areas[d] + gt_areas[g] - shared)
+        iou = shared / np.where(union > 0, union, 1)  # the union of tiny boxes can underflow to 0
+        near = iou >= 0.5
+        found.append((d[near], g[near], iou[near]))
+    return tuple(np.concatenate(parts) for parts in zip(*found))
+
+
+def _blocks(gt_image, dt_image):
+    """Yield (g0, g1, d0, d1), faces g0 to g1 and detections d0 to d1 of one image, at most about PAIRS pairs.
+
+    Both arrays of image ids are sorted.
+    """
+    for image in np.intersect1d(gt_image, dt_image):
+        g0, g1 = np.searchsorted(gt_image, (image, image + 1))
+        first, last = np.searchsorted(dt_image, (image, image + 1))
+        step = max(1, PAIRS // (g1 - g0))
+        for d0 in range(first, last, step):
+            yield g0, g1, d0, min(d0 + step, last)
+
+
+def _sorted_corners(image, xywh):
+    """Sort boxes by image: order `[N]`, image `[N]`, upper left and lower right corners `[2, N]` each."""
+    order = np.argsort(image, kind="stable")
+    start = xywh[order, :2].T
+    return order, image[order], start, start + xywh[order, 2:].T
+
+
+def _areas(xywh, pixel):
+    """The areas `[N]` of boxes, or of pixel-inclusive ones as the official WIDER code computes them."""
+    side = xywh[:, :2] + xywh[:, 2:] - xywh[:, :2] + 1 if pixel else xywh[:, 2:]
+    return side[:, 0] * side[:, 1]
 
 
 def _coco_match(d, g, iou, rank, ignored, crowd):
@@ -284,6 +350,16 @@ def _coco_match(d, g, iou, rank, ignored, crowd):
         match[threshold, detection[which]] = chosen
         taken[threshold, chosen] = True
     return match
+
+
+def _coco_hits(pairs, rank, ignored, crowd, outside):
+    """Which detections find a face, and which count at all, at each IoU threshold: bool `[10, D]` each.
+
+    outside `[D]` marks detections that do not count where they find nothing.
+    """
+    match = _coco_match(*pairs, rank, ignored, crowd)
+    dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
+    return (match >= 0) & ~dropped, ~dropped
 
 
 def _coco_precision(hit, counted, faces):

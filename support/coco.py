@@ -187,16 +187,23 @@ def join(parts: list[Annotations]) -> Annotations:
     return Annotations(first.path, first.category, ids, names, image=image, counts=counts, **arrays)
 
 
+def arrays(annotations: Annotations, detections: Detections) -> tuple:
+    """What the functions of metrics.py take first: faces and detections, with indices as the images' ids."""
+    return (annotations.image, annotations.xywh, annotations.ignored,
+            detections.image, detections.xywh, detections.score)
+
+
 def read_results(path: str | Path, annotations: Annotations) -> Detections:
     """Read detections in COCO results form, `[{image_id, category_id, bbox, score}]`, in file order.
 
-    Other categories are left out. Raises InputError for unknown images and for numbers that are not finite.
+    Those of other categories of the annotations are left out. Raises InputError for unknown images and
+    categories, for numbers that are not finite, and for boxes in fractions of the photo.
     """
     entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise InputError(
             f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
-    numbers = [n for n, e in enumerate(entries) if e.get("category_id") == annotations.category]
+    numbers = _of_faces(path, entries, annotations)
     entries = [entries[n] for n in numbers]
     index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
     try:
@@ -208,7 +215,45 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
                          f"which is not in {annotations.path}") from None
     xywh = _numbers(path, "bbox", [e.get("bbox") for e in entries], numbers, (4,))
     score = _numbers(path, "score", [e.get("score") for e in entries], numbers, ())
+    known = annotations.sizes[annotations.sizes > 0]
+    if not len(known) or known.max() > 100:
+        require_pixels(path, xywh)
     return Detections(image, xywh, score)
+
+
+def require_pixels(path, xywh):
+    """Raise InputError if all boxes `[D, 4]` on photos of hundreds of pixels lie within about 0 to 1."""
+    if len(xywh) and 0 < np.abs(xywh).max() <= 1.5:
+        raise InputError(f"{path}: all boxes lie within 0-1, as fractions of the photo do; pixels are "
+                         "expected, so multiply by the photo's width and height")
+
+
+def _of_faces(path, entries, annotations):
+    """The numbers of the entries of the face category. Raises InputError for an unknown one."""
+    category = annotations.category
+    values = [e.get("category_id") for e in entries]
+    numbers = [n for n, value in enumerate(values) if type(value) in (int, float) and value == category]
+    if len(numbers) < len(entries):
+        listed = read_json(annotations.path).get("categories") or []
+        known = {c["id"] for c in listed} | {category}
+        for n, value in enumerate(values):
+            if type(value) not in (int, float) or value not in known:
+                raise InputError(f"{path}: entry {n} is of category_id {repr(value)[:60]}, which is not in "
+                                 f"{annotations.path}; its face is {category}")
+        if not numbers:
+            raise InputError(f"{path}: none of its {len(entries)} entries is of category_id {category}, "
+                             "the face")
+    return numbers
+
+
+def face_entries(annotations: Annotations) -> tuple[dict, list[dict]]:
+    """The whole content of the file behind Annotations, and its entry of each face, in their order."""
+    content = read_json(annotations.path)
+    place = {number: index for index, number in enumerate(annotations.ids.tolist())}
+    entries = [entry for entry in content["annotations"]
+               if entry["category_id"] == annotations.category and entry["image_id"] in place]
+    entries.sort(key=lambda entry: place[entry["image_id"]])  # stable: in file order on one photo
+    return content, entries
 
 
 def to_results(annotations: Annotations, detections: Detections) -> list[dict]:

@@ -5,17 +5,14 @@ example `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh` in pixels of t
 in the files. This file does not import torch.
 """
 
-import io
-import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
-from support.coco import Detections
+from support.coco import Annotations, Detections, require_pixels
 from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
@@ -29,6 +26,16 @@ class GroundTruth:
     image: np.ndarray   # [M] int64, the index of each face's image
     xywh: np.ndarray    # [M, 4] float64
     kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
+
+    def part(self, names):
+        """The ground truth of those images alone that are in `names`. Raises InputError if none is."""
+        given = np.isin(self.names, list(names))  # [I]
+        if not given.any():
+            raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
+        kept = given[self.image]
+        place = np.cumsum(given) - 1
+        return GroundTruth([name for name, there in zip(self.names, given) if there], place[self.image[kept]],
+                           self.xywh[kept], {level: own[kept] for level, own in self.kept.items()})
 
 
 def read_ground_truth(folder=GROUND_TRUTH):
@@ -54,6 +61,24 @@ def read_ground_truth(folder=GROUND_TRUTH):
     return GroundTruth(names, np.repeat(np.arange(len(names)), faces), np.concatenate(boxes), kept)
 
 
+def only_photos(ground_truth, folder):
+    """The images of a GroundTruth as Annotations without faces, whose photos nobody reads."""
+    count = len(ground_truth.names)
+    no_boxes, nothing = np.zeros((0, 4)), np.zeros(0, bool)
+    return Annotations(Path(folder), 1, np.arange(count), ground_truth.names, np.zeros((count, 2), np.int64),
+                       np.zeros(0, np.int64), no_boxes, np.zeros(0), nothing, nothing)
+
+
+def renumber(detections, names, target, where):
+    """Move Detections from the images called `names` to those called `target`, which `where` has."""
+    place = {name: index for index, name in enumerate(target)}
+    image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
+    if (image < 0).any():
+        name = names[detections.image[image < 0][0]]
+        raise InputError(f"{where}: has no image {name}, but there are detections of it")
+    return Detections(image, detections.xywh, detections.score)
+
+
 def wider_names(path, file_names):
     """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
 
@@ -66,40 +91,33 @@ def wider_names(path, file_names):
     return names
 
 
-def read_predictions(folder, ground_truth):
+def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    Detections are sorted by image, best first. As in the official code, a file's path tells its image; the
-    first line of the file is not used. Raises InputError, with file and line, if a row is not five finite
-    numbers.
+    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`.
+    As in the official code, a file's path tells its image; the first line of the file is not used. Raises
+    InputError, with file and line, if a row is not five finite numbers.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    paths, counts, rows, missing = [], [], [], []
-    for name in ground_truth.names:
-        paths.append(f"{folder}/{name}.txt")  # strings: 3,226 Path objects take longer than reading the files
+    image, values, missing = [], [np.zeros((0, 5))], []
+    for index, name in enumerate(names):
+        path = f"{folder}/{name}.txt"  # a string: 3,226 Path objects take longer than reading the files
         try:
-            lines = _rows(paths[-1], _read(paths[-1]))
+            with open(path, "rb") as file:
+                boxes = _boxes(path, file.read())
         except FileNotFoundError:
             missing.append(name)
-            lines = []
-        counts.append(len(lines))
-        rows += lines
-    if len(missing) == len(paths):
-        raise InputError(
-            f"{folder}: no predictions for WIDER FACE val, files such as {paths[0]} are expected")
-
-    values = _numbers(rows)  # all rows at once, for speed; one by one only to name a bad one
-    if values is None:
-        raise InputError(next(
-            f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}"
-            for path, count in zip(paths, counts) if count
-            for number, line in enumerate(_lines(_read(path)), 1)
-            if number > 2 and line.strip() and _numbers([line]) is None))
-    image = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((-values[:, 4], image))  # stable: equal scores stay in file order
-    return Detections(image, values[order, :4], values[order, 4]), missing
+            continue
+        image += [index] * len(boxes)
+        values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
+    if len(missing) == len(names):
+        first = f"{folder}/{names[0]}.txt"
+        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {first} are expected")
+    values = np.concatenate(values)
+    require_pixels(folder, values[:, :4])
+    return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing
 
 
 def write_predictions(folder, names, detections):
@@ -160,40 +178,27 @@ def _plain(part):
 def _load_mat(path, *keys):
     """Read the variables `keys` of a MATLAB file: {key: array}. Raises InputError."""
     try:
-        file = io.BytesIO(_read(path))
+        with open(path, "rb") as file:
+            content = loadmat(file, variable_names=keys)
+        return {key: content[key] for key in keys}
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
             f"and unpack it under data, which gives {GROUND_TRUTH}") from None
-    try:
-        content = loadmat(file, variable_names=keys)
-        return {key: content[key] for key in keys}
     except Exception as error:  # scipy raises all kinds of errors for a damaged file
         raise InputError(
             f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
 
 
-def _read(path):
-    """The bytes of a file. Raises InputError for a folder, or a pipe, which would be waited for for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"{path}: is no ordinary file, which is expected there")
-    with open(path, "rb") as file:
-        return file.read()
+def _boxes(path, content):
+    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes; an empty file has none.
 
-
-def _lines(content):
-    """Split the bytes of a text file into lines."""
-    return content.decode("utf-8-sig", "replace").rstrip().splitlines()
-
-
-def _rows(path, content):
-    """Return the box lines of a prediction file: those after the image's name and the number of boxes.
-
-    `content` is the file's bytes; an empty file has no boxes. Raises InputError if the number is wrong.
+    They follow the image's name and the number of boxes. Raises InputError if a row is not five finite
+    numbers, or if there are more or fewer rows than that.
     """
-    lines = _lines(content)
+    lines = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     if not lines:
-        return []
+        return np.zeros((0, 5))
     rows = [line for line in lines[2:] if line.strip()]
     try:
         count = float(lines[1])  # some tools write 5.0
@@ -201,7 +206,13 @@ def _rows(path, content):
         raise InputError(f"{path}:2: the number of boxes is expected in this line") from None
     if count != len(rows):
         raise InputError(f"{path}: {len(rows)} boxes, but line 2 says {lines[1].strip()[:20]}")
-    return rows
+    values = _numbers(rows)
+    if values is None:
+        number, bad = next((n, line) for n, line in enumerate(lines, 1)
+                           if n > 2 and line.strip() and _numbers([line]) is None)
+        raise InputError(
+            f"{path}:{number}: expected x y w h score, finite numbers, found {bad.strip()[:60]!r}")
+    return values
 
 
 def _numbers(rows):

@@ -140,7 +140,7 @@ def test_flags_that_cannot_be_meant_are_refused(bright, refused):
     (["--tiles", "600"], 2, "for precision=0.95 at 50x50: not at this size"),
     (["--score", "0.2"], 4, "s\n")])
 def test_the_models_own_threshold_is_used_and_named(bright, monkeypatch, capsys, words, shown, said):
-    threshold = {"score": 0.5, "size": [50, 50], "tiles": None, "promise": "precision=0.95"}
+    threshold = {"score": 0.5, "size": [50, 50], "tiles": None, "target": "precision=0.95"}
     monkeypatch.setattr(Brightness, "threshold", threshold)
     os.remove("in/40.png")
     detect.main(["in", *words])

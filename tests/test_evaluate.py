@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 import evaluate
-import train
-from support import wider
-from checkpoints import make_model, save
-from detector import MODEL, detect_all, load_detector
+from detector import detect_all, load_detector
 from evaluate import score_faces
-from support.coco import Detections, read_annotations, read_results, to_results
-from support.script import write_json
 from model import checkpoint, read_checkpoint
+from support import wider
+from support.coco import Detections, read_annotations, read_results, to_results
+from support.script import InputError, file_hash, write_json
+from test_metrics import official_wider_ap
 
 
 class Oracle:
@@ -55,20 +54,41 @@ def test_boxes_return_to_their_photos(sample):
 
 def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(sample / "val.json"), "--workers", "0"]
-    evaluate.main([*flags, "--model", str(model_file), "--out", "r.json",
-                   "--json", "n.json", "--plot", "p.png", "--worst", "3"])
+    data = str(sample / "val.json")
+    evaluate.main(["--data", data, "--workers", "0", "--model", str(model_file), "--out", "out/r.json",
+                   "--json", "n.json", "--plot", "p.png"])
     ran = capsys.readouterr().out
-    assert all(word in ran
-               for word in ("AP50", "AR_large", "> 100 px", "best F1", "6 photos", "wrote worst.png"))
+    words = "AP50", "AR_large", "> 100 px", "best F1", "6 photos", "wrote out/r.json", "wrote p.png"
+    assert all(word in ran for word in words)
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert (len(numbers["coco"]) == 12 and len(numbers["sha256"]["model"]) == 64
             and numbers["versions"]["torch"] and "commit" in numbers)
-    assert Image.open("p.png").width > 500 and Image.open("worst.png").height > 100
-    evaluate.main([*flags, "--predictions", "r.json", "--json", "again.json"])
-    assert "AP50" in capsys.readouterr().out
+    assert Image.open("p.png").width > 1000  # also the curves against the score
+    evaluate.main(["--data", data, "--predictions", "out/r.json", "--json", "again.json"])
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[key] == numbers[key] for key in ("coco", "AP50_by_size", "operating_points"))
+
+
+def test_what_made_the_detections_lies_beside_them(sample, tmp_path, model_file):
+    """Tools refuse detections of other photos, and a note that is of other detections."""
+    data, out = str(sample / "val.json"), tmp_path / "r.json"
+    torch.save(read_checkpoint(model_file) | {"photos": "their hash"}, model_file)
+    evaluate.main(["--data", data, "--workers", "0", "--model", str(model_file), "--size", "96x64",
+                   "--tiles", "160", "--out", str(out)])
+    annotations, detections, made = evaluate.read_detections(data, out)
+    assert len(annotations.ids) == 6 and len(detections.score) == len(json.loads(out.read_text()))
+    assert made["sha256"] == {"model": file_hash(model_file)} and made["trained_on"] == "their hash"
+    assert made["size"] == [96, 64] and made["tiles"] == [160, 40] and made["model"] == "small.pth"
+    with pytest.raises(InputError, match="r.json: is of other photos than"):
+        content = json.loads((sample / "val.json").read_text())
+        content["images"][0]["file_name"] = "other.jpg"
+        write_json(tmp_path / "other.json", content)
+        evaluate.read_detections(tmp_path / "other.json", out)
+    out.write_text(out.read_text() + " ")
+    with pytest.raises(InputError, match="r.made.json: is not of .*r.json as it is now"):
+        evaluate.read_detections(data, out)
+    (tmp_path / "r.made.json").unlink()
+    assert evaluate.read_detections(data, out)[2] is None
 
 
 @pytest.fixture
@@ -82,66 +102,12 @@ def answers(sample, tmp_path):
     return annotations, tmp_path / "answers.json"
 
 
-def test_threshold_curve_and_photos_as_files(sample, answers, tmp_path, capsys, refused):
-    annotations, results = answers
-    flags = ["--data", str(sample / "val.json"), "--predictions", str(results)]
-    files = {name: str(tmp_path / "out" / name) for name in ("n.json", "p.png", "w.jpg", "p.csv")}
-    evaluate.main([*flags, "--threshold-at", "false=0.2", "--json", files["n.json"], "--plot", files["p.png"],
-                   "--worst", "9", "--worst-out", files["w.jpg"], "--per-photo", files["p.csv"]])
-    out = capsys.readouterr().out
-    assert all(f"wrote {file}" in out for file in files.values())
-    assert "false=0.2: score 0.9 keeps it" in out and "recall 1.000 (1.000 to 1.000)" in out
-    numbers = json.loads((tmp_path / "out/n.json").read_text())
-    assert numbers["threshold"]["only_here"] == 0.5 < numbers["threshold"]["score"] == 0.9
-    assert numbers["curve"]["score"] == [0.9, 0.5] and numbers["curve"]["recall"] == [1, 1]
-    assert numbers["curve"]["false_per_photo"] == [0, 1 / 6]
-    empty = 6 - len(np.unique(annotations.image))
-    best = numbers["operating_points"][0]  # of score 0.3
-    assert (best["false_with_faces"], best["false_without_faces"]) == (0, 1 / empty)
-    rows = (tmp_path / "out/p.csv").read_text().splitlines()
-    assert rows[0] == "file,faces,ignored,found,missed,false,best_false,lowest_found" and len(rows) == 7
-
-    line = refused(evaluate.main, *flags, "--threshold-at", "precision=0.999", "--json", tmp_path / "no.json")
-    assert "val.json: precision=0.999: score 0.9 keeps it on these 6 photos" in line and "too few" in line
-    assert not (tmp_path / "no.json").exists()
-
-
 def test_photos_without_faces_stand_apart(sample, answers):
     annotations, results = answers
     lines = evaluate.table(score_faces(annotations, read_results(results, annotations))[0]).splitlines()
     assert lines[-5].endswith("with faces   without faces")
     empty = 6 - len(np.unique(annotations.image))
     assert lines[-4].split()[2:] == ["1.000", "0.17", "0.00", f"{1 / empty:.2f}"]
-
-
-def test_threshold_in_a_copy_of_the_checkpoint(sample, tmp_path, model_file, refused, monkeypatch):
-    """The scores of an untrained network are near 0.5; it keeps a promise that allows enough."""
-    new, flags = tmp_path / "new.pth", ["--data", sample / "val.json", "--workers", 0]
-    torch.save(read_checkpoint(model_file) | {"epoch": 3}, model_file)
-    before = model_file.read_bytes()
-    words = [*flags, "--model", model_file, "--threshold-at", "false=150", "--save-threshold"]
-    assert "is the model itself" in refused(evaluate.main, *words, model_file)
-    (tmp_path / "link.pth").symlink_to(model_file)
-    assert "is the model itself" in refused(evaluate.main, *words, tmp_path / "link.pth")
-    evaluate.main([str(word) for word in (*words, new, "--size", "96x64")])
-    assert model_file.read_bytes() == before
-    content, own = read_checkpoint(new), read_checkpoint(model_file)
-    entry = content.pop("threshold")
-    assert content.keys() == own.keys() and content["epoch"] == 3 and content["config"] == own["config"]
-    assert all(torch.equal(tensor, own["state_dict"][name]) for name, tensor in content["state_dict"].items())
-    assert entry["size"] == [96, 64] and entry["tiles"] is None and entry["promise"] == "false=150"
-    assert entry["data"]["file"] == "val.json" and entry["data"]["photos"] == 6
-    assert load_detector(new).threshold == entry and load_detector(model_file).threshold is None
-
-    # A run that starts from it makes other weights: the promise is none of theirs.
-    args = train.parse_args(["--data", str(sample / "train.json"), "--load-from", str(new)])
-    save(tmp_path / "next.pth", make_model(args, None))
-    assert load_detector(tmp_path / "next.pth").threshold is None
-
-    torch.save(content | {"threshold": entry | {"score": "high"}}, new)
-    assert refused(evaluate.main, *flags, "--model", new).endswith(
-        "new.pth: its threshold is damaged; choose it anew with evaluate.py --threshold-at ... "
-        "--save-threshold NEW.pth")
 
 
 def test_every_size_asked_for_is_shown(sample):
@@ -152,10 +118,9 @@ def test_every_size_asked_for_is_shown(sample):
 
 
 def test_an_irs_weights_are_hashed_with_it(tmp_path):
-    args = evaluate.parse_args(["--data", "x.json"])
     for name in ("m.xml", "m.bin"):
         (tmp_path / name).write_text(name)
-    assert evaluate.settings(args, model=str(tmp_path / "m.xml"))["sha256"].keys() == {"model", "weights"}
+    assert evaluate.hashes(str(tmp_path / "m.xml"), data=None).keys() == {"model", "weights"}
 
 
 @pytest.mark.slow
@@ -181,9 +146,11 @@ def test_unreadable_photos_stop_the_scoring_unless_told_otherwise(
     flags = ["--data", sample / "broken.json", "--model", model_file, "--workers", "0"]
     assert "1 photos could not be used" in refused(evaluate.main, *flags, "--out", tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
-    evaluate.main([str(word) for word in (*flags, "--skip-unreadable")])
+    evaluate.main([str(word) for word in (*flags, "--skip-unreadable", "--out", tmp_path / "r.json")])
     out = capsys.readouterr().out
     assert "left out, with their faces: 1" in out and "5 photos" in out
+    seen, _, _ = evaluate.read_detections(sample / "broken.json", tmp_path / "r.json")
+    assert len(seen.ids) == 5  # tools leave it out as well
 
 
 def test_scoring_predictions_does_without_torch(sample, tmp_path):
@@ -207,23 +174,117 @@ def test_no_detections_at_all(sample):
     assert "AP50" in evaluate.table(scores)
 
 
-def test_refused(sample, tmp_path, refused):
+def test_refused(sample, tmp_path, answers, refused):
     assert "no such model" in refused(evaluate.main, "--data", sample / "val.json",
                                       "--model", tmp_path / "absent.pth")
     assert "no such file" in refused(evaluate.main, "--data", tmp_path / "absent.json")
-    assert "need --wider" in refused(evaluate.main, "--predictions", tmp_path)
     assert "eval_tools" in refused(evaluate.main, "--wider", tmp_path, "--predictions", tmp_path)
-    promise = ["--threshold-at", "recall=0.9"]
-    for words, line in ((["--threshold-at", "recall=90"], "precision=0.95 or recall=0.9"),
-                        (["--save-threshold", "new.pth"], "needs the promise"),
-                        ([*promise, "--save-threshold", "new.onnx"], "something like new.pth"),
-                        ([*promise, "--save-threshold", "new.pth", "--model", "m.xml"], "needs a checkpoint"),
-                        ([*promise, "--save-threshold", "n.pth", "--predictions", "r.json"],
-                         "needs a checkpoint"),
-                        ([*promise, "--save-threshold", MODEL], "is the model itself"),
-                        ([*promise, "--wider", tmp_path], "need --data alone"),
-                        (["--worst-out", "worst.txt"], "something like worst.png")):
+    results = ["--predictions", answers[1]]
+    for words, line in ((["--predictions", tmp_path], "need --wider"),
+                        (["--batch-size", "0"], "at least 1"),
+                        (["--wider-part"], "is for --wider"),
+                        (["--wider", tmp_path, "--face-sizes", "9"], "--face-sizes would do nothing"),
+                        *((["--wider", tmp_path, "--predictions", tmp_path, *more], "need the photos")
+                          for more in (["--out", "x"], ["--wider-part"])),
+                        ([*results, "--workers", "0", "--tiles", "64"], "--tiles, --workers would do"),
+                        *(([*results, flag, value], f"{flag} would do nothing")
+                          for flag, value in (("--model", "x"), ("--size", "64"), ("--batch-size", "1"),
+                                              ("--colour", "rgb"), ("--range", "1"), ("--device", "cpu"))),
+                        ([*results, "--skip-unreadable"], "--skip-unreadable would do nothing")):
         assert line in refused(evaluate.main, *words)
+
+
+@pytest.mark.parametrize("change, line", [
+    ({"category_id": 0}, "entry 1 is of category_id 0, which is not in"),
+    ({"category_id": "1"}, "entry 1 is of category_id '1', which"),
+    ({"category_id": None}, "entry 1 is of category_id None, which"),
+    ({"category_id": True}, "entry 1 is of category_id True, which"),
+])
+def test_results_of_no_category_of_the_set_are_named(sample, answers, refused, change, line):
+    annotations, path = answers
+    entries = json.loads(path.read_text())
+    entries[1] |= change
+    write_json(path, entries)
+    assert line in refused(evaluate.main, "--data", sample / "val.json", "--predictions", path)
+
+
+def test_results_of_other_categories_are_left_out_but_not_all(sample, answers, tmp_path):
+    annotations, path = answers
+    content, entries = json.loads((sample / "val.json").read_text()), json.loads(path.read_text())
+    content["categories"].append({"id": 7, "name": "dog"})
+    write_json(tmp_path / "two.json", content)
+    two = read_annotations(tmp_path / "two.json")
+    dogs = [entry | {"category_id": 7} for entry in entries]
+    write_json(path, [entries[0] | {"category_id": 1.0}, *dogs[1:]])
+    assert len(read_results(path, two).score) == 1
+    write_json(path, dogs)
+    with pytest.raises(InputError, match="none of its .* entries is of category_id 1, the face"):
+        read_results(path, two)
+
+
+def test_boxes_in_fractions_of_the_photo_are_refused(sample, answers, tmp_path, refused):
+    annotations, path = answers
+    found = read_results(path, annotations)
+    scale = np.tile(annotations.sizes[found.image], 2)
+    write_json(path, to_results(annotations, Detections(found.image, found.xywh / scale, found.score)))
+    assert "within 0-1, as fractions" in refused(
+        evaluate.main, "--data", sample / "val.json", "--predictions", path)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/a.txt").write_text("a\n1\n0.25 0.25 0.5 0.5 0.9\n")
+    with pytest.raises(InputError, match="within 0-1, as fractions"):
+        wider.read_predictions(tmp_path, ["e/a"])
+    write_json(path, [])
+    assert len(read_results(path, annotations).score) == 0  # nothing is none of them
+
+
+# Parts of WIDER
+
+@pytest.fixture
+def wider_world(tmp_path):
+    """A val of three events with a photo each: .mat files, a json of the two last, detections on all."""
+    from test_wider import write_ground_truth
+    (tmp_path / "mat").mkdir()
+    write_ground_truth(tmp_path / "mat", "abc", (3, 2, 4), ((1, 3), (2,), (1, 2, 4)))
+    truth = wider.read_ground_truth(tmp_path / "mat")
+    rng = np.random.default_rng(0)
+    image = np.append(truth.image, rng.integers(0, 3, 9))
+    xywh = np.append(truth.xywh * 1.0, rng.uniform(100, 200, (9, 4)), 0)
+    found = Detections(image, xywh, rng.uniform(0.1, 0.8, len(image)))
+    wider.write_predictions(tmp_path / "all", truth.names, found)
+    images = [{"id": n, "file_name": f"{name}.jpg"} for n, name in enumerate(truth.names)]
+    for name, kept in (("all", images), ("part", images[1:])):
+        write_json(tmp_path / f"{name}.json",
+                   {"images": kept, "annotations": [], "categories": [{"id": 1, "name": "face"}]})
+    return truth, found
+
+
+def test_a_part_of_wider_is_measured_alone(wider_world, tmp_path, capsys):
+    """Equal to the official code, written out box by box, on the part's faces and detections."""
+    truth, found = wider_world
+
+    def measured(data, *more):
+        evaluate.main(["--wider", str(tmp_path / "mat"), "--data", str(tmp_path / data), "--predictions",
+                       str(tmp_path / "all"), "--json", str(tmp_path / "n.json"), *more])
+        return json.loads((tmp_path / "n.json").read_text())["wider"], capsys.readouterr().out
+    faces, seen = truth.image > 0, found.image > 0
+    part, out = measured("part.json", "--wider-part")
+    for level, kept in truth.kept.items():
+        expected, _, _ = official_wider_ap(truth.image[faces], truth.xywh[faces], kept[faces],
+                                           found.image[seen], found.xywh[seen], found.score[seen])
+        assert part[level] == pytest.approx(expected, abs=1e-9)
+    assert "2 of 3 photos, not comparable with published figures" in out
+    missed, out = measured("part.json")
+    assert "1 images of the ground truth are not in" in out and missed["hard"] < part["hard"]
+    whole, out = measured("all.json", "--wider-part")
+    assert whole == measured("all.json")[0] != part and "not comparable" not in out
+
+
+def test_photos_of_something_else_are_refused(wider_world, tmp_path, refused):
+    write_json(tmp_path / "x.json", {"images": [{"id": 1, "file_name": "q/z.jpg"}], "annotations": []})
+    write_json(tmp_path / "r.json", [{"image_id": 1, "category_id": 1, "bbox": [9, 9, 9, 9], "score": 1}])
+    words = ["--wider", tmp_path / "mat", "--data", tmp_path / "x.json", "--predictions", tmp_path / "r.json"]
+    assert "none of the photos is one of WIDER" in refused(evaluate.main, *words, "--wider-part")
+    assert "has no image q/z, but there are detections of it" in refused(evaluate.main, *words)
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
 @pytest.mark.slow
 def test_a_threshold_goes_along_at_its_own_size(monkeypatch, graphs, tmp_path, lively, capsys):
     monkeypatch.setattr(export, "build", graphs)
-    entry = {"score": 0.5125, "size": [64, 48], "tiles": [200, 50], "promise": "precision=0.95",
+    entry = {"score": 0.5125, "size": [64, 48], "tiles": [200, 50], "target": "precision=0.95",
              "data": {"file": "val.json"}}
     torch.save(checkpoint(lively, threshold=entry), tmp_path / "sure.pth")
     flags = ["--model", str(tmp_path / "sure.pth"), "--out", str(tmp_path)]

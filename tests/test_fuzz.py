@@ -210,7 +210,7 @@ def test_prediction_folders(folder, files):
     (folder / "e/b.txt").unlink(missing_ok=True)
     for name, content in zip("ab", files):
         (folder / f"e/{name}.txt").write_bytes(content)
-    read = accepted(lambda: read_predictions(folder, TRUTH))
+    read = accepted(lambda: read_predictions(folder, TRUTH.names))
     if read is not None:
         found, missing = read
         assert len(missing) == 2 - len(files) and all_finite([found.xywh, found.score])
@@ -332,7 +332,8 @@ def test_metrics(truth, detections, copies):
     dt = column(detections, 0, ()), column(detections, 1, (4,)), column(detections, 2, ())
     with np.errstate(divide="raise", invalid="raise"):
         numbers, _ = metrics.coco_ap(*gt, gt[1][:, 2] * gt[1][:, 3], *dt)
-        by_size, points = metrics.size_ap(*gt, *dt), metrics.operating_points(*gt, *dt, 4)
+        by_size = metrics.size_ap(*gt, *dt)
+        points = metrics.operating_points(metrics.outcomes(*gt, *dt, photos=4))
         levels = metrics.wider_ap(*gt[:2], {"easy": gt[2]}, *dt)
         face, false, asked = metrics.match_faces(*gt, *dt)
     assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))

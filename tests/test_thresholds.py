@@ -1,4 +1,4 @@
-"""Tests of thresholds.py: hand-computed curves and choices, what holds for any detections, promises kept."""
+"""Tests of tools.threshold: hand-computed curves and choices, what holds for any detections, the command."""
 
 import argparse
 import json
@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools import threshold as thresholds
-from support.script import InputError
-from detector import check_threshold
-from tools.threshold import (Outcomes, Promise, choose, intervals, parse_promise, refusal,
-                        score_curve, thin)
+import train
+from checkpoints import make_model, save
+from detector import check_threshold, load_detector
+from metrics import Outcomes, score_curve
+from model import checkpoint, read_checkpoint
+from support.coco import Detections, read_annotations, to_results
+from support.script import InputError, file_hash, write_json
+from tools.threshold import Target, choose, intervals, main, parse_target, photos_needed, refusal, thin
 
-FALSE, PRECISION, RECALL = Promise("false", 0.2), Promise("precision", 0.7), Promise("recall", 0.6)
+FALSE, PRECISION, RECALL = parse_target("false=0.2"), Target("precision", 0.7), Target("recall", 0.6)
 
 
 def outcomes(rows, faces):
@@ -23,7 +27,7 @@ def outcomes(rows, faces):
     image, score, kind = zip(*rows) if rows else ((), (), ())
     kind = np.array(kind, dtype=object)
     return Outcomes(np.array(image, np.int64), np.array(score, np.float64), kind == "hit", kind == "false",
-                    np.array(faces, np.int64))
+                    np.array(faces, np.int64), np.array(faces) == 0)
 
 
 HAND = outcomes([(0, 0.5, "false"), (1, 0.9, "hit"), (0, 0.8, "false"), (2, 0.5, "hit"), (0, 0.7, "hit"),
@@ -38,7 +42,7 @@ def random_outcomes(seed, photos=40, apart=0.5):
     image = np.concatenate([np.repeat(np.arange(photos), found), rng.integers(0, photos, 4 * photos)])
     hit = np.arange(len(image)) < found.sum()
     score = np.round(np.clip(rng.normal(np.where(hit, apart + 0.2, 0.2), 0.2), 0.02, 1), 3)
-    return Outcomes(image, score, hit, ~hit & (rng.random(len(hit)) < 0.9), faces)
+    return Outcomes(image, score, hit, ~hit & (rng.random(len(hit)) < 0.9), faces, faces == 0)
 
 
 def measured(found, score):
@@ -46,7 +50,8 @@ def measured(found, score):
     shown = found.score >= score
     hits, false = (found.hit & shown).sum(), (found.false & shown).sum()
     return {"precision": hits / max(hits + false, 1), "recall": hits / max(found.faces.sum(), 1),
-            "false": false / len(found.faces)}
+            "false_per_photo": false / len(found.faces),
+            "f1": 2 * hits / max(hits + false + found.faces.sum(), 1)}
 
 
 def test_curve_by_hand():
@@ -58,59 +63,50 @@ def test_curve_by_hand():
 
 
 def test_choice_by_hand_on_the_photos_alone():
-    assert choose(HAND, Promise("precision", 0.6))[0] == 0.5   # 3 / 5, and 1 / 2 in between is no obstacle
-    assert choose(HAND, Promise("precision", 0.65))[0] == 0.7
-    assert choose(HAND, Promise("recall", 0.5))[0] == 0.7
-    assert choose(HAND, Promise("false", 0.25))[0] == 0.7
-    assert choose(HAND, Promise("false", 0.2))[0] == 0.9
-    assert choose(HAND, Promise("recall", 0.8)) == (None, None)
+    assert choose(HAND, Target("precision", 0.6))[0] == 0.5   # 3 / 5, and 1 / 2 in between is no obstacle
+    assert choose(HAND, Target("precision", 0.65))[0] == 0.7
+    assert choose(HAND, Target("recall", 0.5))[0] == 0.7
+    assert choose(HAND, Target("false_per_photo", 0.25))[0] == 0.7
+    assert choose(HAND, Target("false_per_photo", 0.2))[0] == 0.9
+    assert choose(HAND, Target("recall", 0.8)) == (None, None)
 
 
 def test_one_mistake_more_is_asked_for():
     """40 photos with a face each, all found: any resample is perfect, and with one mistake 40 of 41."""
     perfect = outcomes([(n, 0.9, "hit") for n in range(40)], [1] * 40)
     for measure in ("precision", "recall"):
-        assert choose(perfect, Promise(measure, 0.975)) == (0.9, 0.9)
-        assert choose(perfect, Promise(measure, 0.976)) == (0.9, None)
-    assert choose(perfect, Promise("false", 1 / 40)) == (0.9, 0.9)
-    assert choose(perfect, Promise("false", 0.9 / 40)) == (0.9, None)
+        assert choose(perfect, Target(measure, 0.975)) == (0.9, 0.9)
+        assert choose(perfect, Target(measure, 0.976)) == (0.9, None)
+    assert choose(perfect, Target("false_per_photo", 1 / 40)) == (0.9, 0.9)
+    assert choose(perfect, Target("false_per_photo", 0.9 / 40)) == (0.9, None)
 
 
 def test_mistakes_on_one_photo_are_less_certain_than_as_many_apart():
     hits = [(n, 0.9, "hit") for n in range(100)]
     apart = outcomes(hits + [(n, 0.5, "false") for n in range(8)], [1] * 100)
-    together = outcomes(hits + [(0, 0.5, "false")] * 8, [1] * 100)
-    promise = Promise("false", 0.14)
-    assert [choose(one, promise)[0] for one in (apart, together)] == [0.5, 0.5]
-    assert [choose(one, promise)[1] for one in (apart, together)] == [0.5, 0.9]
+    as_one = outcomes(hits + [(0, 0.5, "false")] * 8, [1] * 100)
+    target = Target("false_per_photo", 0.14)
+    assert [choose(one, target)[0] for one in (apart, as_one)] == [0.5, 0.5]
+    assert [choose(one, target)[1] for one in (apart, as_one)] == [0.5, 0.9]
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10 ** 6))
-def test_what_is_chosen_keeps_the_promise_and_is_the_cautious_side(seed):
+def test_what_is_chosen_keeps_the_target_and_is_the_cautious_side(seed):
     found = random_outcomes(seed)
-    for promise in (FALSE, PRECISION, RECALL):
-        here, score = choose(found, promise)
+    for target in (FALSE, PRECISION, RECALL):
+        here, score = choose(found, target)
         for chosen in (here, score):
             if chosen is not None:
-                value = measured(found, chosen)[promise.measure]
-                assert value <= promise.value if promise is FALSE else value >= promise.value
+                value = measured(found, chosen)[target.measure]
+                assert value <= target.value if target is FALSE else value >= target.value
         if score is not None:
-            assert score <= here if promise is RECALL else score >= here
+            assert score <= here if target is RECALL else score >= here
         # The order of the detections is nothing to go by.
         order = np.random.default_rng(seed).permutation(len(found.score))
         turned = Outcomes(*(values[order] for values in (found.image, found.score, found.hit, found.false)),
-                          found.faces)
-        assert choose(turned, promise) == (here, score)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10 ** 6))
-def test_a_lower_score_would_not_do_on_the_photos_alone(seed):
-    found = random_outcomes(seed)
-    here = choose(found, FALSE)[0]
-    lower = found.score[(found.hit | found.false) & (found.score < here)].max()
-    assert measured(found, lower)["false"] > FALSE.value
+                          found.faces, found.empty)
+        assert choose(turned, target) == (here, score)
 
 
 def test_intervals_hold_the_value_and_narrow_with_photos():
@@ -127,37 +123,30 @@ def test_intervals_hold_the_value_and_narrow_with_photos():
 
 def test_the_interval_is_that_of_the_standard_error():
     found = random_outcomes(2, 2000)
-    _, low, high = intervals(found, 0.3)["false"]
+    _, low, high = intervals(found, 0.3)["false_per_photo"]
     counts = np.bincount(found.image[found.false & (found.score >= 0.3)], minlength=2000)
     assert high - low == pytest.approx(2 * 1.96 * counts.std() / 2000 ** 0.5, rel=0.1)
 
 
-def test_blocks_draw_the_same(monkeypatch):
-    found = random_outcomes(3)
-    before = choose(found, FALSE), intervals(found, 0.4)
-    monkeypatch.setattr(thresholds, "CELLS", 100)
-    assert (choose(found, FALSE), intervals(found, 0.4)) == before
-
-
-def test_the_promise_is_kept_on_other_photos():
+def test_the_target_is_kept_on_other_photos():
     """Drawn from one source: chosen on 60 photos, what it gives on 20,000 others, 40 times."""
     other = random_outcomes(99, 20_000, apart=0.4)
-    for promise in (FALSE, PRECISION, RECALL):
+    for target in (FALSE, PRECISION, RECALL):
         kept = []
         for seed in range(40):
-            scores = choose(random_outcomes(seed, 60, apart=0.4), promise)
-            values = [measured(other, score)[promise.measure] for score in scores]
-            kept.append([v <= promise.value if promise is FALSE else v >= promise.value for v in values])
+            scores = choose(random_outcomes(seed, 60, apart=0.4), target)
+            values = [measured(other, score)[target.measure] for score in scores]
+            kept.append([v <= target.value if target is FALSE else v >= target.value for v in values])
         alone, others = np.mean(kept, 0)
-        assert others >= 0.85 > 0.75 > alone, (promise, alone, others)
+        assert others >= 0.85 > 0.75 > alone, (target, alone, others)
 
 
 def test_round_scores_show_the_same():
     found = outcomes([(0, 0.87654321, "hit"), (0, 0.87612345, "false"), (1, 0.3, "false")], [1, 0])
-    assert choose(found, Promise("precision", 0.9))[0] == 0.8765
+    assert choose(found, Target("precision", 0.9))[0] == 0.8765
     assert choose(replace(found, score=np.array([0.87654321, 0.87654320, 0.3])),
-                  Promise("precision", 0.9))[0] == 0.87654321
-    assert choose(replace(found, score=found.score * -1e6), Promise("recall", 0.9))[0] == -876543.21
+                  Target("precision", 0.9))[0] == 0.87654321
+    assert choose(replace(found, score=found.score * -1e6), Target("recall", 0.9))[0] == -876543.21
 
 
 def test_a_long_curve_is_thinned_evenly():
@@ -170,16 +159,17 @@ def test_a_long_curve_is_thinned_evenly():
     assert set(short.score) <= set(curve.score)
     assert np.diff(short.recall).max() < 0.03
     assert thin(short, 200) is short
+    assert all(thin(curve, points).score[-1] == curve.score[-1] for points in range(50, 90))
     right = outcomes([(0, n / 50, "hit") for n in range(50)], [50])  # nothing false at all
     assert len(thin(score_curve(right), 20).score) in range(10, 22)
 
 
-def test_the_thinned_curve_is_still_kept_exactly(monkeypatch):
+def test_the_thinned_curve_is_still_kept_exactly():
     """Between the thresholds that are tried lie other detections, and rounding must not show them."""
-    monkeypatch.setattr(thresholds, "POINTS", 20)
-    found = random_outcomes(5, 400)
+    found = random_outcomes(5, 2000)
     found.score[:] = found.score + np.random.default_rng(0).uniform(0, 1e-3, len(found.score))
-    tried = thin(score_curve(found), 20).score
+    tried = thin(score_curve(found)).score
+    assert len(tried) < len(score_curve(found).score) / 5
     for chosen in choose(found, FALSE):
         shown = found.score[(found.hit | found.false) & (found.score >= chosen)]
         assert shown.min() in tried
@@ -191,21 +181,104 @@ def test_nothing_to_choose_from():
     assert "no detections" in refusal(nothing, FALSE, None)
     assert "no faces" in refusal(outcomes([(0, 0.5, "false")], [0]), RECALL, None)
     assert choose(outcomes([], []), FALSE) == (None, None)
-    line = refusal(HAND, Promise("recall", 0.8), None)
-    assert "no score keeps it" in line and "recall=0.75 at score 0.5" in line
+    line = refusal(HAND, Target("recall", 0.8), None)
+    assert "no score meets it" in line and "recall=0.75 at score 0.5" in line
     assert "too few" in refusal(HAND, RECALL, 0.5)
 
 
-def test_parse_promise():
-    assert str(parse_promise("precision=0.95")) == "precision=0.95"
-    assert parse_promise("false=2") == Promise("false", 2.0)
+def test_parse_target():
+    assert str(parse_target("precision=0.95")) == "precision=0.95" and str(FALSE) == "false=0.2"
+    assert parse_target("false=2") == Target("false_per_photo", 2.0)
     for text in ("precision", "precision=", "precision=1", "recall=0", "recall=-1", "recall=nan", "false=inf",
                  "false=0", "f1=0.5", "=0.5", "recall=0.5=0.6"):
         with pytest.raises(argparse.ArgumentTypeError, match="precision=0.95"):
-            parse_promise(text)
+            parse_target(text)
 
 
-GOOD = {"score": 0.5, "size": [300, 300], "tiles": None, "promise": "precision=0.95"}
+def test_how_many_photos_are_needed():
+    """A face found on each of 12 photos, and a false detection."""
+    few = outcomes([(n, 0.9, "hit") for n in range(12)] + [(0, 0.5, "false")], [1] * 12)
+    target = Target("precision", 0.85)
+    assert choose(few, target) == (0.5, 0.9)
+    target = Target("precision", 0.98)  # with one mistake more 12 of 13; of four times the photos 48 of 49
+    assert choose(few, target) == (0.9, None) and photos_needed(few, target) == 96
+    assert choose(outcomes([(n, 0.9, "hit") for n in range(96)], [1] * 96), target)[1] == 0.9
+    assert "about 96 such photos are enough" in refusal(few, target, 0.9)
+    assert photos_needed(few, Target("recall", 0.9999999)) is None
+    assert "100,000 such photos are not enough" in refusal(few, Target("recall", 0.9999999), 0.9)
+
+
+# The command
+
+@pytest.fixture
+def world(sample, tmp_path, small):
+    """val.json, a model, detections and what made them: each face at 0.9, a false one at 0.5."""
+    annotations = read_annotations(sample / "val.json")
+    found = Detections(np.append(annotations.image, 0), np.append(annotations.xywh, [[1, 1, 9, 9]], 0),
+                       np.append(np.full(len(annotations.image), 0.9), 0.5))
+    torch.save(checkpoint(small) | {"epoch": 3}, tmp_path / "m.pth")
+    write_json(tmp_path / "r.json", to_results(annotations, found))
+    names = [[n, name.split("/")[-1]] for n, name in zip(annotations.ids.tolist(), annotations.names)]
+    write_json(tmp_path / "r.made.json", {
+        "model": "m.pth", "sha256": {"model": file_hash(tmp_path / "m.pth")}, "size": [96, 64], "tiles": None,
+        "detections": file_hash(tmp_path / "r.json"), "photos": names,
+        "trained_on": annotations.fingerprint()})
+    return annotations, [sample / "val.json", tmp_path / "r.json"]
+
+
+def test_threshold_in_a_copy_of_the_checkpoint(world, sample, tmp_path, capsys):
+    annotations, files = world
+    model, new = tmp_path / "m.pth", tmp_path / "new.pth"
+    before = model.read_bytes()
+    main([*map(str, files), "false=0.2", "--save", str(model), str(new)])
+    out = capsys.readouterr().out
+    assert "m.pth was trained on the photos of" in out
+    assert "score 0.5 meets it on these photos alone: precision" in out
+    assert "score 0.9 meets it, also with one mistake more" in out and "recall 1.000 (1.000 to 1.000)" in out
+    assert model.read_bytes() == before
+    content, own = read_checkpoint(new), read_checkpoint(model)
+    entry = content.pop("threshold")
+    assert content.keys() == own.keys() and content["epoch"] == 3 and content["config"] == own["config"]
+    assert all(torch.equal(tensor, own["state_dict"][name]) for name, tensor in content["state_dict"].items())
+    assert entry["score"] == 0.9 and entry["size"] == [96, 64] and entry["tiles"] is None
+    assert entry["target"] == "false=0.2" and entry["measured"]["precision"] == 1
+    assert entry["data"] == {"file": "val.json", "photos": 6, "faces": (~annotations.ignored).sum(),
+                             "fingerprint": annotations.fingerprint()}
+    assert load_detector(new).threshold == entry and load_detector(model).threshold is None
+
+    # A run that starts from it makes other weights, which the threshold is not of.
+    args = train.parse_args(["--data", str(sample / "train.json"), "--load-from", str(new)])
+    save(tmp_path / "next.pth", make_model(args, None))
+    assert load_detector(tmp_path / "next.pth").threshold is None
+
+
+def test_refused(world, tmp_path, refused, capsys):
+    _, files = world
+    model, other = tmp_path / "m.pth", tmp_path / "o.pth"
+    torch.save(read_checkpoint(model) | {"epoch": 4}, other)
+    (tmp_path / "link.pth").symlink_to(model)
+    target = [*files, "false=0.2"]
+    for words, line in (([*files, "recall=90"], "precision=0.95 or recall=0.9"),
+                        ([*target, "--save", model, "new.onnx"], "two checkpoints (.pth) are expected"),
+                        ([*target, "--save", "m.xml", "new.pth"], "two checkpoints (.pth) are expected"),
+                        ([*target, "--save", model, model], "is the model itself"),
+                        ([*target, "--save", model, tmp_path / "link.pth"], "is the model itself"),
+                        ([*target, "--save", "absent.pth", "n.pth"], "absent.pth: "),
+                        ([*target, "--save", other, "n.pth"], "was made by another model (m.pth), not by")):
+        assert line in refused(main, *words)
+    line = refused(main, *files, "precision=0.999", "--save", model, tmp_path / "n.pth")
+    assert "val.json: precision=0.999: score 0.9 meets it on these 6 photos, but they are too few" in line
+    with pytest.raises(SystemExit):
+        main([*map(str, files), "precision=0.999"])
+    out = capsys.readouterr().out
+    assert "score 0.9 meets it on these photos alone: precision 1.000 (1.000 to 1.000)" in out
+    (tmp_path / "r.made.json").unlink()
+    line = refused(main, *target, "--save", model, tmp_path / "n.pth")
+    assert "r.made.json: no such file, so nothing says which model made" in line
+    assert not (tmp_path / "n.pth").exists()
+
+
+GOOD = {"score": 0.5, "size": [300, 300], "tiles": None, "target": "precision=0.95"}
 
 
 def test_check_threshold():
@@ -215,7 +288,7 @@ def test_check_threshold():
     bad = [GOOD | {"score": value} for value in ("0.5", True, None, float("nan"), float("inf"), [0.5])]
     bad += [GOOD | {"size": value} for value in (300, [300], ["a", "b"], [0, 300], None)]
     bad += [GOOD | {"tiles": value} for value in ([400], 0, "", [0, 0])]
-    bad += [GOOD | {"promise": 3}, GOOD | {"data": {1, 2}}]
+    bad += [GOOD | {"target": 3}, GOOD | {"data": {1, 2}}]
     bad += [{}, [], 0.5, "", "{", "[" * 9999]
     bad += [{key: value for key, value in GOOD.items() if key != left} for left in GOOD]
     for entry in bad:

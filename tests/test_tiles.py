@@ -116,7 +116,7 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
     annotations = read_annotations(sample / "val.json")
     args = evaluate.parse_args([*words, "--tiles", "160"])
     assert args.tiles == [160, 40] and evaluate.parse_args([*words, "--tiles", "160", "0"]).tiles == [160, 0]
-    found, _, _ = evaluate.run_model(args, annotations)
+    _, found, _ = evaluate.run_model(args, annotations)
     detector = TiledDetector(load_detector(tmp_path / "small.pth", device="cpu"), 160)
     for index in range(len(annotations.ids)):
         own = detect(detector, annotations.file(index))

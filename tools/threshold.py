@@ -1,178 +1,162 @@
-"""Choose the score from which detections are shown, so that a promise about them is kept on other photos too.
+"""Choose the score from which detections are shown, so that a target is met on other photos too.
 
-A promise is a precision or a recall of at least so much, or at most so many false detections a photo. The
-lowest score that keeps it on the photos at hand keeps it only on about half of all others: it was chosen for
-them, with their luck. So it has to hold in SURE of the resamples of the photos (the bootstrap, Efron 1979),
-each with one mistake more than it has. Without that one, photos that happen to have no mistake would promise
-anything, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it
+    python -m tools.threshold val.json detections.json precision=0.95     # what evaluate.py --out wrote
+    python -m tools.threshold val.json detections.json false=0.1 --save runs/face/best.pth runs/face/sure.pth
+
+A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
+lowest score that meets it on the photos at hand meets it on only about half of all others: it was chosen for
+them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979),
+each with one mistake more than it has. Without that one, photos that happen to have no mistake would meet any
+target, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it
 for the same reason.)
 """
 
 import argparse
 import math
-from dataclasses import dataclass
+import os
 from typing import NamedTuple
+
+from support.script import InputError, bad_values, command, new_parser
 
 import numpy as np
 
+from evaluate import hashes, made_path, read_detections
+from metrics import MEASURES, Outcomes, ScoreCurve, measure, outcomes, score_curve
+from support.coco import arrays, read_annotations
 
 RESAMPLES, SEED = 1000, 0
-SURE = 0.9               # the share of resamples in which the promise has to hold
+BLOCK = 100              # resamples computed at once; limits the memory
+SURE = 0.9               # the share of resamples in which the target has to be met
 INTERVAL = 0.025, 0.975  # the quantiles of the resamples that are reported
-CELLS = 2 ** 22          # resamples x photos, or x thresholds, computed at once; limits the memory
-POINTS = 1000            # of a curve that is written to a file
-CURVES = {"precision": "precision", "recall": "recall", "false": "false_per_photo"}  # of ScoreCurve
+MOST = 100_000           # photos; more are not advised
 
 
-class Promise(NamedTuple):
-    """Precision or recall of at least `value`, or at most `value` false detections a photo ("false")."""
-    measure: str
+class Target(NamedTuple):
+    """Precision or recall of at least `value`, or at most `value` false detections a photo."""
+    measure: str    # of metrics.MEASURES
     value: float
 
     def __str__(self):
-        return f"{self.measure}={self.value:g}"
+        return f"{self.measure.removesuffix('_per_photo')}={self.value:g}"
+
+    def met(self, value):
+        """Whether a value of the measure meets the target."""
+        return value <= self.value if self.measure == "false_per_photo" else value >= self.value
 
 
-@dataclass
-class Outcomes:
-    """What D detections on I photos are: faces, false, or neither (on regions to ignore). In any order."""
-    image: np.ndarray   # [D] int64, the index of each detection's photo
-    score: np.ndarray   # [D] float64
-    hit: np.ndarray     # [D] bool: finds a face
-    false: np.ndarray   # [D] bool
-    faces: np.ndarray   # [I] int64, the faces to be found on each photo
-
-
-@dataclass
-class ScoreCurve:
-    """How a detector performs with each threshold, highest first. 0/0 counts as 0."""
-    score: np.ndarray            # [T] float64
-    precision: np.ndarray        # [T]
-    recall: np.ndarray           # [T]
-    false_per_photo: np.ndarray  # [T]
-
-
-def parse_promise(text):
-    """Parse `precision=0.95`, `recall=0.9` or `false=0.1` to a Promise, for argparse."""
-    measure, _, value = text.partition("=")
+def parse_target(text):
+    """Parse `precision=0.95`, `recall=0.9` or `false=0.1` to a Target, for argparse."""
+    name, _, value = text.partition("=")
     try:
         value = float(value)
     except ValueError:
         value = math.nan
-    if not (measure in ("precision", "recall") and 0 < value < 1 or measure == "false" and 0 < value < 1e9):
+    if not (name in ("precision", "recall") and 0 < value < 1 or name == "false" and 0 < value < 1e9):
         raise argparse.ArgumentTypeError(
             f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
-    return Promise(measure, value)
+    return Target("false_per_photo" if name == "false" else name, value)
 
 
-def score_curve(outcomes: Outcomes) -> ScoreCurve:
-    """Every threshold that makes a difference: the distinct scores of the detections that count."""
-    counted = outcomes.hit | outcomes.false
-    order = np.argsort(-outcomes.score[counted], kind="stable")
-    score = outcomes.score[counted][order]
-    ends = np.flatnonzero(np.diff(score, append=-np.inf))  # equal scores are shown together or not at all
-    found, false = (np.cumsum(flags[counted][order])[ends] for flags in (outcomes.hit, outcomes.false))
-    counts = found, false, outcomes.faces.sum(), len(outcomes.faces)
-    return ScoreCurve(score[ends], *(_measure(name, *counts) for name in CURVES))
+def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
+    """The cheapest thresholds that meet a target: on these photos alone, and on others too; None: no score.
+
+    Cheapest is the lowest for precision and false detections, and the highest for recall. `times` asks what
+    would be chosen if there were so many times as many photos such as these.
+    """
+    every = score_curve(found)
+    curve = thin(every)
+    hits = shown_by_photo(found, found.hit, curve.score)
+    false = shown_by_photo(found, found.false, curve.score)
+    share = np.zeros(len(curve.score))
+    for weights in _resamples(len(found.faces), times):  # [b, I]
+        counts = weights @ hits, weights @ false, (weights @ found.faces)[:, None], times * len(found.faces)
+        values = measure(target.measure, *counts, spare=1)
+        share += target.met(values).sum(0) / RESAMPLES
+    here = target.met(getattr(curve, target.measure))
+    scores = []
+    for met in (here, here & (share > SURE - 1e-9)):
+        if met.any():
+            score = curve.score[met][0 if target.measure == "recall" else -1]
+            scores.append(_round_down(score, every.score[every.score < score].max(initial=-np.inf)))
+        else:
+            scores.append(None)
+    return tuple(scores)
 
 
-def thin(curve: ScoreCurve, points: int = POINTS) -> ScoreCurve:
+def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
     """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
 
-    The first and the last stay.
+    The first and the last stay: each step of the curve has a hit or a false detection more.
     """
     if len(curve.score) <= points:
         return curve
     false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
     steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
     kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
-    kept[-1] = True
     return ScoreCurve(*(values[kept] for values in vars(curve).values()))
 
 
-def choose(outcomes: Outcomes, promise: Promise) -> tuple[float | None, float | None]:
-    """The cheapest thresholds that keep a promise: on these photos alone, and on others too; None: no score.
+def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """How many of the detections in `flags` `[D]` each threshold shows on each photo: float64 `[I, T]`.
 
-    Cheapest is the lowest for precision and false detections, and the highest for recall.
+    scores `[T]` are thresholds, highest first, the last of which shows them all.
     """
-    every, photos = score_curve(outcomes), len(outcomes.faces)
-    curve = thin(every, POINTS)
-    points = len(curve.score)
-    first = np.searchsorted(-curve.score, -outcomes.score)  # [D], the highest threshold that shows each
-    found, false = (np.bincount((outcomes.image * points + first)[flags], minlength=photos * points)
-                    .reshape(photos, points).cumsum(1).astype(np.float64)  # [I, T], at each threshold
-                    for flags in (outcomes.hit, outcomes.false))
-    share = np.zeros(points)
-    for weights in _resamples(photos, points):  # [b, I]
-        counts = weights @ found, weights @ false, weights @ outcomes.faces[:, None], photos
-        share += _keeps(promise, _measure(promise.measure, *counts, spare=1)).sum(0) / RESAMPLES
-    here = _keeps(promise, getattr(curve, CURVES[promise.measure]))
-    scores = []
-    for kept in (here, here & (share > SURE - 1e-9)):
-        if not kept.any():
-            scores.append(None)
-            continue
-        score = curve.score[kept][0 if promise.measure == "recall" else -1]
-        scores.append(_round_down(score, every.score[every.score < score].max(initial=-np.inf)))
-    return tuple(scores)
+    first = np.searchsorted(-scores, -found.score[flags])  # the highest threshold that shows each
+    cells = found.image[flags] * len(scores) + first
+    counts = np.bincount(cells, minlength=len(found.faces) * len(scores))
+    return counts.reshape(len(found.faces), len(scores)).cumsum(1).astype(np.float64)
 
 
-def refusal(outcomes: Outcomes, promise: Promise, here: float | None) -> str:
+def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     """Say in one line why `choose` found no score for others."""
-    if not outcomes.faces.sum() and promise.measure != "false":
-        return f"{promise}: there are no faces to measure it on"
+    if not found.faces.sum() and target.measure != "false_per_photo":
+        return f"{target}: there are no faces to measure it on"
     if here is not None:
-        return (f"{promise}: score {here:g} keeps it on these {len(outcomes.faces)} photos, but they are too "
-                "few to promise it for others; measure on more, or ask for less")
-    curve = score_curve(outcomes)
-    values = getattr(curve, CURVES[promise.measure])
+        needed = photos_needed(found, target)
+        advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
+        return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
+                f"to say so of others; {advice} enough")
+    curve = score_curve(found)
+    values = getattr(curve, target.measure)
     if not len(values):
-        return f"{promise}: there are no detections to choose from"
-    best = (np.argmin if promise.measure == "false" else np.argmax)(values)
-    return (f"{promise}: no score keeps it; the best is {promise.measure}={values[best]:.3g} "
+        return f"{target}: there are no detections to choose from"
+    best = (np.argmin if target.measure == "false_per_photo" else np.argmax)(values)
+    return (f"{target}: no score meets it; the best is {Target(target.measure, values[best].round(3))} "
             f"at score {curve.score[best]:.3g}")
 
 
-def intervals(outcomes: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
+def photos_needed(found: Outcomes, target: Target) -> int | None:
+    """How many photos such as these would be enough, to a factor of two; None: MOST are not."""
+    times = 2
+    while times * len(found.faces) <= MOST:
+        if choose(found, target, times)[1] is not None:
+            return times * len(found.faces)
+        times *= 2
+
+
+def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
     """Precision, recall and false detections a photo at a threshold: {name: (value, low, high)}.
 
     From `low` to `high` lie 95 % of the resamples of the photos.
     """
-    photos, shown = len(outcomes.faces), outcomes.score >= score
-    counts = np.stack([*(np.bincount(outcomes.image[shown & flags], minlength=photos)
-                         for flags in (outcomes.hit, outcomes.false)), outcomes.faces])      # [3, I]
-    resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T     # [3, RESAMPLES]
+    photos, shown = len(found.faces), found.score >= score
+    hits = np.bincount(found.image[shown & found.hit], minlength=photos)
+    false = np.bincount(found.image[shown & found.false], minlength=photos)
+    counts = np.stack([hits, false, found.faces])                                          # [3, I]
+    resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
     result = {}
-    for name in CURVES:
-        value = _measure(name, *counts.sum(1), photos)
-        result[name] = (float(value), *np.quantile(_measure(name, *resampled, photos), INTERVAL).tolist())
+    for name in MEASURES:
+        value = measure(name, *counts.sum(1), photos)
+        low, high = np.quantile(measure(name, *resampled, photos), INTERVAL)
+        result[name] = float(value), float(low), float(high)
     return result
 
 
-def _measure(name, found, false, faces, photos, spare=0):
-    """Precision, recall or false detections a photo, of counts, with `spare` mistakes more than counted."""
-    if name == "precision":
-        return found / np.maximum(found + false + spare, 1)
-    if name == "recall":
-        return found / np.maximum(faces + spare, 1)
-    return (false + spare) / max(photos, 1)
-
-
-def _keeps(promise, value):
-    """Whether a value of its measure keeps a promise."""
-    return value <= promise.value if promise.measure == "false" else value >= promise.value
-
-
-def _resamples(photos, width=1):
-    """Yield in blocks `[b, I]` how often each photo is drawn: RESAMPLES draws of I photos with replacement.
-
-    They are the same whatever `width`, the values that the caller computes of each.
-    """
-    generator, left = np.random.default_rng(SEED), RESAMPLES if photos else 0
-    while left:
-        block = min(left, max(1, CELLS // max(width, photos)))
-        yield generator.multinomial(photos, np.full(photos, 1 / photos), block).astype(np.float64)
-        left -= block
+def _resamples(photos, times=1):
+    """Yield in blocks `[b, I]` how often each of I photos is drawn: RESAMPLES draws of times x I photos."""
+    generator = np.random.default_rng(SEED)
+    for _ in range(0, RESAMPLES if photos else 0, BLOCK):
+        yield generator.multinomial(times * photos, np.full(photos, 1 / photos), BLOCK).astype(np.float64)
 
 
 def _round_down(score, below):
@@ -182,3 +166,63 @@ def _round_down(score, below):
         if below < rounded <= score:
             return rounded
     return float(score)
+
+
+def read_model(args, made):
+    """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
+    from model import read_checkpoint  # torch takes seconds
+    model, new = args.save
+    if not model.endswith(".pth") or not new.endswith(".pth"):
+        raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
+                         "the threshold into .onnx and .xml")
+    if os.path.realpath(new) == os.path.realpath(model):
+        raise InputError(f"--save {new}: is the model itself, name a new file")
+    with bad_values():
+        content = read_checkpoint(model)
+    if not made:
+        raise InputError(f"{made_path(args.detections)}: no such file, so nothing says which model made "
+                         f"{args.detections}; evaluate.py --model {model} --out writes both")
+    if made["sha256"] != hashes(model):
+        raise InputError(f"{args.detections}: was made by another model ({made['model']}), not by {model}")
+    return content
+
+
+@command
+def main(argv=None):
+    """Read, choose, print, save."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("data", help="COCO json")
+    add("detections", help="detections on its photos, as evaluate.py --out writes them")
+    add("target", type=parse_target, help="precision=0.95, recall=0.9 or false=0.1 (a photo)")
+    add("--save", nargs=2, metavar=("MODEL", "NEW"), help="write MODEL with the threshold in it to NEW")
+    args = parser.parse_args(argv)
+    annotations, detections, made = read_detections(args.data, args.detections)
+    content = read_model(args, made) if args.save else None
+    if made and made.get("trained_on") == read_annotations(args.data).fingerprint():
+        print(f"warning: {made['model']} was trained on the photos of {args.data}, "
+              "on others it does worse than what follows")
+    found = outcomes(*arrays(annotations, detections), len(annotations.ids))
+    here, score = choose(found, args.target)
+
+    def costs(at):
+        return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *values)
+                         for name, values in intervals(found, at).items())
+    if here is not None:
+        print(f"{args.target}: score {here:g} meets it on these photos alone: {costs(here)}")
+    if score is None:
+        raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
+    print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
+          f"{RESAMPLES:,} resamples of these photos: {costs(score)}")
+    if args.save:
+        from checkpoints import write_content
+        data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
+                "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
+        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
+                 "data": data, "measured": {name: own[0] for name, own in intervals(found, score).items()}}
+        write_content(args.save[1], content | {"threshold": entry})
+        print(f"wrote {args.save[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,23 @@
-"""A measurement to look at: its curves, the photos with most mistakes, a row for each photo."""
+"""Look at a model's mistakes: the photos with most of them as one picture, a row for each photo as CSV.
+
+    python -m tools.worst val.json detections.json --count 12 --score 0.4 --out worst.png --csv photos.csv
+
+detections.json is what evaluate.py --out has written.
+"""
 
 import csv
 import math
 from dataclasses import dataclass
 
+from support.script import command, csv_cell, new_parser, parse_picture, whole_file
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from support.coco import Annotations, Detections, to_xyxy
-from metrics import match_faces
-from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture
-from support.script import whole_file
+from evaluate import read_detections
+from metrics import match_faces, operating_points, outcomes
+from support.coco import Annotations, Detections, arrays, to_xyxy
+from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture, save_picture
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels
@@ -35,8 +42,7 @@ def judge(annotations: Annotations, detections: Detections, score: float) -> Jud
     """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
     shown = detections.score >= score
     found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
-    face, false, asked = match_faces(annotations.image, annotations.xywh, annotations.ignored,
-                                     found.image, found.xywh, found.score)
+    face, false, asked = match_faces(*arrays(annotations, found))
     missed = asked.copy()
     missed[face[face >= 0]] = False
     images = {"faces": annotations.image[asked], "ignored": annotations.image[~asked],
@@ -66,7 +72,8 @@ def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf
 
 def draw_legend(sheet, text):
     """Say at the bottom of a picture, in a line of LINE pixels, what the colours mean, then `text`."""
-    draw, font, x, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 12, sheet.height - LINE
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    x, y = 12, sheet.height - LINE
     for colour, meaning in ((TRUTH, "annotated face"), (FACE, "found, with score"), (MISSED, "missed face"),
                             (FALSE, "false detection"), (IGNORED, "to ignore"), (None, text)):
         if colour:
@@ -79,27 +86,19 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
     """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
     counts = judged.counts
     worst = np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]
-    rows = [worst[n:n + COLUMNS] for n in range(0, len(worst), COLUMNS)]
-    drawn = [[draw_judged(judged, index, TILE, TILE) for index in row] for row in rows]
-    heights = [max(photo.height for photo in row) + CAPTION for row in drawn]
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), sum(heights) + LINE), "black")
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 0
-    for row, photos, height in zip(rows, drawn, heights):
-        for x, index, photo in zip(range(4, sheet.width, TILE + 8), row, photos):
-            sheet.paste(photo, (x, y))
-            below = y + photo.height
-            draw.text((x, below + 6), shorten(judged.annotations.names[index]), "white", font)
-            draw.text((x, below + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
-                      f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
-        y += height
+    photos = [draw_judged(judged, index, TILE, TILE) for index in worst]
+    height = max(photo.height for photo in photos) + CAPTION
+    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), math.ceil(len(worst) / COLUMNS) * height + LINE), "black")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for n, (index, photo) in enumerate(zip(worst, photos)):
+        x, y = n % COLUMNS * (TILE + 8) + 4, n // COLUMNS * height
+        sheet.paste(photo, (x, y))
+        y += photo.height
+        draw.text((x, y + 6), drawable(judged.annotations.names[index])[-LETTERS:], "white", font)
+        draw.text((x, y + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
+                  f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
     draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
     return sheet
-
-
-def shorten(name):
-    """A file name as it can be drawn: its end, if it is long."""
-    name = drawable(name)
-    return name if len(name) <= LETTERS else "..." + name[3 - LETTERS:]
 
 
 def write_per_photo(judged: Judged, detections: Detections, path):
@@ -121,36 +120,34 @@ def write_per_photo(judged: Judged, detections: Detections, path):
             for index, name in enumerate(judged.annotations.names):
                 scores = (f"{score:.5f}" if math.isfinite(score) else ""
                           for score in (best_false[index], lowest_found[index]))
-                rows.writerow([name, *(own[index] for own in judged.counts.values()), *scores])
+                rows.writerow([csv_cell(name), *(own[index] for own in judged.counts.values()), *scores])
 
 
-def plot_curves(curves, path, by_score=None, threshold=None):
-    """Plot precision-recall curves {name: metrics.Curve} to a picture file, the APs in the legend.
+@command
+def main(argv=None):
+    """Read, compare at the score, draw, write."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("data", help="COCO json")
+    add("detections", help="detections on its photos, as evaluate.py --out writes them")
+    add("--count", type=int, default=12, help="photos on the picture (default %(default)s)")
+    add("--score", type=float, help="show detections of at least this score (default: that of the best F1)")
+    add("--out", type=parse_picture, default="worst.png", metavar="PNG", help="default %(default)s")
+    add("--csv", metavar="CSV", help="a row for each photo: faces, found, missed, false, scores")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    annotations, detections, _ = read_detections(args.data, args.detections)
+    if args.score is None:
+        found = outcomes(*arrays(annotations, detections), len(annotations.ids))
+        args.score = operating_points(found)[-1].score
+    judged = judge(annotations, detections, args.score)
+    save_picture(worst_sheet(judged, args.count), args.out)
+    print(f"wrote {args.out}")
+    if args.csv:
+        write_per_photo(judged, detections, args.csv)
+        print(f"wrote {args.csv}")
 
-    With a thresholds.ScoreCurve `by_score`, precision, recall and false detections a photo stand beside
-    them, against the score; a `threshold` is marked.
-    """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12 if by_score else 6, 5), layout="constrained")
-    panels = figure.subplots(1, 2 if by_score else 1, squeeze=False)[0]
-    for name, curve in curves.items():
-        shown = curve.recall <= curve.recall.max()
-        panels[0].plot(curve.recall[shown], curve.precision[shown], label=f"{name}: AP {curve.ap:.3f}")
-    panels[0].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    panels[0].legend(loc="lower left")
-    if by_score:
-        panels[1].plot(by_score.score, by_score.precision, label="precision")
-        panels[1].plot(by_score.score, by_score.recall, label="recall")
-        panels[1].set(xlabel="score of at least", ylabel="precision, recall", ylim=(0, 1.02))
-        right = panels[1].twinx()
-        right.plot(by_score.score, by_score.false_per_photo, "C3", label="false per photo")
-        right.set(ylabel="false per photo", yscale="log" if by_score.false_per_photo.any() else "linear")
-        if threshold is not None:
-            panels[1].axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
-        lines = panels[1].get_lines() + right.get_lines()
-        panels[1].legend(lines, [line.get_label() for line in lines], ncols=4, fontsize="small",
-                         loc="lower center", bbox_to_anchor=(0.5, 1))
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Tests of report.py: what is counted, drawn and written for each photo."""
+"""Tests of tools.worst and of the curves: what is counted, drawn and written for each photo."""
 
 import csv
 
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from tools import worst as report
-from support.coco import Annotations, Detections
-from metrics import Curve
+from metrics import Curve, Outcomes, score_curve
+from support.coco import Annotations, Detections, read_annotations, to_results
 from support.pictures import FACE, FALSE, IGNORED, MISSED
-from tools.worst import judge, plot_curves, shorten, worst_sheet, write_per_photo
-from tools.threshold import Outcomes, score_curve
+from support.plots import plot_curves
+from support.script import write_json
+from tools import worst
+from tools.worst import judge, main, worst_sheet, write_per_photo
 
 NAMES = ["a.png", "wide, \"quoted\".png", "b.png"]
 
@@ -45,37 +46,51 @@ def test_worst_sheet_has_all_colours_and_the_worst_first(world):
 
     def shows(pixels, colour):
         return (pixels == ImageColor.getrgb(colour)).all(2).sum() > 50
-    tiles = [sheet[:-report.LINE, start:start + report.TILE] for start in range(4, sheet.shape[1],
-                                                                               report.TILE + 8)]
+    tiles = [sheet[:-worst.LINE, start:start + worst.TILE] for start in range(4, sheet.shape[1],
+                                                                               worst.TILE + 8)]
     assert shows(tiles[0], FALSE) and not shows(tiles[0], MISSED)  # two mistakes come before one
     assert all(shows(tiles[1], colour) for colour in (FACE, MISSED, IGNORED, "white"))
     assert not shows(tiles[1], FALSE)
-    assert sheet.shape[0] == report.TILE + report.CAPTION + report.LINE  # the tall photo fills its tile
-    assert all(shows(sheet[-report.LINE:], colour) for colour in (FACE, MISSED, FALSE, IGNORED))
+    assert sheet.shape[0] == worst.TILE + worst.CAPTION + worst.LINE  # the tall photo fills its tile
+    assert all(shows(sheet[-worst.LINE:], colour) for colour in (FACE, MISSED, FALSE, IGNORED))
 
 
 def test_one_photo_is_enough_for_a_sheet(world):
+    world[0].names[1] = "a\nb\x1b\udcff.png"  # no font can draw that
+    Image.new("RGB", (300, 60)).save(world[0].file(1).as_posix().encode("utf-8", "surrogateescape"))
     sheet = worst_sheet(judge(*world, 0.5), 1)
-    assert sheet.height == report.TILE * 60 // 300 + report.CAPTION + report.LINE  # small ones are enlarged
+    assert sheet.height == worst.TILE * 60 // 300 + worst.CAPTION + worst.LINE  # small ones are enlarged
 
 
 def test_per_photo(world, tmp_path):
     annotations, detections = world
     annotations.names[2] = "b\udcff.png"  # bytes that are no text
+    annotations.names[0] = "=1+1.png"      # what a spreadsheet would compute
+    detections.score[4] = 0.05             # at no threshold that one would choose, and yet it finds a face
     write_per_photo(judge(annotations, detections, 0.5), detections, tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
-    assert [row["file"] for row in rows] == annotations.names
-    assert list(rows[0].values())[1:] == ["2", "1", "1", "1", "0", "", "0.30000"]
+    assert [row["file"] for row in rows] == ["'=1+1.png", *annotations.names[1:]]
+    assert list(rows[0].values())[1:] == ["2", "1", "1", "1", "0", "", "0.05000"]
     assert list(rows[1].values())[1:] == ["0", "0", "0", "0", "2", "0.95000", ""]
     assert list(rows[2].values())[1:] == ["0", "0", "0", "0", "0", "", ""]
 
 
-def test_names_are_drawn_in_one_line():
-    assert shorten("folder/a.png") == "folder/a.png"
-    assert shorten("a\nb\x1b\udcff.png") == "a\\x0ab\\x1b\\udcff.png"
-    long = shorten("deep/" * 40 + "end.png")
-    assert len(long) == report.LETTERS and long.startswith("...") and long.endswith("/end.png")
+def test_command(sample, tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.chdir(tmp_path)
+    faces = read_annotations(sample / "val.json")
+    found = Detections(np.append(faces.image, 0), np.append(faces.xywh, [[1, 1, 9, 9]], 0),
+                       np.append(np.full(len(faces.image), 0.9), 0.5))
+    write_json("r.json", to_results(faces, found))
+    main([str(sample / "val.json"), "r.json", "--count", "2", "--csv", "p.csv"])
+    assert Image.open("worst.png").height > 100
+    rows = list(csv.DictReader(open("p.csv")))
+    assert len(rows) == 6 and sum(int(row["false"]) for row in rows) == 0  # the best F1 is at 0.9
+    main([str(sample / "val.json"), "r.json", "--score", "0.4", "--out", "w.jpg", "--csv", "p.csv"])
+    assert "wrote w.jpg" in capsys.readouterr().out
+    assert sum(int(row["false"]) for row in csv.DictReader(open("p.csv"))) == 1
+    assert "at least 1" in refused(main, sample / "val.json", "r.json", "--count", "0")
+    assert "something like w.png" in refused(main, sample / "val.json", "r.json", "--out", "w.txt")
 
 
 def test_plot_has_a_second_panel_where_scores_are_known(tmp_path):
@@ -83,8 +98,8 @@ def test_plot_has_a_second_panel_where_scores_are_known(tmp_path):
     for name, flags in (("some", [True, False]), ("none", [])):
         hit = np.array(flags, bool)
         by_score = score_curve(Outcomes(np.zeros(len(hit), int), np.linspace(0.9, 0.5, len(hit)), hit, ~hit,
-                                        np.array([1])))
-        plot_curves(curves, tmp_path / f"{name}.png", by_score, 0.7)
+                                        np.array([1]), np.array([False])))
+        plot_curves(curves, tmp_path / f"{name}.png", by_score)
         assert Image.open(tmp_path / f"{name}.png").width > 1000
     plot_curves(curves, tmp_path / "alone.png")
     assert Image.open(tmp_path / "alone.png").width < 800

@@ -1,0 +1,138 @@
+"""Is one model better than another, or is it luck? Two models on the same photos, with standard errors.
+
+    python -m tools.compare val.json a.json b.json        # detections that evaluate.py --out has written
+    python -m tools.compare val.json weights/face_ssd300.pth runs/face/best.pth --false 0.1
+
+AP and AP50 are COCO's. Recall is at IoU 0.5 and the score, each model's own, from which there are `--false`
+false detections a photo; also by size of face at the network's input, and by blur, occlusion and event (the
+photo's folder) where the json has them. Detections that fit an `iscrowd` box do not count.
+
+The standard error of a difference is that of a paired bootstrap over photos (Efron 1979): both models are
+measured on the same resamples. A difference below two of them may be luck.
+"""
+
+from pathlib import PurePosixPath
+
+from support.script import InputError, command, new_parser
+
+import numpy as np
+
+from evaluate import read_detections
+from metrics import RECALLS, coco_matches, match_faces
+from support.coco import Annotations, Detections, arrays, face_entries, read_annotations
+
+INPUT = 300                                   # px, the sides of the network's input that sizes refer to
+SIZES = (6, 8, 10, 12, 15, 20, 30, 60, np.inf)  # px there: the square root of a face's area
+RESAMPLES, SEED = 300, 0
+LEAST = 10                                    # faces of a group that is shown
+
+
+class Matched:
+    """A model's detections on some photos, matched once; `measure` then takes any weights of the photos."""
+
+    def __init__(self, annotations: Annotations, detections: Detections):
+        self.image, self.hit, self.counted = coco_matches(*arrays(annotations, detections))
+        face, false, self.asked = match_faces(*arrays(annotations, detections))
+        self.face_image = annotations.image
+        self.face_score = np.full(len(annotations.image), -np.inf)  # of the detection that finds it
+        self.face_score[face[face >= 0]] = detections.score[face >= 0]
+        order = np.flatnonzero(false)[np.argsort(-detections.score[false], kind="stable")]
+        self.false_image, self.false_score = detections.image[order], detections.score[order]
+
+    def measure(self, weights: np.ndarray, groups: np.ndarray, rate: float) -> np.ndarray:
+        """AP, AP50 and the recall of each group of faces at `rate` false detections a photo: `[2 + G]`.
+
+        weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces.
+        """
+        faces = weights[self.face_image] * self.asked
+        ap = [average_precision(weights[self.image], hit, counted, faces.sum())
+              for hit, counted in zip(self.hit, self.counted)]
+        too_many = np.cumsum(weights[self.false_image]) > rate * weights.sum()
+        threshold = self.false_score[too_many.argmax()] if too_many.any() else -np.inf
+        with np.errstate(invalid="ignore"):
+            recall = groups @ (faces * (self.face_score > threshold)) / (groups @ faces)
+        return np.array([np.mean(ap), ap[0], *recall])
+
+
+def average_precision(weights, hit, counted, faces):
+    """COCO's AP of detections, best first, that count `weights` `[D]` times each. NaN without faces."""
+    if not faces:
+        return np.nan
+    found, shown = np.cumsum(weights[hit]), np.cumsum(weights * counted)[hit]
+    precision = np.maximum.accumulate((found / (shown + np.spacing(1)))[::-1])[::-1]
+    return np.append(precision, 0)[np.searchsorted(found / faces, RECALLS)].mean()
+
+
+def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:
+    """The groups of faces that recall is measured on: {name: bool `[M]`}."""
+    sizes = annotations.sizes[annotations.image]
+    if not (sizes > 0).all():
+        raise InputError(f"{annotations.path}: its images need width and height, for the sizes of faces")
+    side = np.sqrt((annotations.xywh[:, 2:] * INPUT / sizes).clip(min=0).prod(1))
+    groups = {"all faces": np.ones(len(side), bool)}
+    for low, high in zip(SIZES, SIZES[1:]):
+        name = f"{low}-{high} px" if high < np.inf else f"> {low} px"
+        groups[name] = (side >= low) & (side < high)
+    _, entries = face_entries(annotations)
+    for key in ("blur", "occlusion"):
+        values = np.array([entry.get(key) or 0 for entry in entries])
+        if values.any():  # flags of 0 may be left out
+            groups |= {f"{key} {value}": values == value for value in np.unique(values)}
+    events = np.array([PurePosixPath(name).parent.name for name in annotations.names])[annotations.image]
+    if len(set(events)) > 1:
+        groups |= {event: events == event for event in np.unique(events)}
+    return {name: own for name, own in groups.items()
+            if name == "all faces" or (own & ~annotations.ignored).sum() >= LEAST}
+
+
+def compare(one: Matched, other: Matched, groups: dict, rate: float, photos: int) -> np.ndarray:
+    """Measure two models: `[2 + G, 4]`, of each row one, other, the difference and its standard error."""
+    masks = np.stack(list(groups.values())).astype(float)
+    values = np.stack([model.measure(np.ones(photos), masks, rate) for model in (one, other)])
+    generator = np.random.default_rng(SEED)
+    differences = []
+    for _ in range(RESAMPLES):
+        weights = generator.multinomial(photos, np.full(photos, 1 / photos)).astype(float)
+        differences.append(other.measure(weights, masks, rate) - one.measure(weights, masks, rate))
+    return np.stack([*values, values[1] - values[0], np.nanstd(differences, 0, ddof=1)], 1)
+
+
+def find(path: str, annotations: Annotations) -> Detections:
+    """The detections of a results json, or of a model that is run."""
+    if path.endswith(".json"):
+        seen, detections, _ = read_detections(annotations.path, path)
+        if len(seen.ids) < len(annotations.ids):
+            raise InputError(f"{path}: is of only {len(seen.ids)} photos of {annotations.path}")
+        return detections
+    from detector import detect_all, load_detector  # torch takes seconds
+    detections, errors = detect_all(load_detector(path), annotations)
+    if errors:
+        raise InputError(f"{annotations.path}: {len(errors)} photos could not be used: "
+                         + "; ".join(list(errors.values())[:3]))
+    return detections
+
+
+@command
+def main(argv=None):
+    """Read or detect, match, measure, print."""
+    parser = new_parser(__doc__)
+    parser.add_argument("data", help="COCO json")
+    parser.add_argument("models", nargs=2, metavar="MODEL", help="detections (.json), or a model that is run")
+    parser.add_argument("--false", type=float, default=0.3, metavar="RATE",
+                        help="false detections a photo at which recall is read (default %(default)s)")
+    args = parser.parse_args(argv)
+    annotations = read_annotations(args.data)
+    if annotations.ignored.all() or not args.false > 0:
+        parser.error(f"{args.data} needs faces and --false a number above 0")
+    models = [Matched(annotations, find(path, annotations)) for path in args.models]
+    groups = face_groups(annotations)
+    rows = compare(*models, groups, args.false, len(annotations.ids))
+    print(f"{args.data}: {len(annotations.ids):,} photos; recall at {args.false:g} false detections a photo")
+    print(f"{'':24}{'faces':>8}{'a':>9}{'b':>9}{'b - a':>10}{'+-':>9}")
+    counts = ["", "", *((own & ~annotations.ignored).sum() for own in groups.values())]
+    for name, count, (*values, difference, error) in zip(["AP", "AP50", *groups], counts, rows):
+        print(f"{name[:23]:<24}{count:>8}{values[0]:9.4f}{values[1]:9.4f}{difference:+10.4f}{error:9.4f}")
+
+
+if __name__ == "__main__":
+    main()
