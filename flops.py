@@ -5,7 +5,6 @@
     python flops.py --model weights/face_ssd300.pth
 """
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import bad_values, command, new_parser, parse_size
 
 import torch
