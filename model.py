@@ -231,7 +231,7 @@ def zip_fault(file) -> str | None:
 
 
 def tensors_of(state, subject):
-    """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is something else."""
+    """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is not."""
     if not isinstance(state, dict):
         raise ValueError(f"{subject} is no dictionary")
     tensors = {}
@@ -244,21 +244,25 @@ def tensors_of(state, subject):
     return tensors
 
 
-def check_kinds(state, own, path):
-    """Raise ValueError where `state` has whole numbers and the model's `own` tensor has not, or reversed."""
-    for name, tensor in own.items():
-        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
-            found, wanted = state[name].dtype, tensor.dtype
-            raise ValueError(f"{path}: not a checkpoint of this detector ({name} is {found}, not {wanted})")
-
-
-def check_values(state, path):
-    """Raise ValueError if weights are not finite, or variances negative."""
+def fill(model: nn.Module, state: dict, path) -> None:
+    """Load {name: tensor} into a model with these names and shapes. Raises ValueError on senseless values."""
+    own = model.state_dict()
     for name, tensor in state.items():
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(f"{path}: not a checkpoint of this detector "
+                             f"({name} is {tensor.dtype}, not {own[name].dtype})")
+    model.load_state_dict(state, strict=False)
+    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"{path}: damaged, the variances {name} are negative")
+
+
+def fitting(model: nn.Module, state: dict) -> dict:
+    """Those of `state` {name: tensor} that `model` has too, in the same shape."""
+    return {name: state[name] for name, own in model.state_dict().items()
+            if name in state and state[name].shape == own.shape}
 
 
 def config_of(content: dict, path="") -> Config:
@@ -286,13 +290,12 @@ def load_model(path) -> SSD:
 def rebuild(content: dict, state: dict, path) -> SSD:
     """The model of a checkpoint's content, with the weights `state`. Raises ValueError if they do not fit."""
     model = SSD(config_of(content, path))
-    check_kinds(state, model.state_dict(), path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
-        raise ValueError(f"{path}: not a checkpoint of this detector ({reason[:160]})") from None
-    check_values(model.state_dict(), path)
+    same = fitting(model, state)
+    wrong = [name for name in [*state, *model.state_dict()] if name not in same]
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of this detector "
+                         f"({ascii(wrong[0])[:160]} is missing, unknown or of another shape)")
+    fill(model, same, path)
     return model
 
 
@@ -302,14 +305,11 @@ def load_weights(model: SSD, path) -> list[str]:
     Raises ValueError if the file is no checkpoint, or none of it fits.
     """
     content = read_checkpoint(path)
-    own, state = model.state_dict(), content.get("ema") or content["state_dict"]
-    fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
-    if not any(tensor.ndim for tensor in fitting.values()):
+    same = fitting(model, content.get("ema") or content["state_dict"])
+    if not any(tensor.ndim for tensor in same.values()):
         raise ValueError(f"{path}: no tensor of it fits this model")
-    check_kinds(fitting, own, path)
-    model.load_state_dict(fitting, strict=False)
-    check_values(model.state_dict(), path)
-    return [name for name in own if name not in fitting]
+    fill(model, same, path)
+    return [name for name in model.state_dict() if name not in same]
 
 
 def load_imagenet(model: SSD, path=None) -> None:
@@ -339,12 +339,9 @@ def load_imagenet(model: SSD, path=None) -> None:
     if len(ours) != len(theirs):
         raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); they are at "
                          f"{weights.url}")
-    # The two nest their layers differently but list them in the same order.
-    theirs = dict(zip(ours, theirs))
-    check_kinds(theirs, ours, name)
-    for key, own in ours.items():
-        tensor = theirs[key]
+    cut = {}
+    for (key, own), tensor in zip(ours.items(), theirs):  # nested differently, but listed in the same order
         if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):
             raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {key} {tuple(own.shape)}")
-        own.copy_(tensor[tuple(slice(n) for n in own.shape)])
-    check_values(ours, name)
+        cut[key] = tensor[tuple(slice(n) for n in own.shape)]
+    fill(model.backbone, cut, name)
