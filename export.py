@@ -366,11 +366,12 @@ def check(path, reference, pictures, kind):
 
 
 def pictures_to_compare(annotations):
-    """Photos of `annotations`, or without them parts of our own photo of a crowd (PIL)."""
+    """Photos of `annotations`, or without them parts of our own photo, some around its face (PIL)."""
     if annotations:
         return [load_picture(annotations.file(index)) for index in spread(annotations, COMPARED)]
     photo = load_picture(ROOT / "docs/photo.jpg")
-    return [photo.crop((x, y, x + 256, y + 192)) for x in (0, 128, 256) for y in (0, 160, 320)]
+    around = [photo.crop((40 * n, 10 * n, 512 - 50 * n, 512 - 70 * n)) for n in range(4)]
+    return around + [photo.crop((x, y, x + 256, y + 192)) for x in (0, 128, 256) for y in (0, 160, 320)]
 
 
 @command

@@ -97,7 +97,7 @@ def keep_memory():
 
 
 def _fail(main, text, reported=False):
-    """Print one line, with the name of `main`'s script, and exit with 2; under torchrun one on each machine."""
+    """Print one line, with the name of `main`'s script, and exit with 2: under torchrun one a machine."""
     text = text.translate(CONTROL)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary repeats it
         content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
