@@ -233,7 +233,7 @@ def whole_file(path):
     be written there.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on names that are too long
         raise InputError(f"{path}: is a folder, a file is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = os.fsdecode(os.fsencode(path.stem)[:200])  # a name may have 255 bytes
