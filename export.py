@@ -173,9 +173,6 @@ def swap_colours(model):
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
-    if (norm.op_type, first.op_type) != ("BatchNormalization", "Conv"):
-        raise RuntimeError(
-            f"the graph begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
     for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
         turned = np.flip(numpy_helper.to_array(weights[name]), axis)
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))

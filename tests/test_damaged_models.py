@@ -2,11 +2,9 @@
 
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections import OrderedDict
 
 import pytest
@@ -50,13 +48,6 @@ def refusal(path, read=load_model):
     return str(error.value)
 
 
-def rewritten(source, target, kind):
-    """Copy a checkpoint compressed; the checksums fit again."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind) as new:
-        for member in old.infolist():
-            new.writestr(member.filename, old.read(member))
-
-
 @pytest.fixture
 def plain(tmp_path, small):
     """A checkpoint with an average, as a run leaves it."""
@@ -95,15 +86,6 @@ def test_a_changed_bit_is_noticed(tmp_path, plain):
                 assert all(torch.equal(found[key][name], good[key][name]) for name in good[key])
 
 
-def test_a_changed_bit_in_imagenet_weights_is_noticed(tmp_path):
-    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
-    damaged = bytearray((tmp_path / "imagenet.pth").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (tmp_path / "imagenet.pth").write_bytes(damaged)
-    line = refusal(tmp_path / "imagenet.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))
-    assert "not torchvision's MobileNetV2 weights" in line and "checksums" in line
-
-
 def test_the_format_before_zip_loads(tmp_path, small):
     def save(content, path):
         torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -119,10 +101,13 @@ def test_the_format_before_zip_loads(tmp_path, small):
 
 
 @pytest.mark.slow
-def test_compressed_parts_are_refused_before_they_are_unpacked(tmp_path, plain):
-    """200 MB of zeros make a file of 200 kB; its directory may claim any sizes."""
+def test_compressed_parts_are_refused_before_they_are_unpacked(tmp_path):
+    """200 MB of zeros make a file of 200 kB."""
     torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
-    rewritten(tmp_path / "large.pth", tmp_path / "packed.pth", zipfile.ZIP_DEFLATED)
+    with (zipfile.ZipFile(tmp_path / "large.pth") as old,
+          zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new):
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
     (tmp_path / "large.pth").unlink()
     code = f"""
 import resource
@@ -136,13 +121,6 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[0]) < 100 and "packed.pth: refused, it is compressed" in done.stdout
 
-    rewritten(plain, tmp_path / "x.pth", zipfile.ZIP_DEFLATED)
-    with zipfile.ZipFile(tmp_path / "x.pth", "a") as archive:
-        for member in archive.filelist:
-            member.file_size = member.compress_size
-        archive._didModify = True
-    assert "it is compressed" in refusal(tmp_path / "x.pth")
-
 
 def test_parts_listed_many_times_are_refused(plain):
     with zipfile.ZipFile(plain) as archive:
@@ -151,22 +129,6 @@ def test_parts_listed_many_times_are_refused(plain):
         archive.filelist += [largest] * 400
         archive._didModify = True
     assert "twice" in refusal(plain)
-
-
-def test_parts_that_lie_in_one_another_are_refused(tmp_path):
-    """Each of 50 members holds the next with its header: sound by itself, and together 50 times the file."""
-    body, directory = bytes(100_000), []
-    for n in range(50):
-        name, sizes = b"x/data/%02d" % n, (zlib.crc32(body), len(body), len(body))
-        body = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, *sizes, len(name), 0) + name + body
-        directory.append((name, sizes, len(body)))
-    central = b""
-    for name, sizes, end in reversed(directory):
-        numbers = 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0, len(body) - end
-        central += struct.pack("<4s6H3I5H2I", b"PK\1\2", *numbers) + name
-    last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
-    (tmp_path / "x.pth").write_bytes(body + central + last)
-    assert "twice" in refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.slow

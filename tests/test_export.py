@@ -207,11 +207,9 @@ def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
 
 
 @pytest.mark.slow
-def test_fp16_is_half_the_size(done, run, lively):
+def test_fp16_is_half_the_size(done, run):
     folder = run("--fp16")
     assert (folder / "model.bin").stat().st_size < 0.6 * (done[1] / "model.bin").stat().st_size
-    gaps = differences(load_detector(folder / "model.xml"), TorchDetector(lively), PICTURES, 0.3)
-    assert (np.quantile(gaps, 0.9, 0) < (1, 0.03)).all()
 
 
 @pytest.mark.slow

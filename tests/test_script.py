@@ -113,12 +113,10 @@ def test_git_commit(tmp_path):
     assert ask() == "None"  # nothing committed yet
     git("add", ".", at=folder)
     git("commit", "-q", "-m", "x", at=folder)
-    head = git("rev-parse", "HEAD", at=folder)
     git("tag", "-a", "-m", "v", "v1", at=folder)
-    (folder / "new.txt").write_text("not tracked")
+    head = git("rev-parse", "HEAD", at=folder)
     assert ask() == head
-    with open(folder / "support/script.py", "a") as file:
-        file.write("# changed\n")
+    (folder / "support/script.py").open("a").write("# changed\n")
     assert ask() == head + "-dirty"
 
 
