@@ -38,7 +38,7 @@ def test_the_longest_names_can_be_written(tmp_path, name):
         temporary.write_text("new")
     assert os.listdir(tmp_path) == [name]
     with pytest.raises(InputError, match="not written"):
-        with whole_file(tmp_path / f"{name}x") as temporary:
+        with whole_file(tmp_path / f"{name}xx") as temporary:
             temporary.write_text("new")
     assert os.listdir(tmp_path) == [name]
 
