@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -228,6 +229,11 @@ def test_a_model_that_differs_is_not_written(monkeypatch, run, graphs, model_fil
     line = refused(export.main, "--model", model_file, "--out", tmp_path, "--ir")
     assert "model.onnx differs from the checkpoint, nothing was written" in line
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_photos_for_int8_are_spread_over_the_whole_set():
+    assert export.spread(SimpleNamespace(ids=range(10)), 4) == [0, 3, 6, 9]
+    assert export.spread(SimpleNamespace(ids=range(3)), 8) == [0, 1, 2]
 
 
 def test_refusals(refused, model_file, tmp_path, monkeypatch):

@@ -104,6 +104,15 @@ def test_a_checkpoint_rebuilds_its_model_without_flags(tmp_path, small):
     assert all(torch.equal(a, b) for a, b in zip(model(image), loaded(image)))
 
 
+@pytest.mark.parametrize("wrong", [
+    {"input_width": 15}, {"input_height": 8193}, {"width": 0.06}, {"width": 8.1}, {"anchors": ()},
+    {"anchors": ((9, 9),) * 101}, {"anchors": ((9, 0.9),)}, {"anchors": ((9, float("inf")),)}])
+def test_configurations_that_no_memory_would_hold_are_refused(wrong):
+    Config(16, 8192, 1 / 16, ((1, 1),) * 100)
+    with pytest.raises(ValueError, match="expected"):
+        Config(**wrong)
+
+
 def test_averaged_weights_are_preferred(tmp_path, small):
     averaged = {name: torch.full_like(tensor, 2) for name, tensor in small.state_dict().items()}
     torch.save(checkpoint(small, ema=averaged), tmp_path / "x.pth")

@@ -51,9 +51,10 @@ def test_nan_is_not_written(tmp_path):
 
 def test_sizes():
     assert parse_size("300") == (300, 300) and parse_size("320x240") == parse_size("320X240") == (320, 240)
+    assert parse_size("16x8192") == (16, 8192)
 
 
-@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "300x8193", "-300", "3.5"])
+@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "300x8193", "15x300", "-300", "3.5"])
 def test_no_sizes(text):
     with pytest.raises(Exception, match="expected"):
         parse_size(text)
