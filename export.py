@@ -16,10 +16,10 @@ import json
 import os
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
-from support.script import InputError, bad_values, command, file_hash, new_parser, parse_size
+from support.script import ROOT, InputError, bad_values, command, file_hash, new_parser, parse_size
 
 import numpy as np
 import onnx
@@ -28,18 +28,19 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-from tools import sample
 from anchors import VARIANCES, decode, make_anchors
-from support.coco import read_annotations
-from data import to_input, to_tensor
-from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, check_threshold, detect, load_detector, postprocess,
-                      to_picture)
+from data import FaceDataset, to_input, to_tensor
+from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, check_threshold, detect, load_detector,
+                      postprocess, to_picture)
 from model import STRIDE, grid_size, load_model, read_checkpoint
+from support.coco import read_annotations
 from support.pictures import load_picture
-from support.quantise import quantise, spread
+from support.quantise import quantise
 from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
 
 OPSET = 18
+CALIBRATION = 300  # photos that the ranges of INT8 are taken from
+COMPARED = 8       # pictures that an export is compared with PyTorch on
 
 # How far an export may be from PyTorch: pixels of the network input, score, the least score of the faces that
 # are compared, and the share of these that must be within both limits. Lower precision changes some NMS
@@ -143,7 +144,8 @@ def add_detection_output(model, config, size):
 
     The anchors of PriorBoxClustered are not rounded. A row is image, label, score, and a box in 0-1.
     """
-    node, (widths, heights) = helper.make_node, zip(*config.anchors)
+    node = helper.make_node
+    widths, heights = zip(*config.anchors)
     nodes = [
         node("Softmax", ["logits"], ["probabilities"], axis=2),
         node("Reshape", ["probabilities", "flat"], ["all_probabilities"]),  # [1, A * 2]
@@ -171,9 +173,6 @@ def swap_colours(model):
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
-    if (norm.op_type, first.op_type) != ("BatchNormalization", "Conv"):
-        raise RuntimeError(
-            f"the graph begins with {norm.op_type}, {first.op_type}, not with batch norm, convolution")
     for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
         turned = np.flip(numpy_helper.to_array(weights[name]), axis)
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
@@ -235,18 +234,21 @@ def describe(path, content, model, size, head):
     `path` is the checkpoint and `content` what it holds; size is (width, height).
     """
     cell = make_anchors(model.config, (STRIDE, STRIDE), head != "detection_output").tolist()
+    metadata = {
+        "head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
+        "type": "float32", "size": "{}x{}".format(*size), "stride": str(STRIDE),
+        "variances": json.dumps(VARIANCES), "anchors": json.dumps(model.config.anchors),
+        "cell_anchors": json.dumps(cell), "score_threshold": str(SCORE), "nms_threshold": str(NMS_IOU),
+        "top_k": str(TOP), "source": Path(path).name, "source_sha256": file_hash(path)}
     epoch = content.get("epoch", (content.get("meta") or {}).get("epoch"))
-    source = {"source": Path(path).name, "source_sha256": file_hash(path)}
-    more = (({} if epoch is None else {"source_epoch": str(epoch)})
-            | ({"decoding": DECODING} if head == "raw" else {}))
+    if epoch is not None:
+        metadata["source_epoch"] = str(epoch)
+    if head == "raw":
+        metadata["decoding"] = DECODING
     threshold = check_threshold(content.get("threshold"), path)
     if threshold and tuple(threshold["size"]) == tuple(size):  # at another size the scores are others
-        more["threshold"] = json.dumps(threshold)
-    return {"head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
-            "type": "float32", "size": "{}x{}".format(*size), "stride": str(STRIDE),
-            "variances": json.dumps(VARIANCES), "anchors": json.dumps(model.config.anchors),
-            "cell_anchors": json.dumps(cell), "score_threshold": str(SCORE), "nms_threshold": str(NMS_IOU),
-            "top_k": str(TOP), **source, **more}
+        metadata["threshold"] = json.dumps(threshold)
+    return metadata
 
 
 def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
@@ -257,8 +259,8 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
     to quantise on. The ONNX model is changed.
     """
     import openvino as ov
-    metadata = metadata | {"colour": "BGR",
-                           "precision": "INT8" if annotations else "FP16" if fp16 else "FP32"}
+    kind = "INT8" if annotations else "FP16" if fp16 else "FP32"
+    metadata = metadata | {"colour": "BGR", "precision": kind}
     swap_colours(model)
     if embedded:
         metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
@@ -267,13 +269,33 @@ def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotation
     ir = openvino_core().read_model(model.SerializeToString())
     fold_constants(ir)
     if annotations:
-        ir = quantise(ir, annotations, size)
+        metadata.pop("threshold", None)  # found with float32, and INT8 shifts the scores
+        ir = quantise_on(ir, annotations, size)
     if embedded:
         ir = embed(ir)
     for key, value in metadata.items():
         ir.set_rt_info(value, [SECTION, key])
     ov.save_model(ir, path, compress_to_fp16=fp16)
-    return "embedded" if embedded and metadata["precision"] == "FP32" else metadata["precision"]
+    return "embedded" if embedded and kind == "FP32" else kind
+
+
+def spread(annotations, most):
+    """Choose up to `most` photos, evenly spread over the dataset: a list of indices."""
+    count = len(annotations.ids)
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def quantise_on(ir, annotations, size):
+    """Quantise an IR on photos of `annotations`. Raises InputError if one of them cannot be read."""
+    dataset = FaceDataset(annotations, *size)
+    chosen = spread(annotations, CALIBRATION)
+
+    def load(n):
+        item = dataset[chosen[n], None]
+        if item.error:
+            raise InputError(item.error)
+        return to_input(item.picture.flip(0)[None]).numpy()  # [1, 3, H, W], BGR
+    return quantise(ir, len(chosen), load)
 
 
 class DetectionOutput(TorchDetector):
@@ -340,49 +362,60 @@ def check(path, reference, pictures, kind):
     return line
 
 
+def pictures_to_compare(annotations):
+    """Photos of `annotations`, or without them parts of our own photo, some around its face (PIL)."""
+    if annotations:
+        return [load_picture(annotations.file(index)) for index in spread(annotations, COMPARED)]
+    photo = load_picture(ROOT / "docs/photo.jpg")
+    around = [photo.crop((40 * n, 10 * n, 512 - 50 * n, 512 - 70 * n)) for n in range(4)]
+    return around + [photo.crop((x, y, x + 256, y + 192)) for x in (0, 128, 256) for y in (0, 160, 320)]
+
+
 @command
 def main(argv=None):
     """Build the files, compare them with PyTorch, and write them."""
     args = parse_args(argv)
     with bad_values():
         model, content = load_model(args.model), read_checkpoint(args.model)
-    size, annotations = args.size or model.config.input_size, None
-    if args.data:
-        annotations = read_annotations(args.data)
-        if not len(annotations.ids):
-            raise InputError(f"{args.data}: no photos")
-        pictures = [load_picture(annotations.file(index)) for index in spread(annotations, 8)]
-    else:
-        pictures = [sample.photo(np.random.default_rng(n), 320, 240, False)[1] for n in range(8)]
-    reference = (DetectionOutput(model, size, rounded=False) if args.head == "detection_output"
-                 else TorchDetector(model, size))
-    graph, metadata = build(model, args.head, size), describe(args.model, content, model, size, args.head)
+    size = args.size or model.config.input_size
+    annotations = read_annotations(args.data) if args.data else None
+    if annotations and not len(annotations.ids):
+        raise InputError(f"{args.data}: no photos")
+    pictures = pictures_to_compare(annotations)
+    reference = TorchDetector(model, size)
+    if args.head == "detection_output":
+        reference = DetectionOutput(model, size, rounded=False)
+    graph = build(model, args.head, size)
+    metadata = describe(args.model, content, model, size, args.head)
 
-    out, lines = Path(args.out), []
+    out = Path(args.out)
+    lines = []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
-        folder, files = Path(folder), {"model.onnx": "FP32"}
+        folder = Path(folder)
+        kinds = {"model.onnx": "FP32"}
         helper.set_model_props(graph, metadata)
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / "model.onnx")
         if args.ir:
-            files["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
+            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
                                           annotations if args.int8 else None)
-        for name, kind in files.items():
+        for name, kind in kinds.items():
             line = check(folder / name, reference, pictures, kind)
             lines.append("{}: {}, {}x{}, {}".format(out / name, args.head, *size, line))
-        if args.ir:
-            (out / "model.xml").unlink(missing_ok=True)  # never leave an old .xml beside a new .bin
-            os.replace(folder / "model.bin", out / "model.bin")
-        for name in files:
-            os.replace(folder / name, out / name)
-    if not args.ir and (out / "model.xml").exists():  # it is of an older model now
-        for name in ("model.xml", "model.bin"):
-            (out / name).unlink(missing_ok=True)
+        old_ir = (out / "model.xml").exists()
+        if old_ir:  # never leave it beside a new .bin or .onnx
+            (out / "model.xml").unlink()
+            (out / "model.bin").unlink(missing_ok=True)
+        for path in sorted(folder.iterdir()):  # the .bin before its .xml
+            os.replace(path, out / path.name)
+    if old_ir and not args.ir:
         lines.append(f"{out / 'model.xml'}: removed, it was of an earlier export; --ir writes it anew")
     if content.get("threshold") and "threshold" not in metadata:
         lines.append("{}x{}: not the size of its threshold, {}x{}, which is left out".format(
             *size, *content["threshold"]["size"]))
+    if args.int8 and "threshold" in metadata:
+        lines.append(f"{out / 'model.xml'}: INT8 shifts scores, so the checkpoint's threshold is left out")
     print("\n".join(lines))
 
 
@@ -402,12 +435,14 @@ def parse_args(argv):
     add("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size")
     add("--int8", action="store_true", help="quantised on photos of --data")
     args = parser.parse_args(argv)
-    for wrong, hint in ((args.int8 and not args.data, "--int8 needs photos: --data data/val.json"),
-                        (args.int8 and args.fp16, "--int8 and --fp16 are two precisions, choose one"),
-                        (args.embed and args.head == "raw",
-                         "--embed takes one picture at a time: not for --head raw")):
-        if wrong:
-            parser.error(hint)
+    if args.int8 and not args.data:
+        parser.error("--int8 needs photos: --data data/val.json")
+    if args.int8 and args.fp16:
+        parser.error("--int8 and --fp16 are two precisions, choose one")
+    if args.int8 and not find_spec("nncf"):
+        parser.error("--int8 needs NNCF: pip install -r requirements-int8.txt")
+    if args.embed and args.head == "raw":
+        parser.error("--embed takes one picture at a time: not for --head raw")
     args.ir = args.ir or args.fp16 or args.embed or args.int8
     return args
 

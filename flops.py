@@ -5,11 +5,11 @@
     python flops.py --model weights/face_ssd300.pth
 """
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import bad_values, command, new_parser, parse_size
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from model import SSD, Config, load_model
 
@@ -21,32 +21,27 @@ def count(model, width, height):
     alone) and all. The last adds one operation per bias and per ReLU element and two per BatchNorm element;
     the published 0.51 GMACs are counted in this way.
     """
-    rows, hooks = [], []
+    names = {module: name for name, module in model.named_modules() if not list(module.children())}
+    rows = []
 
-    def visit(name, module):
-        def hook(module, _, output):
-            elements, macs, extra = output.numel(), 0, 0
-            if isinstance(module, nn.Conv2d):
-                macs = elements * module.weight[0].numel()  # each output element is a sum over one filter
-                extra = elements if module.bias is not None else 0
-            elif isinstance(module, nn.BatchNorm2d):
-                extra = 2 * elements
-            elif isinstance(module, nn.ReLU):
-                extra = elements
-            rows.append({"layer": name, "type": type(module).__name__, "output": tuple(output.shape[1:]),
-                         "parameters": sum(p.numel() for p in module.parameters()), "convolution": macs,
-                         "all": macs + extra})
-        return module.register_forward_hook(hook)
+    def note(module, _, output):
+        if module not in names:
+            return
+        elements = output.numel()
+        macs = extra = 0
+        if isinstance(module, nn.Conv2d):
+            macs = elements * module.weight[0].numel()  # each output element is a sum over one filter
+            extra = elements if module.bias is not None else 0
+        elif isinstance(module, nn.BatchNorm2d):
+            extra = 2 * elements
+        elif isinstance(module, nn.ReLU):
+            extra = elements
+        rows.append({"layer": names[module], "type": type(module).__name__, "output": tuple(output.shape[1:]),
+                     "parameters": sum(p.numel() for p in module.parameters()), "convolution": macs,
+                     "all": macs + extra})
 
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            hooks.append(visit(name, module))
-    try:
-        with torch.no_grad():  # on the device "meta", which computes shapes only
-            model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with register_module_forward_hook(note), torch.no_grad():
+        model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))  # computes shapes only
     return rows
 
 
@@ -72,8 +67,7 @@ def main(argv=None):
         print(f"{row['layer']:<32}{row['type']:<13}{shape:>15}{row['parameters']:>12,}{row['all']:>14,}"
               f"{row['all'] / total['all']:>8.2%}")
     print(f"\nwidth {model.config.width:g}, input {width} x {height}")
-    print(
-        f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, two loss weights included)")
+    print(f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, with two loss weights)")
     print(f"MACs, convolutions only   {total['convolution']:>13,}")
     print(f"MACs, all layers          {total['all']:>13,}  "
           f"({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)")

@@ -4,12 +4,10 @@ Parameter names are those of the official training snapshots, so theirs and ours
 file imports nothing of this repository: copy it, and `load_model` works elsewhere.
 """
 
-import errno
-import io
 import math
 import os
-import pickletools
 import stat
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -36,13 +34,6 @@ ROWS = (
     (4, 480, 1, 1),
 )
 
-# What the pickle of a checkpoint may name: dictionaries, ordinary tensors, their storages. PyTorch's own list
-# for weights_only is longer, and with some of it a file of 300 bytes fills the memory.
-ALLOWED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor",
-           "torch._utils _rebuild_parameter", "torch Size", *(f"torch {kind}Storage" for kind in (
-               "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
-
-
 def grid_size(width: int, height: int) -> tuple[int, int]:
     """Columns and rows of the grid, the feature map's cells, for an input of `width` x `height` pixels."""
     return math.ceil(width / STRIDE), math.ceil(height / STRIDE)
@@ -58,8 +49,8 @@ class Config:
 
     def __post_init__(self):
         sides = [side for anchor in self.anchors for side in anchor]
-        if not (isinstance(self.input_width, Integral) and isinstance(self.input_height, Integral)
-                and all(isinstance(number, Real) for number in (self.width, *sides))):
+        whole = isinstance(self.input_width, Integral) and isinstance(self.input_height, Integral)
+        if not whole or not all(isinstance(number, Real) for number in (self.width, *sides)):
             raise ValueError("whole numbers expected for the input's sides, numbers for width and anchors")
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
         # The upper bounds are no limits of the method. Without them a hostile file of a few bytes would fill
@@ -93,8 +84,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs, outputs, stride, expansion):
         super().__init__()
         hidden = inputs * expansion
-        expand = [] if expansion == 1 else [
-            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+        expand = []
+        if expansion > 1:
+            expand = [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(
             *expand,
             nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden),
@@ -142,8 +134,8 @@ class SSDHead(nn.Module):
                              nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, outputs, 1))
 
     def forward(self, features):
-        logits, offsets = (self.cls_convs[0](features),
-                           self.reg_convs[0](features))  # [B, 9 * 2, h, w], [B, 9 * 4, h, w]
+        logits = self.cls_convs[0](features)                                        # [B, 9 * 2, h, w]
+        offsets = self.reg_convs[0](features)                                       # [B, 9 * 4, h, w]
         return (logits.permute(0, 2, 3, 1).reshape(len(logits), -1, 2),             # [B, A, 2]
                 offsets.permute(0, 2, 3, 1).reshape(len(offsets), -1, 4))           # [B, A, 4]
 
@@ -204,89 +196,73 @@ def load_file(path):
     """What torch.save wrote, on the CPU. Raises ValueError, one line, if the file is damaged or hostile."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write into it
         raise ValueError(f"{path}: not a checkpoint, nor any ordinary file")
-    try:
-        with open(path, "rb") as file:
-            content = torch.load(_checked(file), map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign bytes the loader raises nearly everything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: of a zip that is damaged
-            raise
-        reason = str(error) if isinstance(error, _Refused) else "not a checkpoint, or a truncated one"
-        raise ValueError(f"{path}: {reason}") from None
+    with open(path, "rb") as file:
+        try:
+            fault = zip_fault(file)
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about what is refused below anyway
+                content = None if fault else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # on foreign bytes the loaders raise nearly everything
+            fault = "not a checkpoint, or truncated, or it holds more than tensors and plain values"
+    if fault:
+        raise ValueError(f"{path}: {fault}")
     # A dict of a hostile file may have `get` and `items` of its own.
     return dict(dict.items(content)) if isinstance(content, dict) else content
 
 
-class _Refused(Exception):
-    """Why a file is not loaded."""
+def zip_fault(file) -> str | None:
+    """What is wrong with an open checkpoint, if it is a zip: PyTorch looks at no checksum and no sizes.
 
-
-def _checked(file):
-    """The open checkpoint `file` as torch.load may have it: nothing damaged, compressed, or beyond ALLOWED.
-
-    PyTorch looks at no checksum, so a changed bit in a weight would go unseen. It gets a copy of what was
-    checked, as two programs may read one zip differently. The format before PyTorch 1.6 (five pickles, then
-    the bytes of the tensors) has no checksums.
+    Files from before PyTorch 1.6 are no zips and have no checksums: None.
     """
     if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
-        file.seek(0)
-        for _ in range(5):
-            _look_through(file)
-        file.seek(0)
-        return file
-    copy, size = io.BytesIO(), file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as checked:
+        return None
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if any(member.compress_type or member.compress_size != member.file_size for member in members):
-            raise _Refused("refused, it is compressed; torch.save does not do that")
-        names = {member.filename for member in members}
-        if len(names) < len(members) or sum(member.file_size for member in members) > size:
-            raise _Refused("refused, parts of it are there twice")
-        for member in members:
-            try:
-                content = archive.read(member)
-            except zipfile.BadZipFile:
-                raise _Refused("damaged, its checksums tell; copy or download it again") from None
-            if member.filename.lower().endswith(".pkl"):
-                _look_through(content)
-            checked.writestr(zipfile.ZipInfo(member.filename), content)  # ZipInfo: its date is 1980
-    copy.seek(0)
-    return copy
-
-
-def _look_through(pickled):
-    """Go through one pickle, bytes or an open file, without running it."""
-    for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and argument not in ALLOWED:
-            raise _Refused("refused, it holds more than tensors and plain values"
-                           + (f" ({argument.replace(' ', '.')[:80]!r})" if argument else ""))
+            return "refused, it is compressed; torch.save does not do that"
+        if sum(member.file_size for member in members) > size:
+            return "refused, parts of it are there twice"
+        if archive.testzip():
+            return "damaged, its checksums tell; copy or download it again"
+    return None
 
 
 def tensors_of(state, subject):
-    """`state` as {name: tensor}, no gradients. Raises ValueError, starting with `subject`, if it is not."""
+    """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is not."""
     if not isinstance(state, dict):
         raise ValueError(f"{subject} is no dictionary")
-    state = dict(dict.items(state))
-    for name, tensor in state.items():
+    tensors = {}
+    for name, tensor in dict.items(state):
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{subject} holds other things than named tensors")
-    return {name: tensor.detach() for name, tensor in state.items()}
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{subject} holds tensors that are sparse, quantized or empty shells")
+        tensors[name] = tensor.detach()
+    return tensors
 
 
-def check_kinds(state, own, path):
-    """Raise ValueError where `state` has whole numbers and the model's `own` tensor has not, or reversed."""
-    for name, tensor in own.items():
-        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
-            found, wanted = state[name].dtype, tensor.dtype
-            raise ValueError(f"{path}: not a checkpoint of this detector ({name} is {found}, not {wanted})")
-
-
-def check_values(state, path):
-    """Raise ValueError if weights are not finite, or variances negative."""
+def fill(model: nn.Module, state: dict, path) -> None:
+    """Load {name: tensor} into a model with these names and shapes. Raises ValueError on senseless values."""
+    own = model.state_dict()
     for name, tensor in state.items():
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(f"{path}: not a checkpoint of this detector "
+                             f"({name} is {tensor.dtype}, not {own[name].dtype})")
+    model.load_state_dict(state, strict=False)
+    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"{path}: damaged, the variances {name} are negative")
+
+
+def fitting(model: nn.Module, state: dict) -> dict:
+    """Those of `state` {name: tensor} that `model` has too, in the same shape."""
+    return {name: state[name] for name, own in model.state_dict().items()
+            if name in state and state[name].shape == own.shape}
 
 
 def config_of(content: dict, path="") -> Config:
@@ -314,13 +290,12 @@ def load_model(path) -> SSD:
 def rebuild(content: dict, state: dict, path) -> SSD:
     """The model of a checkpoint's content, with the weights `state`. Raises ValueError if they do not fit."""
     model = SSD(config_of(content, path))
-    check_kinds(state, model.state_dict(), path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[min(1, str(error).count("\n"))].strip()
-        raise ValueError(f"{path}: not a checkpoint of this detector ({reason[:160]})") from None
-    check_values(model.state_dict(), path)
+    same = fitting(model, state)
+    wrong = [name for name in [*state, *model.state_dict()] if name not in same]
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of this detector "
+                         f"({ascii(wrong[0])[:160]} is missing, unknown or of another shape)")
+    fill(model, same, path)
     return model
 
 
@@ -330,14 +305,11 @@ def load_weights(model: SSD, path) -> list[str]:
     Raises ValueError if the file is no checkpoint, or none of it fits.
     """
     content = read_checkpoint(path)
-    own, state = model.state_dict(), content.get("ema") or content["state_dict"]
-    fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
-    if not any(tensor.ndim for tensor in fitting.values()):
+    same = fitting(model, content.get("ema") or content["state_dict"])
+    if not any(tensor.ndim for tensor in same.values()):
         raise ValueError(f"{path}: no tensor of it fits this model")
-    check_kinds(fitting, own, path)
-    check_values(fitting, path)
-    model.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
+    fill(model, same, path)
+    return [name for name in model.state_dict() if name not in same]
 
 
 def load_imagenet(model: SSD, path=None) -> None:
@@ -350,6 +322,7 @@ def load_imagenet(model: SSD, path=None) -> None:
     from torchvision.models import MobileNet_V2_Weights
     weights = MobileNet_V2_Weights.IMAGENET1K_V1
     name = path or "the download"
+    reason = "other layers"
     try:
         source = load_file(path) if path else weights.get_state_dict(progress=True, check_hash=True)
         source = tensors_of(source, "it")
@@ -357,24 +330,18 @@ def load_imagenet(model: SSD, path=None) -> None:
         raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} "
                          "and give its path") from None
     except Exception as error:  # a download may fail in any way
-        source, reason = {}, str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
-    else:
-        reason = "other layers"
+        source = {}
+        reason = str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
-    wanted = {f"features.{n}" for n in range(blocks)}
-
-    def pick(state):
-        return {name: tensor for name, tensor in state.items() if ".".join(name.split(".")[:2]) in wanted}
-    ours, theirs = pick(model.backbone.state_dict()), pick(source)
+    wanted = tuple(f"features.{n}." for n in range(blocks))
+    ours = {key: tensor for key, tensor in model.backbone.state_dict().items() if key.startswith(wanted)}
+    theirs = [tensor for key, tensor in source.items() if key.startswith(wanted)]
     if len(ours) != len(theirs):
         raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); they are at "
                          f"{weights.url}")
-    # The two nest their layers differently but list them in the same order.
-    theirs = dict(zip(ours, theirs.values()))
-    check_kinds(theirs, ours, name)
-    check_values(theirs, name)
-    for key, own in ours.items():
-        tensor = theirs[key]
+    cut = {}
+    for (key, own), tensor in zip(ours.items(), theirs):  # nested differently, but listed in the same order
         if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):
             raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {key} {tuple(own.shape)}")
-        own.copy_(tensor[tuple(slice(n) for n in own.shape)])
+        cut[key] = tensor[tuple(slice(n) for n in own.shape)]
+    fill(model.backbone, cut, name)

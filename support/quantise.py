@@ -4,18 +4,14 @@ import logging
 
 import numpy as np
 
-from data import FaceDataset, to_input
-from support.script import InputError
-
-CALIBRATION = 300  # photos that the ranges are taken from
-
 
 def decoding_names(model):
     """List the names of the operators after the last convolutions of an IR.
 
     They decode boxes; INT8 is too coarse for pixel coordinates.
     """
-    waiting, names = [result.get_node() for result in model.outputs], set()
+    waiting = [result.get_node() for result in model.outputs]
+    names = set()
     while waiting:
         for node in (value.get_node() for value in waiting.pop().input_values()):
             name = node.get_friendly_name()
@@ -25,26 +21,15 @@ def decoding_names(model):
     return sorted(names)
 
 
-def spread(annotations, most):
-    """Choose up to `most` photos, evenly spread over the dataset: a list of indices."""
-    count = len(annotations.ids)
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+def quantise(model, count, load):
+    """Quantise an IR to INT8 weights and activations with NNCF, its ranges taken on `count` photos.
 
-
-def quantise(model, annotations, size):
-    """Quantise an IR to INT8 weights and activations with NNCF, calibrated on photos of `annotations`.
-
-    size is (width, height) of the network input. Raises InputError if NNCF is missing or a photo unreadable.
+    `load(n)` gives photo n as the IR's input `image`, float32 `[1, 3, H, W]`.
     """
-    dataset, chosen = FaceDataset(annotations, *size), spread(annotations, CALIBRATION)
-
-    def feed(index):
-        item = dataset[index, None]
-        if item.error:
-            raise InputError(item.error)
-        inputs = {"image": to_input(item.picture.flip(0)[None]).numpy()}  # [1, 3, H, W], BGR
-        if len(model.inputs) > 1:
-            inputs["picture"] = np.zeros((1, *size[::-1], 3), np.uint8)
+    def feed(n):
+        inputs = {"image": load(n)}
+        if len(model.inputs) > 1:  # the picture itself, of which only the size is used
+            inputs["picture"] = np.zeros((1, *inputs["image"].shape[2:], 3), np.uint8)
         return inputs
 
     logging.disable(logging.WARNING)  # NNCF and its imports log a lot
@@ -53,10 +38,8 @@ def quantise(model, annotations, size):
         import rich
         rich.reconfigure(quiet=True)  # NNCF's progress bars
         # PERFORMANCE is symmetric. MIXED, with zero points, was 3 % slower and not more accurate.
-        return nncf.quantize(model, nncf.Dataset(chosen, feed),
-                             preset=nncf.QuantizationPreset.PERFORMANCE, subset_size=len(chosen),
+        return nncf.quantize(model, nncf.Dataset(range(count), feed),
+                             preset=nncf.QuantizationPreset.PERFORMANCE, subset_size=count,
                              ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
-    except ImportError:
-        raise InputError("--int8 needs NNCF: pip install -r requirements-int8.txt") from None
     finally:
         logging.disable(logging.NOTSET)

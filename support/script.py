@@ -1,7 +1,7 @@
 """What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
 
-This file does not import torch, which takes seconds: sample.py, wider_to_coco.py and the scoring of
-predictions do without it.
+It does not import torch, which takes seconds. Scripts import it first, so that Ctrl-C while torch is imported
+ends in one word.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
-LAYOUT = {ord(character): character for character in "\t\n\r"}  # of lines and progress bars
 PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 PATIENCE = 3  # seconds in which another process on this machine reports what all of them meet
 TROUBLE = {  # what libraries say when the machine gives up: what we say
@@ -27,8 +27,7 @@ TROUBLE = {  # what libraries say when the machine gives up: what we say
                          "lower --workers or --batch-size",
     "out of memory": "out of memory: lower --batch-size or --size",
     "allocate": "out of memory: lower --batch-size, --size or --workers",
-    "Connection closed by peer": "another process of this run has ended",
-    "Connection reset by peer": "another process of this run has ended"}
+    "by peer": "another process of this run has ended"}
 
 
 class InputError(Exception):
@@ -49,20 +48,20 @@ def one_line(error):
     return str(error)
 
 
-class PlainStream:
-    """A text stream that shows control characters, and what its encoding cannot, as \\x.. and the like."""
+def first_line(error):
+    """The first useful line of a library's error message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Exception from")]
+    return (lines or [type(error).__name__])[0][:160]
 
-    def __init__(self, stream):
-        self.stream = stream
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Write `text` so that a file name in it neither moves the cursor nor ends the program."""
-        encoding = self.stream.encoding or "utf-8"
-        plain = text.translate(CONTROL | LAYOUT).encode(encoding, "backslashreplace").decode(encoding)
-        return self.stream.write(plain)
+@contextmanager
+def bad_values():
+    """Turn a ValueError into an InputError. model.py raises ValueError, as it imports nothing of ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _interrupted(*_):
@@ -74,15 +73,11 @@ def _interrupted(*_):
 def _end_workers():
     """End the loading processes that an error or a signal has left. They heed no SIGTERM and hold nothing."""
     children = multiprocessing.active_children()
-    if not children:
-        return
-    chld = getattr(signal, "SIGCHLD", None)  # not on Windows
-    before = signal.signal(chld, signal.SIG_DFL) if chld else None  # PyTorch's would raise about dead workers
+    if children and hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise about dead workers
     for child in children:
         child.kill()
         child.join()
-    if chld:
-        signal.signal(chld, before)
 
 
 def keep_memory():
@@ -101,77 +96,67 @@ def keep_memory():
     mallopt(mmap_max, 0)
 
 
+def _fail(main, text, reported=False):
+    """Print one line, with the name of `main`'s script, and exit with 2: under torchrun one a machine."""
+    text = text.translate(CONTROL)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary repeats it
+        content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(InputError, OSError):
+            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_initialized()
+    if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
+    if not reported:
+        name = Path(sys.modules[main.__module__].__file__).name
+        print(f"{name}: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
     So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
     with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
     each process reports its own trouble once it has joined the others; what all of them meet before
-    that is reported once on each machine. torchrun repeats it in its summary.
+    that is reported once on each machine.
     """
-    def fail(text, reported=False):
-        text = text.translate(CONTROL)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # in the form of torch's ErrorHandler.record_exception
-            content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-            with suppress(InputError, OSError):
-                write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
-        distributed = sys.modules.get("torch.distributed")
-        joined = distributed is not None and distributed.is_initialized()
-        if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
-        if not reported:
-            name = Path(sys.modules[main.__module__].__file__).name
-            print(f"{name}: {text}", file=sys.stderr)
-        sys.exit(2)
-
     @functools.wraps(main)
     def wrapped(argv=None):
         keep_memory()  # loading processes inherit it where they are forked
-        streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = map(PlainStream, streams)
-        try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # file names may be no text
+        with suppress(ValueError):  # only the main thread may set handlers
             if signal.getsignal(signal.SIGINT) is _interrupted:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        except ValueError:
-            pass  # only the main thread may set handlers; elsewhere SIGTERM keeps its default
         try:
             return main(argv)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
             sys.exit(0)
         except (InputError, OSError) as error:
-            fail(one_line(error), getattr(error, "reported", False))
+            _fail(main, one_line(error), getattr(error, "reported", False))
         except (RuntimeError, MemoryError) as error:
             said = "out of memory" if isinstance(error, MemoryError) else str(error)
             known = [line for words, line in TROUBLE.items() if words in said]
             if not known:  # a bug of ours
                 raise
-            fail(known[0])
+            _fail(main, known[0])
         except KeyboardInterrupt:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
                 print("interrupted", file=sys.stderr)
             sys.exit(130)
         finally:
             _end_workers()
-            sys.stdout, sys.stderr = streams
     return wrapped
-
-
-@contextmanager
-def bad_values():
-    """Turn a ValueError into an InputError. model.py raises ValueError, as it imports nothing of ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def parse_size(text):
     """Parse `S` or `WxH` (such as 320x240) to (width, height) in pixels, for argparse."""
+    sides = text.lower().split("x")
     try:
-        width, height = (
-            int(side) for side in (text.lower().split("x") if "x" in text.lower() else (text, text)))
+        width, height = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
     if not 16 <= min(width, height) <= max(width, height) <= 8192:
@@ -248,11 +233,11 @@ def whole_file(path):
     be written there.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on names that are too long
         raise InputError(f"{path}: is a folder, a file is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
+    stem = os.fsdecode(os.fsencode(path.stem)[:200])  # a name may have 255 bytes
+    temporary = path.with_name(f".{stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
     try:
         yield temporary
         os.replace(temporary, path)
@@ -288,41 +273,28 @@ def read_json(path):
 def file_hash(path):
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def first_line(error):
-    """Return the first useful line of a runtime's error message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Exception from")]
-    return (lines or [type(error).__name__])[0][:160]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit():
     """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown.
 
-    Unknown is: no git, no repository, or a repository of something else that the folder merely lies in.
+    Unknown is: no git, or no repository of our own (one that this folder merely lies in is not asked).
     """
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    if not (ROOT / ".git").exists():
+        return None
     # A git hook sets variables that would lead to another repository.
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    commit = None
-    for words in (["ls-files", "--error-unmatch", Path(__file__).name],
-                  ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]):
-        try:
-            done = subprocess.run([*git, *words], capture_output=True, text=True, timeout=10,
-                                  stdin=subprocess.DEVNULL, env=clean | {"GIT_OPTIONAL_LOCKS": "0"})
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        commit = done.stdout.strip()
-    return commit
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL,
+                              env=clean | {"GIT_OPTIONAL_LOCKS": "0"})
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
-# Scripts import this file first, since torch takes seconds. Importers from elsewhere keep their handler, and
-# so does a shell that has a script ignore Ctrl-C.
-ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
-if (Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent in (ROOT, ROOT / "tools")
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+# Importers from elsewhere keep their handler of Ctrl-C, and so does a shell that has a script ignore it.
+_started = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent
+if _started in (ROOT, ROOT / "tools") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)

@@ -2,20 +2,16 @@
 
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections import OrderedDict
 
 import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
-from model import (SSD, Config, checkpoint, load_imagenet, load_model,
-                   load_weights, read_checkpoint)
-
+from model import SSD, Config, checkpoint, load_imagenet, load_model, load_weights, read_checkpoint
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
@@ -50,14 +46,6 @@ def refusal(path, read=load_model):
         read(path)
     assert str(error.value).startswith(f"{path}: ") and len(str(error.value).splitlines()) == 1
     return str(error.value)
-
-
-def rewritten(source, target, pickled=None, kind=zipfile.ZIP_STORED):
-    """Copy a checkpoint, with another pickle in it or compressed; the checksums fit again."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind) as new:
-        for member in old.infolist():
-            replaced = pickled and member.filename.endswith("data.pkl")
-            new.writestr(member.filename, pickled if replaced else old.read(member))
 
 
 @pytest.fixture
@@ -98,15 +86,6 @@ def test_a_changed_bit_is_noticed(tmp_path, plain):
                 assert all(torch.equal(found[key][name], good[key][name]) for name in good[key])
 
 
-def test_a_changed_bit_in_imagenet_weights_is_noticed(tmp_path):
-    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
-    damaged = bytearray((tmp_path / "imagenet.pth").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (tmp_path / "imagenet.pth").write_bytes(damaged)
-    line = refusal(tmp_path / "imagenet.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))
-    assert "not torchvision's MobileNetV2 weights" in line and "checksums" in line
-
-
 def test_the_format_before_zip_loads(tmp_path, small):
     def save(content, path):
         torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -119,76 +98,37 @@ def test_the_format_before_zip_loads(tmp_path, small):
     whole = (tmp_path / "old.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(whole[:len(whole) // 2])
     assert "truncated" in refusal(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(b"")
-    assert "truncated" in refusal(tmp_path / "x.pth")
-    save({"state_dict": {"a": torch.eye(2).to_sparse()}}, tmp_path / "x.pth")
-    assert "refused" in refusal(tmp_path / "x.pth")
 
 
-def peak(path):
-    """MB of memory that reading a file takes at most, in a process of its own, and how it ends."""
-    done = subprocess.run([sys.executable, "-c", f"""
+@pytest.mark.slow
+def test_compressed_parts_are_refused_before_they_are_unpacked(tmp_path):
+    """200 MB of zeros make a file of 200 kB."""
+    torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
+    with (zipfile.ZipFile(tmp_path / "large.pth") as old,
+          zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new):
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    (tmp_path / "large.pth").unlink()
+    code = f"""
 import resource
 from model import load_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    load_model({str(path)!r})
+    load_model({str(tmp_path / "packed.pth")!r})
 except ValueError as error:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, error)
-"""], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[0]), done.stdout
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[0]) < 100 and "packed.pth: refused, it is compressed" in done.stdout
 
 
-@pytest.mark.slow
-def test_a_small_file_does_not_fill_the_memory(tmp_path, plain):
-    """Compressed zeros, one member listed many times, and a pickle that asks for an array of zeros."""
-    torch.save({"state_dict": {"a": torch.zeros(50_000_000)}}, tmp_path / "large.pth")
-    rewritten(tmp_path / "large.pth", tmp_path / "packed.pth", kind=zipfile.ZIP_DEFLATED)
-    (tmp_path / "large.pth").unlink()
-    asking = b"\x80\x02}X\x0a\x00\x00\x00state_dictcbuiltins\nbytearray\nJ\x00\x00\x00\x38\x85Rs."  # 940 MB
-    rewritten(plain, tmp_path / "asking.pth", asking)
-    for name in ("packed", "asking"):
-        assert (tmp_path / f"{name}.pth").stat().st_size < 2_000_000
-        memory, line = peak(tmp_path / f"{name}.pth")
-        assert memory < 100 and "refused" in line and f"{name}.pth: " in line
+def test_parts_listed_many_times_are_refused(plain):
     with zipfile.ZipFile(plain) as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
     with zipfile.ZipFile(plain, "a") as archive:  # its directory lists the same bytes 400 times
         archive.filelist += [largest] * 400
         archive._didModify = True
     assert "twice" in refusal(plain)
-
-
-def test_compressed_parts_are_refused_whatever_size_they_claim(tmp_path, plain):
-    rewritten(plain, tmp_path / "x.pth", kind=zipfile.ZIP_DEFLATED)
-    assert "it is compressed" in refusal(tmp_path / "x.pth")
-    with zipfile.ZipFile(tmp_path / "x.pth", "a") as archive:
-        for member in archive.filelist:
-            member.file_size = member.compress_size
-        archive._didModify = True
-    assert "it is compressed" in refusal(tmp_path / "x.pth")
-
-
-def test_parts_that_lie_in_one_another_are_refused(tmp_path):
-    """Each of 50 members holds the next with its header: sound by itself, and together 50 times the file."""
-    body, directory = bytes(100_000), []
-    for n in range(50):
-        name, sizes = b"x/data/%02d" % n, (zlib.crc32(body), len(body), len(body))
-        body = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, *sizes, len(name), 0) + name + body
-        directory.append((name, sizes, len(body)))
-    central = b""
-    for name, sizes, end in reversed(directory):
-        central += (
-            struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 33, *sizes, len(name), 0, 0, 0, 0, 0,
-                        len(body) - end)
-            + name
-        )
-    last = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 50, 50, len(central), len(body), 0)
-    (tmp_path / "x.pth").write_bytes(body + central + last)
-    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
-        assert archive.testzip() is None
-    assert "twice" in refusal(tmp_path / "x.pth")
 
 
 @pytest.mark.slow
@@ -216,7 +156,7 @@ def hostile(small):
               "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(),
               "nan": state[name] / 0,
               "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
-              "meta tensor": state[name].to("meta"), "float8": state[name].to(torch.float8_e4m3fn)}
+              "meta tensor": state[name].to("meta")}
     for place in ("state_dict", "ema"):
         kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items()}
         kinds[f"negative variance in {place}"] = {place: {**state, variance: -state[variance]}}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,13 +18,12 @@ from onnx import numpy_helper
 import export
 from anchors import decode, make_anchors
 from detector import TorchDetector, detect, load_detector
-from evaluate import file_hash
+from export import DetectionOutput, differences
 from model import checkpoint, load_model
 from support.pictures import load_picture
-from export import DetectionOutput, differences
 from support.runtimes import open_network, openvino_core
+from support.script import InputError, file_hash
 from tools.sample import photo
-from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = [photo(np.random.default_rng(n), width, height, False)[1] for n, (width, height) in
@@ -102,23 +102,12 @@ def test_generic_agrees_in_both_runtimes(done, lively):
     graph = onnx.load(folder / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
     assert graph.opset_import[0].version == export.OPSET
-    assert "/" not in str([entry.value for entry in graph.graph.node[0].metadata_props])
+    assert not graph.graph.node[0].metadata_props  # no folders of whoever exported it
     noise = np.random.default_rng(0).random((1, 3, 48, 64), np.float32)
     boxes, labels = open_network(folder / "model.onnx")(noise)
     assert boxes.shape == (len(labels), 5) and (labels == 0).all() and labels.dtype == np.int64
     assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= (64, 48, 64, 48)).all()
     assert (np.diff(boxes[:, 4]) <= 0).all() and len(boxes) <= 200
-
-
-@pytest.mark.slow
-def test_generic_without_faces(graphs, lively, tmp_path):
-    graph = graphs(lively, "generic", (64, 48))
-    for tensor in graph.graph.initializer:
-        if tensor.name == "least":
-            tensor.CopyFrom(numpy_helper.from_array(np.float32([2]), "least"))
-    onnx.save(graph, tmp_path / "none.onnx")
-    boxes, labels = open_network(tmp_path / "none.onnx")(np.zeros((1, 3, 48, 64), np.float32))
-    assert boxes.shape == (0, 5) and labels.shape == (0,)
 
 
 @pytest.mark.slow
@@ -157,7 +146,8 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
 
 
 @pytest.mark.slow
-def test_a_threshold_goes_along_at_its_own_size(monkeypatch, graphs, tmp_path, lively, capsys):
+def test_a_threshold_goes_along_in_its_own_size_and_precision(monkeypatch, graphs, tmp_path, lively, sample,
+                                                              capsys):
     monkeypatch.setattr(export, "build", graphs)
     entry = {"score": 0.5125, "size": [64, 48], "tiles": [200, 50], "target": "precision=0.95",
              "data": {"file": "val.json"}}
@@ -167,6 +157,14 @@ def test_a_threshold_goes_along_at_its_own_size(monkeypatch, graphs, tmp_path, l
     for name in ("sure.pth", "model.onnx", "model.xml"):
         assert load_detector(tmp_path / name).threshold == entry
     assert "left out" not in capsys.readouterr().out
+
+    # INT8 shifts the scores. NNCF is an extra: quantising is left out here.
+    monkeypatch.setattr(export, "find_spec", lambda name: True)
+    monkeypatch.setattr(export, "quantise", lambda ir, count, load: ir)
+    export.main([*flags, "--int8", "--data", str(sample / "val.json")])
+    assert "model.xml: INT8 shifts scores" in capsys.readouterr().out
+    assert load_detector(tmp_path / "model.xml").threshold is None
+    assert load_detector(tmp_path / "model.onnx").threshold == entry
 
     graph = onnx.load(tmp_path / "model.onnx")
     for prop in graph.metadata_props:
@@ -210,11 +208,9 @@ def test_embedded_takes_pictures_as_opencv_has_them(run, lively, head):
 
 
 @pytest.mark.slow
-def test_fp16_is_half_the_size(done, run, lively):
+def test_fp16_is_half_the_size(done, run):
     folder = run("--fp16")
     assert (folder / "model.bin").stat().st_size < 0.6 * (done[1] / "model.bin").stat().st_size
-    gaps = differences(load_detector(folder / "model.xml"), TorchDetector(lively), PICTURES, 0.3)
-    assert (np.quantile(gaps, 0.9, 0) < (1, 0.03)).all()
 
 
 @pytest.mark.slow
@@ -235,20 +231,19 @@ def test_a_model_that_differs_is_not_written(monkeypatch, run, graphs, model_fil
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
+def test_photos_for_int8_are_spread_over_the_whole_set():
+    assert export.spread(SimpleNamespace(ids=range(10)), 4) == [0, 3, 6, 9]
+    assert export.spread(SimpleNamespace(ids=range(3)), 8) == [0, 1, 2]
+
+
 def test_refusals(refused, model_file, tmp_path, monkeypatch):
     assert "no_such.pth" in refused(export.main, "--model", tmp_path / "no_such.pth", "--out", tmp_path)
     assert "--int8 needs photos" in refused(export.main, "--model", model_file, "--int8")
     assert "not for --head raw" in refused(export.main, "--model", model_file, "--embed", "--head", "raw")
+    monkeypatch.setitem(sys.modules, "nncf", None)  # asked for before anything is read
+    line = refused(export.main, "--model", model_file, "--int8", "--data", tmp_path / "absent.json")
+    assert "requirements-int8.txt" in line
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_int8_without_nncf_says_what_to_install(refused, monkeypatch, graphs, model_file, sample, tmp_path):
-    monkeypatch.setattr(export, "build", graphs)
-    monkeypatch.setitem(sys.modules, "nncf", None)
-    line = refused(export.main, "--model", model_file, "--out", tmp_path,
-                   "--int8", "--data", sample / "val.json")
-    assert "requirements-int8.txt" in line and os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -258,8 +253,7 @@ def test_int8_quantises_every_convolution(monkeypatch, run, sample, capfd):
     import openvino as ov
     monkeypatch.setitem(export.TOLERANCES, "INT8", (64, 1, 0.3, 0.9))  # loose: this network is untrained
     folder = run("--int8", "--data", sample / "val.json")
-    captured = capfd.readouterr()
-    assert captured.err == "" and len(captured.out.splitlines()) == 2
+    assert capfd.readouterr().err == ""
     model = openvino_core().read_model(folder / "model.xml")
     whole_numbers = [node for node in model.get_ops() if node.get_type_name() == "Constant"
                      and node.get_element_type() == ov.Type.i8]

@@ -23,7 +23,7 @@ import export
 from support.monitor import claim
 from hard_world import ENVIRONMENT, REPOSITORY, run
 from model import checkpoint
-from support.script import PATIENCE, InputError, PlainStream
+from support.script import PATIENCE, InputError
 
 STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
 
@@ -112,14 +112,6 @@ def test_names_that_are_no_text_or_move_the_cursor_are_shown_safely(tmp_path, mo
     assert (
         done.returncode == 2 and b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr)
     assert b"\x1b[2J" not in done.stdout + done.stderr
-
-
-def test_streams_show_control_characters_and_keep_lines(tmp_path):
-    with open(tmp_path / "x", "w", encoding="ascii", errors="strict", newline="") as file:
-        stream = PlainStream(file)
-        print("a\x1b[2Jb\tc\rd\n\udce9é", file=stream)
-        assert stream.fileno() == file.fileno() and not stream.isatty()
-    assert (tmp_path / "x").read_bytes().decode() == "a\\x1b[2Jb\tc\rd\n\\udce9\\xe9\n"
 
 
 # Files that were there before

@@ -27,7 +27,7 @@ from evaluate import score_faces, score_wider, table
 from support.coco import Detections, read_annotations, read_results, to_results
 from support.script import InputError, write_json
 from loss import batch_divisor, multibox_loss
-from model import Config, checkpoint, load_model
+from model import Config
 from support.pictures import decode_picture, open_picture
 from support.wider import GroundTruth, read_predictions
 from wider_to_coco import COLUMNS, read_wider, to_coco
@@ -245,30 +245,6 @@ def test_damaged_pictures(folder, content, scale):
         assert "x.jpg" in str(error)
 
 
-@pytest.fixture(scope="module")
-def saved(small):
-    file = io.BytesIO()
-    torch.save(checkpoint(small), file)
-    return file.getvalue()
-
-
-@fuzz
-@given(content=st.data())
-def test_damaged_checkpoints(folder, saved, content):
-    """Change bytes near the beginning and the end, where the structure is, and cut the file off."""
-    damage = content.draw(damaged([b"\0"])
-                          | st.tuples(st.integers(0, 5000), st.integers(0, 255), st.booleans()))
-    whole = bytearray(saved)
-    if isinstance(damage, tuple):
-        at, value, late = damage
-        whole[-at if late else at] = value
-    (folder / "x.pth").write_bytes(damage if isinstance(damage, bytes) else bytes(whole))
-    try:
-        load_model(folder / "x.pth")
-    except ValueError as error:
-        assert "x.pth" in str(error) and "\n" not in str(error)
-
-
 CONFIG = Config.scaled_from_300(64, 48, width=0.25)
 ANCHORS = make_anchors(CONFIG)
 SIDE = st.floats(-1e6, 1e6, width=32) | st.floats(-8, 80, width=32) | st.sampled_from([0.0, 2.0 ** -99, 16.0])
@@ -277,17 +253,16 @@ SIDE = st.floats(-1e6, 1e6, width=32) | st.floats(-8, 80, width=32) | st.sampled
 @fuzz
 @given(faces=arrays(np.float32, st.tuples(st.integers(0, 6), st.just(4)), elements=SIDE),
        seed=st.integers(0, 999), scale=st.sampled_from([0, 1, 1e3, 1e6]))
-def test_boxes_from_matching_to_metrics(faces, seed, scale):
-    """Faces go through match, encode, loss and gradient; outputs through decode, NMS and metrics."""
+def test_boxes_from_matching_to_the_picture(faces, seed, scale):
+    """Faces go through match, encode, loss and gradient; outputs through decode and NMS."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    faces, image, ignored = (torch.from_numpy(faces), torch.randint(0, 2, (len(faces),)),
-                             torch.rand(len(faces)) < 0.3)
+    faces = torch.from_numpy(faces)
+    image = torch.randint(0, 2, (len(faces),))
+    ignored = torch.rand(len(faces)) < 0.3
     labels, targets = match(ANCHORS, faces, ignored, image, 2)
     assert targets.isfinite().all() and set(labels.unique().tolist()) <= {-1, 0, 1}
-    logits, offsets = (scale * torch.randn(2, len(ANCHORS), n) for n in (2, 4))
-    logits, offsets, weights = (logits.requires_grad_(), offsets.requires_grad_(),
-                                torch.zeros(2, requires_grad=True))
+    logits, offsets = ((scale * torch.randn(2, len(ANCHORS), n)).requires_grad_() for n in (2, 4))
+    weights = torch.zeros(2, requires_grad=True)
     for names in (("cross-entropy", "smooth-l1"), ("quality-focal", "eiou")):
         losses = torch.stack(multibox_loss(logits, offsets, labels, targets, ANCHORS, weights,
                                            batch_divisor(labels == 1), *names))
@@ -302,18 +277,9 @@ def test_boxes_from_matching_to_metrics(faces, seed, scale):
 
     found = [to_picture(own, (64, 48), (320, 200))
              for own in postprocess(logits.detach(), offsets.detach(), ANCHORS)]
-    assert all(len(own) <= TOP and all_finite(own) and (own[:, :4] >= 0).all()
-               and (own[:, 2:4] <= (320, 200)).all() for own in found)
-    stacked, image = np.concatenate(found), np.repeat([0, 1], [len(own) for own in found])
-    xywh = np.concatenate([stacked[:, :2], stacked[:, 2:4] - stacked[:, :2]], 1)
-    gt_image, gt_xywh = (rng.integers(0, 2, len(faces)),
-                         np.concatenate([faces[:, :2], faces[:, 2:] - faces[:, :2]], 1))
-    truth = gt_image, gt_xywh, rng.random(len(faces)) < 0.2
-    with np.errstate(divide="raise", invalid="raise"):
-        numbers, _ = metrics.coco_ap(*truth, np.abs(gt_xywh[:, 2:].prod(1)), image, xywh, stacked[:, 4])
-        by_size = metrics.size_ap(*truth, image, xywh, stacked[:, 4])
-        levels = metrics.wider_ap(gt_image, gt_xywh, {"easy": truth[2]}, image, xywh, stacked[:, 4])
-    assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
+    for own in found:
+        assert len(own) <= TOP and all_finite(own)
+        assert (own[:, :4] >= 0).all() and (own[:, 2:4] <= (320, 200)).all()
 
 
 DETECTED = st.lists(st.tuples(st.integers(0, 3), BOX, st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))),

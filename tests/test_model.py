@@ -7,14 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import mobilenet_v2
 
-from model import (HAND_DESIGNED, SSD, Config, checkpoint, grid_size, load_imagenet, load_model,
-                   load_weights)
-
-
-@pytest.mark.parametrize("width, parameters", [(0.75, 1_033_668), (1.0, 1_794_172)])
-def test_parameters_are_the_published_ones(width, parameters):
-    model = SSD(Config(width=width))
-    assert sum(p.numel() for p in model.parameters()) - model.loss_weights.numel() == parameters
+from model import HAND_DESIGNED, SSD, Config, checkpoint, grid_size, load_imagenet, load_model, load_weights
 
 
 @pytest.mark.parametrize("width, height", [(300, 300), (320, 240), (65, 17), (16, 16)])
@@ -32,11 +25,6 @@ def test_rows_are_cells_row_major_with_the_anchor_fastest():
     quiet, bright = (model.bbox_head(f)[1].view(3, 4, 36) for f in (torch.zeros_like(features), features))
     changed = (quiet != bright).any(-1).nonzero().tolist()
     assert changed == [[1, 0], [1, 1], [2, 0], [2, 1]]  # its 3 x 3 neighbourhood
-    last = model.bbox_head.cls_convs[0][3]
-    last.weight.data.zero_()
-    last.bias.data = torch.arange(18.0)  # the outputs are 9 anchors x 2 classes
-    logits, _ = model(torch.rand(1, 3, 48, 64))
-    assert torch.equal(logits[0], torch.arange(18.0).view(9, 2).repeat(3 * 4, 1))
 
 
 def spelled_out(state, images):
@@ -88,22 +76,20 @@ def test_the_network_is_the_specified_one(width):
 
 def test_a_batch_gives_what_single_images_give(small):
     images = torch.rand(5, 3, 48, 64)
-    together = small(images)
-    alone = [small(image[None]) for image in images]
-    for n in (0, 1):
-        torch.testing.assert_close(together[n], torch.cat([outputs[n] for outputs in alone]),
-                                   rtol=1e-5, atol=1e-5)
+    singles = [small(image[None]) for image in images]
+    for n, batch in enumerate(small(images)):
+        expected = torch.cat([outputs[n] for outputs in singles])
+        torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_initial_values(small):
-    model = SSD(small.config)
+def test_initial_values():
+    """Backbone: Kaiming, fan out, deviation sqrt(2 / outputs). Head: Xavier, up to sqrt(6 / (in + out))."""
+    model = SSD()
     assert not model.loss_weights.any()
-    assert not any(module.bias.any() for module in model.bbox_head.modules()
-                   if isinstance(module, torch.nn.Conv2d))
-    # Kaiming initialisation, fan out: standard deviation sqrt(2 / outputs)
-    weight = SSD().backbone.features[16].conv[6].weight.detach()
+    assert not model.bbox_head.cls_convs[0][3].bias.any()
+    weight = model.backbone.features[16].conv[6].weight.detach()
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
-    weight = SSD().bbox_head.reg_convs[0][3].weight.detach().abs()  # Xavier: up to sqrt(6 / (in + out))
+    weight = model.bbox_head.reg_convs[0][3].weight.detach().abs()
     bound = (6 / sum(weight.shape[:2])) ** 0.5
     assert 0.99 * bound < weight.max() <= bound and weight.mean() == pytest.approx(bound / 2, rel=0.05)
 
@@ -118,15 +104,19 @@ def test_a_checkpoint_rebuilds_its_model_without_flags(tmp_path, small):
     assert all(torch.equal(a, b) for a, b in zip(model(image), loaded(image)))
 
 
+@pytest.mark.parametrize("wrong", [
+    {"input_width": 15}, {"input_height": 8193}, {"width": 0.06}, {"width": 8.1}, {"anchors": ()},
+    {"anchors": ((9, 9),) * 101}, {"anchors": ((9, 0.9),)}, {"anchors": ((9, float("inf")),)}])
+def test_configurations_that_no_memory_would_hold_are_refused(wrong):
+    Config(16, 8192, 1 / 16, ((1, 1),) * 100)
+    with pytest.raises(ValueError, match="expected"):
+        Config(**wrong)
+
+
 def test_averaged_weights_are_preferred(tmp_path, small):
     averaged = {name: torch.full_like(tensor, 2) for name, tensor in small.state_dict().items()}
     torch.save(checkpoint(small, ema=averaged), tmp_path / "x.pth")
     assert load_model(tmp_path / "x.pth").loss_weights.tolist() == [2, 2]
-
-
-def test_new_models_scale_their_anchors():
-    assert Config.scaled_from_300(600, 150).anchors[0] == pytest.approx((9.4 * 2, 15.0 / 2))
-    assert Config.scaled_from_300(300, 300).anchors == HAND_DESIGNED
 
 
 def test_official_layout(tmp_path):
@@ -134,11 +124,6 @@ def test_official_layout(tmp_path):
     model = SSD(Config(width=1.0))
     torch.save({"meta": {"config": "text"}, "state_dict": model.state_dict()}, tmp_path / "x.pth")
     assert load_model(tmp_path / "x.pth").config == Config(width=1.0)
-
-
-def test_the_released_weights_load(shared):
-    model = load_model(shared / "weights/wider_face_tiny_ssd_075x.pth")
-    assert model.config == Config()
 
 
 def test_load_weights_tells_what_did_not_fit(tmp_path, small):

@@ -32,20 +32,29 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.parametrize("name", ["n" * 251 + ".txt", "é" * 125 + ".txt", "n" * 255])
+def test_the_longest_names_can_be_written(tmp_path, name):
+    with whole_file(tmp_path / name) as temporary:
+        temporary.write_text("new")
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(InputError, match="not written"):
+        with whole_file(tmp_path / f"{name}xx") as temporary:
+            temporary.write_text("new")
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", [float("nan")])
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text, size", [("300", (300, 300)), ("320x240", (320, 240)), ("320X240", (320, 240))]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
+def test_sizes():
+    assert parse_size("300") == (300, 300) and parse_size("320x240") == parse_size("320X240") == (320, 240)
+    assert parse_size("16x8192") == (16, 8192)
 
 
-@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "99999", "-300", "3.5"])
+@pytest.mark.parametrize("text", ["", "x", "3x", "300x200x100", "8", "300x8193", "15x300", "-300", "3.5"])
 def test_no_sizes(text):
     with pytest.raises(Exception, match="expected"):
         parse_size(text)
@@ -60,7 +69,7 @@ def test_no_sizes(text):
 ])
 def test_exit_codes(tmp_path, body, code, line):
     (tmp_path / "tool.py").write_text(
-        f"from support.script import InputError, command\n\n@command\ndef main(argv=None):\n    {body}\n\nmain()\n")
+        f"from support.script import *\n@command\ndef main(argv=None):\n    {body}\nmain()\n")
     done = subprocess.run([sys.executable, tmp_path / "tool.py"], capture_output=True,
                           text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert (done.returncode, done.stderr.strip().splitlines()[-1:]) == (code, [line] if line else [])
@@ -81,37 +90,39 @@ def test_signal_handler_is_left_alone_outside_the_main_thread():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_git_commit(tmp_path, capfd, monkeypatch):
-    def ask(folder):
-        """What a copy of script.py in `folder` says, from another working directory."""
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_git_commit(tmp_path):
+    def ask():
+        """What a copy of script.py in the folder says, from another working directory."""
         code = "from support import script; print(script.git_commit())"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(folder), "GIT_DIR": "/absent"}, check=True)
         assert not done.stderr
         return done.stdout.strip()
 
-    def git(*words):
+    def git(*words, at):
         name = ["-c", "user.name=n", "-c", "user.email=e@x"]
-        done = subprocess.run(["git", *name, *words], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *name, *words], cwd=at, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     folder = tmp_path / "a folder"
-    folder.mkdir()
     shutil.copytree("support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
-    if shutil.which("git"):
-        git("init", "-q")
-        assert ask(folder) == "None"  # a repository, but script.py is not of it
-        git("add", ".")
-        assert ask(folder) == "None"  # nothing committed yet
-        git("commit", "-q", "-m", "x")
-        assert ask(folder) == git("rev-parse", "HEAD")
-        git("tag", "-a", "-m", "v", "v1")
-        (folder / "new.txt").write_text("not tracked")
-        assert ask(folder) == git("rev-parse", "HEAD")
-        with open(folder / "support/script.py", "a") as file:
-            file.write("# changed\n")
-        assert ask(folder) == git("rev-parse", "HEAD") + "-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    git("init", "-q", at=tmp_path)
+    git("commit", "-q", "--allow-empty", "-m", "of something else", at=tmp_path)
+    assert ask() == "None"  # our folder merely lies in that repository
+    git("init", "-q", at=folder)
+    assert ask() == "None"  # nothing committed yet
+    git("add", ".", at=folder)
+    git("commit", "-q", "-m", "x", at=folder)
+    git("tag", "-a", "-m", "v", "v1", at=folder)
+    head = git("rev-parse", "HEAD", at=folder)
+    assert ask() == head
+    (folder / "support/script.py").open("a").write("# changed\n")
+    assert ask() == head + "-dirty"
+
+
+def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert git_commit() is None and capfd.readouterr() == ("", "")
 
 
@@ -150,8 +161,8 @@ def test_a_script_keeps_the_memory_that_it_frees():
 
 def test_ctrl_c_after_the_reader_has_gone_is_130():
     """As `script 2>&1 | tee`, where Ctrl-C ends tee first."""
-    code = ("import time\nfrom support import script\ndef main(argv=None):\n    print('up', flush=True)\n    time.sleep(60)\n"
-            "script.command(main)()\n")
+    code = ("import time\nfrom support.script import command\n"
+            "@command\ndef main(argv=None):\n    print('up', flush=True)\n    time.sleep(60)\nmain()\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.readline()
     process.stdout.close()
