@@ -4,8 +4,9 @@
     python -m tools.labels_to_coco export.json photos mine.json --category face mask
     python -m tools.labels_to_coco mine.json --to yolo mine-yolo
 
-LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, or
-CSV: which one, is recognised. Photos are found by name anywhere below PHOTOS, or around the labels.
+LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, CSV,
+or RetinaFace's text: which one, is recognised. Photos are where the labels say, or found by name anywhere
+below PHOTOS, or around the labels.
 
 Every label of the face is kept. Those that are flagged difficult or ignore, or whose box is empty or outside
 the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. More in docs/labels.md.
@@ -14,21 +15,28 @@ the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. 
 import os
 import re
 import time
+import unicodedata
+import urllib.parse
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, read_json, write_json
 
-from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv, read_cvat,
-                    read_label_studio, read_voc, read_xml)
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
-from tools.yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
+from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
+                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml)
+from tools.yolo import NAME_FILES, begins_with_a_box, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
-KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, "
-         "or csv is expected")
+ROUNDING = 0.05  # px that a tool's rounding may move a box out of its photo, not worth a word
+KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, csv, "
+         "or RetinaFace's text is expected")
+OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
+    ("_via_img_metadata",): "VIA's project; export its annotations as COCO",
+    ("shapes", "imagePath"): "labelme's; its labelme2coco.py makes COCO",
+    ("items", "categories"): "Datumaro's; convert it to coco_instances",
+    ("image", "annotations"): "CreateML's; export COCO or Pascal VOC instead"}
 
 
 def read_labels(path, own=None):
@@ -51,7 +59,9 @@ def read_labels(path, own=None):
     if suffix == ".csv":
         return read_csv(path)
     if suffix in (".yaml", ".yml"):
-        return read_yolo(path.parent)
+        return read_yolo(path.parent, path)
+    if suffix == ".txt" and read_text(path).startswith("#"):
+        return read_retinaface(path)
     hint = {
         ".zip": "unpack it first",
         ".txt": "of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py",
@@ -62,24 +72,37 @@ def read_labels(path, own=None):
 def _read_folder(folder, own):
     """Read the one kind of labels that is in a folder. A json counts where nothing else is."""
     files = {kind: find_files(folder, {f".{kind}"}, own) for kind in ("txt", "xml", "csv", "json")}
-    files["txt"] = [file for file in files["txt"] if not is_other_text(file)]
     files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, by YOLO
-    kinds = [kind for kind in ("txt", "xml", "csv") if files[kind]] or ["json"]
+    others = [kind for kind in ("xml", "csv") if files[kind]]
+    kinds = others or ["json"]
+    texts = [file for file in files["txt"] if begins_with_a_box(file)]
+    if texts:
+        kinds = ["txt", *others]
     if len(kinds) > 1:
         raise InputError(
             f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
             f"{files[kinds[1]][0]}; name the file or folder of one kind")
     found = files[kinds[0]]
-    if kinds == ["txt"] or not found and any((folder / name).exists() for name in NAME_FILES):
+    if texts or not found and (files["txt"] or any((folder / name).exists() for name in NAME_FILES)):
         return read_yolo(folder)
     if not found:
         raise InputError(f"{folder}: no labels in it; {KNOWN}")
     if kinds == ["xml"] and (len(found) > 1 or read_xml(found[0]).tag == "annotation"):
         return read_voc(found, folder)
+    if len(found) > 1 and kinds == ["json"]:
+        _refuse_other_tools(found[0], read_json(found[0]))
     if len(found) > 1:
         raise InputError(
             f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; name one")
     return read_labels(found[0])
+
+
+def _refuse_other_tools(path, content):
+    """Refuse the json of a tool that is known, and name what it can export instead."""
+    first = content[0] if isinstance(content, list) and content else content
+    for keys, message in OTHER_TOOLS.items():
+        if isinstance(first, dict) and all(key in first for key in keys):
+            raise InputError(f"{path}: is {message}")
 
 
 def _read_json(path):
@@ -87,6 +110,7 @@ def _read_json(path):
     content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
+    _refuse_other_tools(path, content)
     if not isinstance(content, list) or not content or not all(isinstance(task, dict) for task in content):
         raise InputError(
             f'{path}: neither COCO, with lists "images" and "annotations", nor a list of '
@@ -100,50 +124,90 @@ def _parts(name):
             if part not in ("", ".", "..") and part.lower() not in KINDS]
 
 
-def find_photos(photos, root):
-    """Find each of `photos` below `root` by its name: (their paths relative to root, all other pictures).
+def _forms(name):
+    """What a photo may be found by, best first: its name, that without ending, and both made plain.
 
-    Of several with that name the one whose folders agree best is taken. A name never leads out of `root`.
-    Raises InputError for photos that are missing, ambiguous, or labelled twice.
+    Label Studio puts 8 hex digits and a dash before a name, an underscore for a space, and may quote it as a
+    URL; a Mac takes accents off their letters.
+    """
+    base = re.split(r"[\\/]", name)[-1]
+    plain = unicodedata.normalize("NFC", urllib.parse.unquote(base)).replace(" ", "_")
+    plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", plain)
+    return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
+
+
+def _resolved(path):
+    """The absolute path of a file whose folders are no links: ".." after a link leads elsewhere."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _named_photo(photo, root, folder):
+    """The photo that one of the names of `photo` is the path of, from `folder` on or from `root`, or None.
+
+    It is given relative to `root` where it is below it, and absolute elsewhere.
+    """
+    for name in photo.names:
+        for start in (folder, root):
+            file = os.path.join(start, name)
+            if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
+                inside = os.path.relpath(_resolved(file), os.path.realpath(root))
+                return _resolved(file) if inside.startswith("..") else Path(inside).as_posix()
+    return None
+
+
+def _similar_photos(photo, by_form):
+    """The pictures whose name is most like that of `photo`: of several those whose folders agree best."""
+    for name in photo.names:
+        candidates = next((by_form[form] for form in _forms(name) if form in by_form), [])
+        if candidates:
+            break
+
+    def agreement(picture):
+        own, theirs = _parts(name), _parts(picture)
+        return len(os.path.commonprefix([own, theirs])), own == theirs
+
+    best = max(map(agreement, candidates), default=None)
+    return [picture for picture in candidates if agreement(picture) == best]
+
+
+def find_photos(photos, root, folder):
+    """Find each of `photos`: ({its path relative to root: photo}, all other pictures below root).
+
+    A photo is the file of exactly that path from `folder` on, or else one below `root` of its name. Of two
+    labels for a photo the later wins, where they say when they were made. A txt that belongs to no photo and
+    has no labels is something else. Raises InputError for photos that are missing, ambiguous, or labelled
+    twice.
     """
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
-    by_name, by_stem = {}, {}
+    by_form = {}
     for picture in pictures:
-        base = picture.rsplit("/", 1)[-1]
-        by_name.setdefault(base, []).append(picture)
-        by_stem.setdefault(base.rsplit(".", 1)[0], []).append(picture)
+        for form in _forms(picture):
+            by_form.setdefault(form, []).append(picture)
     found, missing = {}, []
     for photo in photos:
-        candidates = []
-        for name in photo.names:
-            base, own = re.split(r"[\\/]", name)[-1], _parts(name)
-            candidates = by_name.get(base) or by_stem.get(base.rsplit(".", 1)[0]) or []
-            if candidates:
-                break
-
-        def agreement(picture, own=own):
-            theirs = _parts(picture)
-            return len(os.path.commonprefix([own, theirs])), own == theirs
-
-        best = max(map(agreement, candidates), default=None)
-        candidates = [picture for picture in candidates if agreement(picture) == best]
+        exact = _named_photo(photo, root, folder)
+        candidates = [exact] if exact else _similar_photos(photo, by_form)
         if len(candidates) > 1:
             raise InputError(
                 f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
                 f"{root}; name a folder that holds one of them")
         if not candidates:
-            missing.append(photo.names[0])
-        elif candidates[0] in found:
-            raise InputError(
-                f"{photo.place}: labels {candidates[0]!r} a second time, first {found[candidates[0]].place}")
-        else:
-            found[candidates[0]] = photo
-    if missing:
-        more = ", ..." if len(missing) > LISTED else ""
+            missing.append(photo)
+            continue
+        other = found.get(candidates[0], photo)
+        if photo.problem:
+            raise photo.problem
+        if other is not photo and not (photo.updated and other.updated):
+            raise InputError(f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
+        found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
+    absent = [repr(photo.names[0]) for photo in missing if photo.labels or not photo.names[0].endswith(".txt")]
+    if absent:
+        more = ", ..." if len(absent) > LISTED else ""
         raise InputError(
-            f"{root}: {len(missing):,} of the {len(photos):,} labelled photos are not below it "
-            f"({', '.join(map(repr, missing[:LISTED]))}{more}); name their folder, and all are needed")
-    return list(found), [picture for picture in pictures if picture not in found]
+            f"{root}: {len(absent):,} of the {len(photos):,} labelled photos are not below it "
+            f"({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+    return found, [picture for picture in pictures if picture not in found]
 
 
 def choose_categories(path, counts, wanted):
@@ -180,8 +244,8 @@ def to_coco(labels, names, sizes, faces):
             x1, y1, x2, y2 = (round(value * scale[n % 2], 4) for n, value in enumerate(label.box))
             whole = [x1, y1, x2 - x1, y2 - y1]
             box, kind = clip(whole, width, height)
-            if kind == "clipped" and max(abs(a - b) for a, b in zip(box, whole)) < 0.05:
-                kind = "inside"  # the tool's rounding
+            if kind == "clipped" and max(abs(a - b) for a, b in zip(box, whole)) < ROUNDING:
+                kind = "inside"
             ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
@@ -190,10 +254,7 @@ def to_coco(labels, names, sizes, faces):
             for key in (*label.flags, kind):
                 if key in met:
                     met[key] += label.flags.get(key, 1)
-    with_faces = len({a["image_id"] for a in annotations})
-    counts = {"photos": len(images), "without faces": len(images) - with_faces, "faces": len(annotations),
-              **met, "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
 
 
 def _check_size(photo, size, relative):
@@ -217,39 +278,53 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
         raise InputError(
             f"{out}: is a folder that is there, or the labels themselves; name another for the output")
     labels = read_labels(path, out)
-    if not labels.photos:
+    around = photos_around(path) if path.is_dir() else path.parent
+    root = Path(photos) if photos else photos_around(around)
+    found, others = find_photos(labels.photos, root, around)
+    labels.left_out["labels of photos that were labelled again, or texts"] = len(labels.photos) - len(found)
+    if not found:
         raise InputError(f"{path}: labels no photos")
-    root = Path(photos) if photos else photos_around(path if path.is_dir() else path.parent)
+    labels.photos, names = list(found.values()), list(found)
     counts = Counter(dict.fromkeys(labels.categories, 0))
     counts.update(label.category for photo in labels.photos for label in photo.labels)
     faces = choose_categories(path, counts, wanted)
-    names, others = find_photos(labels.photos, root)
     folders = {os.path.dirname(name) for name in names}
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
     labels.photos += [Photo([name], name, []) for name in plain]
     names += plain
-    prefix = os.path.relpath(root, out.parent)
-    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
-        prefix = os.path.relpath(os.path.realpath(root), os.path.realpath(out.parent))
-    prefix = PurePosixPath(Path(prefix).as_posix())
     sizes = read_sizes([(name, None) for name in names], root, jobs)
-    content, met = to_coco(labels, [str(prefix / name) for name in names], sizes, faces)
-    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
-    report |= met | {f"left out: {what}": count for what, count in labels.left_out.items() if count}
-    if plain:
-        report["photos without txt"] = len(plain)
-    if len(others) > len(plain):
-        report["left out: photos without labels"] = len(others) - len(plain)
+    content, met = to_coco(labels, _names_from(out.parent, names, root), sizes, faces)
+    annotations = content["annotations"]
+    ignored = sum(face["iscrowd"] for face in annotations)
+    met["marked iscrowd"] = ignored
     if to == "coco":
         write_json(out, content)
     else:
+        annotations = [face for face in annotations if not face["iscrowd"]]
+        labels.left_out["iscrowd"] = met.pop("marked iscrowd")
         of_photo = {image["id"]: [] for image in content["images"]}
-        for face in content["annotations"]:
-            if not face["iscrowd"]:
-                of_photo[face["image_id"]].append(face["bbox"])
+        for face in annotations:
+            of_photo[face["image_id"]].append(face["bbox"])
         plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
         write_yolo(out, list(zip([root / name for name in names], plain_names, sizes, of_photo.values())))
+    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
+    with_faces = len({face["image_id"] for face in annotations})
+    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations)} | met
+    report["photos without txt"] = len(plain)
+    if photos:
+        labels.left_out["photos without labels"] = len(others) - len(plain)
+    report |= {f"left out: {what}": count for what, count in labels.left_out.items()}
     return labels.format, root, report
+
+
+def _names_from(folder, names, root):
+    """The photos `names`, which are relative to `root` or absolute, as they are called in a json in `folder`."""
+    prefix = os.path.relpath(root, folder)
+    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
+        prefix = os.path.relpath(os.path.realpath(root), os.path.realpath(folder))
+    prefix = PurePosixPath(Path(prefix).as_posix())
+    return [Path(os.path.relpath(name, os.path.realpath(folder))).as_posix() if os.path.isabs(name)
+            else str(prefix / name) for name in names]
 
 
 @command
@@ -270,12 +345,14 @@ def main(argv=None):
     start = time.perf_counter()
     kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to, args.jobs)
     print(f"{kind} labels, photos in {root}")
+    optional = ("left out", "photos without txt")
     for what, count in counts.items():
-        print(f"{what:32}{count:>9,}")
-    if counts.get("photos without txt"):
+        if count or not what.startswith(optional):
+            print(f"{what:32}{count:>9,}")
+    if counts["photos without txt"]:
         print("Photos without txt are kept as photos without faces, as YOLO means it. Are they all labelled?")
-    if args.to == "yolo" and counts["marked iscrowd"]:
-        print("YOLO has no regions to ignore: what is marked iscrowd is left out, so it is background there.")
+    if counts.get("left out: iscrowd"):
+        print("YOLO has no regions to ignore: what is iscrowd is left out, so it is background there.")
     print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
 
 
