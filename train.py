@@ -317,6 +317,7 @@ def read_val(args):
         return None
     try:
         val = read_annotations(args.val)
+        val.require_photos()
         absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
         if absent:
             raise InputError(f"{args.val}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
@@ -336,6 +337,8 @@ def read_inputs(args, content):
     """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
     parts = [read_annotations(path) for path in args.data]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
+    for part in parts:
+        part.require_photos()
     faces, val = join(parts), read_val(args)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")

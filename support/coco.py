@@ -14,7 +14,7 @@ import numpy as np
 from support.script import InputError, read_json
 
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
-CONVERT = "labels_to_coco.py makes it of YOLO, Pascal VOC, CVAT, Label Studio and CSV"
+CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
 
 def to_xyxy(xywh: np.ndarray) -> np.ndarray:
@@ -69,6 +69,17 @@ class Annotations:
         """The path of photo `index`."""
         return self.path.parent / self.names[index]
 
+    def require_photos(self) -> None:
+        """Raise InputError if none of 20 photos, spread over the set, is where the json says.
+
+        One that is missing or unreadable is found when it is read; this is for a json that lies elsewhere.
+        """
+        count = len(self.names)
+        files = [self.file(n) for n in range(0, count, max(1, count // 20))]
+        if files and not any(os.path.isfile(file) for file in files):
+            raise InputError(f"{self.path}: its photos are not there, such as {files[0]}; python -m "
+                             f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
+
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
         digest = hashlib.sha256()
@@ -113,8 +124,8 @@ def read_annotations(path: str | Path) -> Annotations:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; "
-                         "wider_to_coco.py, labels_to_coco.py and sample.py make one")
+        raise InputError(f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
+                         "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
     if path.is_dir() or path.suffix.lower() in FOREIGN:
         raise InputError(f"{path}: a COCO json is expected; {CONVERT}")
     content = read_json(path)
@@ -139,11 +150,12 @@ def read_annotations(path: str | Path) -> Annotations:
         bad = next(
             a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
         raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
-                         "which is not in \"images\"") from None
+                         "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1"
+                         ) from None
     numbers = [a["id"] for a in faces]
     xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
     own_area = (xywh[:, 2] * xywh[:, 3]).tolist()
-    area = _numbers(path, "area", [a.get("area", own) for a, own in zip(faces, own_area)], numbers, ())
+    area = _numbers(path, "area", [own if a.get("area") is None else a["area"] for a, own in zip(faces, own_area)], numbers, ())
     sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
 
@@ -221,7 +233,8 @@ def _check_ids(path, kind, entries):
     for index, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= 2 ** 63:
-            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"")
+            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"; python -m "
+                             "tools.labels_to_coco gives it one")
         if number in seen:
             raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
         seen.add(number)
@@ -240,7 +253,7 @@ def _face_category(path, categories, annotations):
     if len(named) != 1 and len(categories) != 1:
         names = ", ".join(str(c.get("name")) for c in categories) or "none"
         raise InputError(f"{path}: which category is the face? One must be named \"face\", "
-                         f"there are: {names}; labels_to_coco.py --category chooses")
+                         f"there are: {names}; python -m tools.labels_to_coco --category chooses")
     known = {c["id"] for c in categories}
     for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
         if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:

@@ -262,6 +262,11 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+def csv_cell(text):
+    """A cell that a spreadsheet takes as text: one that begins like a formula gets a quote before it."""
+    return f"'{text}" if str(text)[:1] in ("=", "+", "-", "@") else text
+
+
 def write_json(path, content):
     """Write `content` as JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     with whole_file(path) as temporary:
