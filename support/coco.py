@@ -97,14 +97,12 @@ class Annotations:
     def without(self, dropped, detections: Detections):
         """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
         kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))
-        faces = np.isin(self.image, kept)
-        found = np.isin(detections.image, kept)
-        return (replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
-                        image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces],
-                        area=self.area[faces], ignored=self.ignored[faces],
-                        crowd=self.crowd[faces]),
-                Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
-                           detections.score[found]))
+        faces, found = np.isin(self.image, kept), np.isin(detections.image, kept)
+        arrays = {name: getattr(self, name)[faces] for name in ("xywh", "area", "ignored", "crowd")}
+        fewer = replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
+                        image=np.searchsorted(kept, self.image[faces]), **arrays)
+        return fewer, Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
+                                 detections.score[found])
 
 
 def moved_images(images: list[dict], source: str | Path, target: str | Path) -> list[dict]:
@@ -133,8 +131,8 @@ def read_annotations(path: str | Path) -> Annotations:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not COCO annotations, no list \"{key}\"; {CONVERT}")
     images, annotations = content["images"], content["annotations"]
-    for kind, entries in (("images", images), ("annotations", annotations)):
-        _check_ids(path, kind, entries)
+    _check_ids(path, "images", images)
+    _check_ids(path, "annotations", annotations)
     for index, entry in enumerate(images):
         name = entry.get("file_name")
         if not isinstance(name, str) or not name or not _names_a_file(name):
@@ -144,24 +142,22 @@ def read_annotations(path: str | Path) -> Annotations:
     category = _face_category(path, content.get("categories"), annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}
-    try:
-        image = np.array([index_of[a["image_id"]] for a in faces], np.int64)
-    except (KeyError, TypeError):
-        bad = next(
-            a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
-        raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
-                         "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1"
-                         ) from None
+    for face in faces:
+        if not isinstance(face.get("image_id"), int) or face["image_id"] not in index_of:
+            raise InputError(f"{path}: annotation {face['id']} belongs to image {face.get('image_id')!r}, "
+                             "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
+    image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
     numbers = [a["id"] for a in faces]
     xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
-    own_area = (xywh[:, 2] * xywh[:, 3]).tolist()
-    area = _numbers(path, "area", [own if a.get("area") is None else a["area"] for a, own in zip(faces, own_area)], numbers, ())
+    areas = [w * h if face.get("area") is None else face["area"]
+             for face, (_, _, w, h) in zip(faces, xywh.tolist())]
+    area = _numbers(path, "area", areas, numbers, ())
     sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
-
     crowd = np.array([_is_crowd(path, a) for a in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
-    known, size = (sizes[image] > 0).all(1), sizes[image]
+    size = sizes[image]
+    known = (size > 0).all(1)
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
     order = np.argsort(image, kind="stable")
     counts = {"images": len(images), "faces": len(faces),
@@ -268,23 +264,22 @@ def _numbers(path, key, values, numbers, shape):
 
     The first bad value is named by its entry in `numbers`.
     """
-    try:  # all at once is fast; one by one only to find the one to name
-        array = np.array(values)
-        fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
-        if fits and (np.abs(array.astype(float)) < 1e15).all():
-            return array.astype(np.float64)
-    except (ValueError, MemoryError):
-        pass  # of several lengths, or long words among them
+    array = _as_numbers(values, shape)
+    if array is None:  # one by one only to find the one to name: all at once is fast
+        number, bad = next((n, v) for n, v in zip(numbers, values) if _as_numbers([v], shape) is None)
+        expected = f"{shape[0]} finite numbers" if shape else "a finite number"
+        raise InputError(f"{path}: entry {number}: {key} is {str(bad)[:60]}, {expected} expected")
+    return array
 
-    def is_number(value):  # `abs(nan) < x` is False, so NaN is bad too
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
-    for number, value in zip(numbers, values):
-        row = value if shape else [value]
-        if not isinstance(row, list) or len(row) != (shape or (1,))[0] or not all(map(is_number, row)):
-            expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-            raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
-    return np.array(values, np.float64).reshape(len(values), *shape)
+def _as_numbers(values, shape):
+    """The list `values` as float64 `[len(values), *shape]`, or None if one is no number of a usual size."""
+    try:
+        array = np.array(values or np.zeros((0, *shape)))
+    except (ValueError, MemoryError):  # of several lengths, or long words among them
+        return None
+    fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
+    return array.astype(np.float64) if fits and (np.abs(array.astype(float)) < 1e15).all() else None
 
 
 def _is_crowd(path, entry):

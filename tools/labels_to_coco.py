@@ -18,7 +18,7 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from support.script import InputError, command, new_parser, read_json, write_json
 
@@ -50,51 +50,53 @@ def read_labels(path, own=None):
         return _read_folder(path, own)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".xml":
-        root = read_xml(path)
-        return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
-    if suffix == ".csv":
-        return read_csv(path)
-    if suffix in (".yaml", ".yml"):
-        return read_yolo(path.parent, path)
-    if suffix == ".txt" and read_text(path).startswith("#"):
-        return read_retinaface(path)
-    hint = {
-        ".zip": "unpack it first",
-        ".txt": "of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py",
-    }.get(suffix, KNOWN)
-    raise InputError(f"{path}: not labels that are known; {hint}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: not labels that are known (unpack archives first); {KNOWN}")
+    return reader(path)
 
 
 def _read_folder(folder, own):
     """Read the one kind of labels that is in a folder. A json counts where nothing else is."""
     files = {kind: find_files(folder, {f".{kind}"}, own) for kind in ("txt", "xml", "csv", "json")}
     files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, by YOLO
-    others = [kind for kind in ("xml", "csv") if files[kind]]
-    kinds = others or ["json"]
-    texts = [file for file in files["txt"] if begins_with_a_box(file)]
-    if texts:
-        kinds = ["txt", *others]
+    kinds = [kind for kind in ("xml", "csv") if files[kind]]
+    if any(map(begins_with_a_box, files["txt"])):
+        kinds.insert(0, "txt")
     if len(kinds) > 1:
         raise InputError(
             f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
             f"{files[kinds[1]][0]}; name the file or folder of one kind")
-    found = files[kinds[0]]
-    if texts or not found and (files["txt"] or any((folder / name).exists() for name in NAME_FILES)):
-        return read_yolo(folder)
-    if not found:
+    if not kinds and files["json"]:
+        kinds = ["json"]
+    elif not kinds and (files["txt"] or any((folder / name).exists() for name in NAME_FILES)):
+        kinds = ["txt"]
+    if not kinds:
         raise InputError(f"{folder}: no labels in it; {KNOWN}")
-    if kinds == ["xml"] and (len(found) > 1 or read_xml(found[0]).tag == "annotation"):
+    found = files[kinds[0]]
+    if kinds == ["txt"]:
+        return read_yolo(folder)
+    if kinds == ["xml"] and len(found) > 1:
         return read_voc(found, folder)
-    if len(found) > 1 and kinds == ["json"]:
-        _refuse_other_tools(found[0], read_json(found[0]))
     if len(found) > 1:
+        if kinds == ["json"]:
+            _refuse_other_tools(found[0], read_json(found[0]))
         raise InputError(
             f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; name one")
     return read_labels(found[0])
+
+
+def _read_xml(path):
+    """Read CVAT's xml, or the Pascal VOC xml of one photo."""
+    root = read_xml(path)
+    return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
+
+
+def _read_txt(path):
+    """Read RetinaFace's text: YOLO has a folder of them."""
+    if read_text(path).startswith("#"):
+        return read_retinaface(path)
+    raise InputError(f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
 
 
 def _refuse_other_tools(path, content):
@@ -118,6 +120,10 @@ def _read_json(path):
     return read_label_studio(path, content)
 
 
+READERS = {".json": _read_json, ".xml": _read_xml, ".csv": read_csv, ".txt": _read_txt,
+           ".yaml": read_yolo, ".yml": read_yolo}
+
+
 def _parts(name):
     """The folders of a name from the last on, without those that only part labels from photos."""
     return [part for part in reversed(re.split(r"[\\/]", str(name))[:-1])
@@ -136,48 +142,33 @@ def _forms(name):
     return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
 
 
-def _resolved(path):
-    """The absolute path of a file whose folders are no links: ".." after a link leads elsewhere."""
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
+def _candidates(photo, by_form, root, folder):
+    """The pictures, relative to `root`, that `photo` may be: the one at its path, or those of a like name.
 
-
-def _named_photo(photo, root, folder):
-    """The photo that one of the names of `photo` is the path of, from `folder` on or from `root`, or None.
-
-    It is given relative to `root` where it is below it, and absolute elsewhere.
+    Of several of a like name those whose folders agree best.
     """
     for name in photo.names:
         for start in (folder, root):
             file = os.path.join(start, name)
             if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
-                inside = os.path.relpath(_resolved(file), os.path.realpath(root))
-                return _resolved(file) if inside.startswith("..") else Path(inside).as_posix()
-    return None
+                return [Path(os.path.relpath(file, root)).as_posix()]
+    named = [(name, by_form[form]) for name in photo.names for form in _forms(name) if form in by_form]
+    if not named:
+        return []
+    name, pictures = named[0]
+    own = _parts(name)
+    agreement = {picture: (len(os.path.commonprefix([own, _parts(picture)])), own == _parts(picture))
+                 for picture in pictures}
+    return [picture for picture in pictures if agreement[picture] == max(agreement.values())]
 
 
-def _similar_photos(photo, by_form):
-    """The pictures whose name is most like that of `photo`: of several those whose folders agree best."""
-    for name in photo.names:
-        candidates = next((by_form[form] for form in _forms(name) if form in by_form), [])
-        if candidates:
-            break
-
-    def agreement(picture):
-        own, theirs = _parts(name), _parts(picture)
-        return len(os.path.commonprefix([own, theirs])), own == theirs
-
-    best = max(map(agreement, candidates), default=None)
-    return [picture for picture in candidates if agreement(picture) == best]
-
-
-def find_photos(photos, root, folder):
-    """Find each of `photos`: ({its path relative to root: photo}, all other pictures below root).
+def find_photos(labels, root, folder):
+    """Find each labelled photo: ({its path relative to root: Photo}, all other pictures below root).
 
     A photo is the file of exactly that path from `folder` on, or else one below `root` of its name. Of two
-    labels for a photo the later wins, where they say when they were made. A txt that belongs to no photo and
-    has no labels is something else. Raises InputError for photos that are missing, ambiguous, or labelled
-    twice.
+    labels for a photo the later wins, where they say when they were made. A txt without labels of no photo is
+    something else; both are counted in `labels.left_out`. Raises InputError for photos that are missing,
+    ambiguous, or labelled twice.
     """
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
     by_form = {}
@@ -185,28 +176,31 @@ def find_photos(photos, root, folder):
         for form in _forms(picture):
             by_form.setdefault(form, []).append(picture)
     found, missing = {}, []
-    for photo in photos:
-        exact = _named_photo(photo, root, folder)
-        candidates = [exact] if exact else _similar_photos(photo, by_form)
+    for photo in labels.photos:
+        candidates = _candidates(photo, by_form, root, folder)
+        if not candidates:
+            missing.append(photo)
+            continue
         if len(candidates) > 1:
             raise InputError(
                 f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
                 f"{root}; name a folder that holds one of them")
-        if not candidates:
-            missing.append(photo)
-            continue
-        other = found.get(candidates[0], photo)
         if photo.problem:
             raise photo.problem
-        if other is not photo and not (photo.updated and other.updated):
-            raise InputError(f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
-        found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
-    absent = [repr(photo.names[0]) for photo in missing if photo.labels or not photo.names[0].endswith(".txt")]
+        other = found.setdefault(candidates[0], photo)
+        if other is not photo:
+            if not (photo.updated and other.updated):
+                raise InputError(
+                    f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
+            found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
+            labels.left_out["photos labelled again"] += 1
+    absent = [repr(photo.names[0]) for photo in missing if photo.labels or labels.format != "YOLO"]
     if absent:
         more = ", ..." if len(absent) > LISTED else ""
         raise InputError(
-            f"{root}: {len(absent):,} of the {len(photos):,} labelled photos are not below it "
+            f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below it "
             f"({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+    labels.left_out["txt of no photo"] = len(missing)
     return found, [picture for picture in pictures if picture not in found]
 
 
@@ -233,7 +227,7 @@ def to_coco(labels, names, sizes, faces):
     `names` and `sizes` are those of the photos, `faces` the categories to take.
     """
     images, annotations = [], []
-    met = dict.fromkeys((*FLAGS[:-1], "empty", "clipped", "outside"), 0)
+    met = Counter()
     for image_id, (photo, name, (width, height)) in enumerate(zip(labels.photos, names, sizes), 1):
         _check_size(photo, (width, height), labels.relative)
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
@@ -251,9 +245,7 @@ def to_coco(labels, names, sizes, faces):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
                                 "bbox": box, "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14),
                                 **label.flags, "iscrowd": int(ignored or kind in ("empty", "outside"))})
-            for key in (*label.flags, kind):
-                if key in met:
-                    met[key] += label.flags.get(key, 1)
+            met.update({**label.flags, kind: 1})
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
 
 
@@ -266,7 +258,7 @@ def _check_size(photo, size, relative):
             f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
 
 
-def convert(path, photos, out, wanted=(), to="coco", jobs=1):
+def convert(path, photos, out, wanted=(), to="coco"):
     """Convert the labels `path` of photos below `photos` (None: around the labels) to `out`.
 
     Returns the format, the folder of the photos, and the counts of what was found. Raises InputError.
@@ -279,9 +271,9 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
             f"{out}: is a folder that is there, or the labels themselves; name another for the output")
     labels = read_labels(path, out)
     around = photos_around(path) if path.is_dir() else path.parent
-    root = Path(photos) if photos else photos_around(around)
-    found, others = find_photos(labels.photos, root, around)
-    labels.left_out["labels of photos that were labelled again, or texts"] = len(labels.photos) - len(found)
+    shown = Path(photos) if photos else photos_around(around)
+    root, around = os.path.realpath(shown), os.path.realpath(around)  # ".." after a link leads elsewhere
+    found, others = find_photos(labels, Path(root), around)
     if not found:
         raise InputError(f"{path}: labels no photos")
     labels.photos, names = list(found.values()), list(found)
@@ -292,11 +284,13 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
     labels.photos += [Photo([name], name, []) for name in plain]
     names += plain
-    sizes = read_sizes([(name, None) for name in names], root, jobs)
-    content, met = to_coco(labels, _names_from(out.parent, names, root), sizes, faces)
+    sizes = read_sizes([(name, None) for name in names], root, os.cpu_count())
+    prefix = os.path.relpath(root, os.path.realpath(out.parent))
+    written = [Path(os.path.normpath(os.path.join(prefix, name))).as_posix() for name in names]
+    content, met = to_coco(labels, written, sizes, faces)
     annotations = content["annotations"]
-    ignored = sum(face["iscrowd"] for face in annotations)
-    met["marked iscrowd"] = ignored
+    met = {key: met[key] for key in (*FLAGS[:-1], "empty", "clipped", "outside")}
+    met["marked iscrowd"] = sum(face["iscrowd"] for face in annotations)
     if to == "coco":
         write_json(out, content)
     else:
@@ -306,25 +300,16 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
         for face in annotations:
             of_photo[face["image_id"]].append(face["bbox"])
         plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
-        write_yolo(out, list(zip([root / name for name in names], plain_names, sizes, of_photo.values())))
-    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
-    with_faces = len({face["image_id"] for face in annotations})
-    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations)} | met
-    report["photos without txt"] = len(plain)
+        files = [Path(root, name) for name in names]
+        write_yolo(out, list(zip(files, plain_names, sizes, of_photo.values())))
     if photos:
         labels.left_out["photos without labels"] = len(others) - len(plain)
+    with_faces = len({face["image_id"] for face in annotations})
+    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
+    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations)}
+    report |= {"photos without txt": len(plain)} | met
     report |= {f"left out: {what}": count for what, count in labels.left_out.items()}
-    return labels.format, root, report
-
-
-def _names_from(folder, names, root):
-    """The photos `names`, which are relative to `root` or absolute, as they are called in a json in `folder`."""
-    prefix = os.path.relpath(root, folder)
-    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
-        prefix = os.path.relpath(os.path.realpath(root), os.path.realpath(folder))
-    prefix = PurePosixPath(Path(prefix).as_posix())
-    return [Path(os.path.relpath(name, os.path.realpath(folder))).as_posix() if os.path.isabs(name)
-            else str(prefix / name) for name in names]
+    return labels.format, shown, report
 
 
 @command
@@ -338,16 +323,12 @@ def main(argv=None):
     add("--category", nargs="+", default=[], metavar="NAME",
         help="what is a face (default: face, or the only one)")
     add("--to", choices=("coco", "yolo"), default="coco", help="what to write (default %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="threads to read photo sizes (default: all cores)")
     args = parser.parse_intermixed_args(argv)
-    if not 1 <= args.jobs <= 256:
-        raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")
     start = time.perf_counter()
-    kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to, args.jobs)
+    kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to)
     print(f"{kind} labels, photos in {root}")
-    optional = ("left out", "photos without txt")
     for what, count in counts.items():
-        if count or not what.startswith(optional):
+        if count or what in ("faces", "without faces"):
             print(f"{what:32}{count:>9,}")
     if counts["photos without txt"]:
         print("Photos without txt are kept as photos without faces, as YOLO means it. Are they all labelled?")

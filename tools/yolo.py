@@ -19,53 +19,46 @@ def begins_with_a_box(text):
     """Whether a txt begins as YOLO's labels do, with five numbers or more, and not as a list of names."""
     try:
         tokens = read_text(text).split("\n", 1)[0].split()
-        return len(tokens) > 4 and all(number(text, "a value", token) is not None for token in tokens)
+        return len([number(text, "a value", token) for token in tokens]) > 4
     except InputError:
         return False
 
 
-def read_yolo(folder, names_file=None):
-    """Read YOLO's txt files below a folder: boxes, oriented boxes, polygons, boxes with keypoints.
+def read_yolo(path):
+    """Read YOLO's txt files below a folder, or beside its yaml: boxes, oriented boxes, polygons, keypoints.
 
     A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, maybe with keypoints, a score and the number
-    of a track after it; all but class and track in fractions of the photo. Names are in `names_file`, or in
-    data.yaml, classes.txt or obj.names there, or a folder or two above. Lists of names and other texts lie
-    beside labels: what cannot be read is a problem only of a photo that is found.
+    of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in
+    data.yaml, classes.txt or obj.names there, or a folder or two above. Lists of names and other texts may
+    lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one.
     """
+    folder = path if path.is_dir() else path.parent
     places = [folder, *list(folder.resolve().parents)[:2]]
-    files = [names_file] if names_file else [place / name for place in places for name in NAME_FILES]
+    files = [path, *(place / name for place in places for name in NAME_FILES)]
     file = next((file for file in files if file.is_file()), None)
     names, keypoints = _yolo_names(file) if file else ([], None)
-    base, photos, lines = photos_around(folder), [], []
+    base, lines, by_length = photos_around(folder), [], {}
     for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
         photo = Photo([Path(os.path.relpath(text, base)).as_posix()], str(text), [])
-        photos.append(photo)
+        own = []
         try:
-            lines += [(photo, *line) for line in _read_lines(text, names, file)]
+            own = _read_lines(text, names, file)
         except InputError as error:
             photo.problem = error
-    by_length = {}
-    for _, _, values, _ in lines:
-        by_length.setdefault(len(values), []).append(values)
+        lines.append((photo, own))
+        for _, _, values in own:
+            by_length.setdefault(len(values), []).append(values)
     corners = _count_corners({count: np.array(rows) for count, rows in by_length.items()}, keypoints, folder)
-    for photo, category, values, place in lines:
-        count = corners[len(values)]
-        if count is None:
-            photo.problem = InputError(f"{place}: {len(values) + 1} numbers; class cx cy w h, or "
-                                       "class x1 y1 x2 y2 x3 y3 ... expected")
-            continue
-        shape = values[:count or 4]
-        if max(map(abs, shape)) > 2:
-            photo.problem = InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-                                       "YOLO's numbers are from 0 to 1")
-        cx, cy, w, h = shape[:4]
-        box = around(zip(shape[::2], shape[1::2])) if count else (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        photo.labels.append(Label(category, box))
-    return Labels("YOLO", photos, names, relative=True)
+    for photo, own in lines:
+        try:
+            photo.labels = [Label(category, _box(place, values, corners)) for place, category, values in own]
+        except InputError as error:
+            photo.problem = error
+    return Labels("YOLO", [photo for photo, _ in lines], names, relative=True)
 
 
 def _read_lines(text, names, file):
-    """The lines of a txt: [(category, numbers after the class, place)]. Raises InputError."""
+    """The lines of a txt: [(place, category, numbers after the class)]. Raises InputError."""
     lines = []
     for n, line in enumerate(read_text(text).split("\n"), 1):
         if not line.strip():
@@ -75,32 +68,27 @@ def _read_lines(text, names, file):
         if not category.is_integer() or category < 0 or names and category >= len(names):
             expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
             raise InputError(f"{place}: class {line.split()[0]!r}; {expected}")
-        lines.append((names[int(category)] if names else str(int(category)), values, place))
+        lines.append((place, names[int(category)] if names else str(int(category)), values))
     return lines
 
 
 def _count_corners(rows, keypoints, folder):
-    """How many numbers of a row are a polygon's corners: {row length: count}.
+    """How many numbers of a line are a polygon's corners: {length: count}; 0 where the first four are a box.
 
-    The count is 0 where the first four are a box, and None where neither fits. `rows` are {length: [R, length]}
-    without the class, `keypoints` what kpt_shape says, None if it does not. Keypoints, a score and the number
-    of a track may follow, in this order. Raises InputError where a box with landmarks might be a polygon.
+    A length that is neither is left out. `rows` are {length: [R, length]} without the class, `keypoints` what
+    kpt_shape says, None if it does not. Raises InputError where a box with landmarks might be a polygon.
     """
-    ends = [own[:, -1] for count, own in rows.items() if count >= 6 and count % 2 == 0]
+    ends = [own[:, -1] for length, own in rows.items() if length >= 6 and length % 2 == 0]
     tracks = bool(ends) and all((end >= 1).all() and (end % 1 == 0).all() for end in ends)
     corners = {}
-    for count, own in rows.items():
-        visible = own[:, 6::3]
-        if count in (4, 5) or count == 6 and tracks:
-            corners[count] = 0
-        elif keypoints:
-            corners[count] = 0 if 0 <= count - 4 - keypoints <= 2 else None
-        elif count % 3 == 1 and (count % 2 or count >= 16) and np.isin(visible, (0, 1, 2)).all():
-            corners[count] = 0  # x, y and whether it is seen of each keypoint
-        else:
-            even = count - 1 if count % 2 else count - 2 * tracks
-            corners[count] = even if even >= 6 else None
-    long = [count for count in corners if count > 7 and corners[count]]
+    for length, own in rows.items():
+        extra = length - 4 - (keypoints or 0)  # a score, the number of a track
+        seen = length % 3 == 1 and (length % 2 or length >= 16) and np.isin(own[:, 6::3], (0, 1, 2)).all()
+        if length in (4, 5) or length == 6 and tracks or keypoints and extra in (0, 1, 2) or seen:
+            corners[length] = 0
+        elif not keypoints and length > 5:
+            corners[length] = length - 1 if length % 2 else length - 2 * (tracks and length > 7)
+    long = [length for length, count in corners.items() if count > 7]
     if keypoints is None and len(long) == 1 and _holds_the_rest(rows[long[0]], corners[long[0]]):
         raise InputError(
             f"{folder}: lines have {long[0] + 1} numbers: a box and its landmarks, or a polygon? Write "
@@ -111,21 +99,36 @@ def _count_corners(rows, keypoints, folder):
 def _holds_the_rest(rows, count):
     """Whether the first four numbers of most rows are a box in the photo that holds the points after it.
 
-    These are of two numbers each or of three. Points that are not seen are 0 or below. `count` of the numbers
-    would be a polygon's corners; a parallelogram is an oriented box.
+    These are of two numbers each or of three; those that are not seen are 0 or below. `count` of the numbers
+    would be a polygon's corners. A parallelogram is an oriented box.
     """
-    x, y = rows[:, 0:count:2], rows[:, 1:count:2]
-    if count == 8 and all((np.abs(p[:, 0] + p[:, 2] - p[:, 1] - p[:, 3]) < 1e-3).all() for p in (x, y)):
+    points = rows[:, :count].reshape(len(rows), -1, 2)
+    if count == 8 and np.allclose(points[:, 0] + points[:, 2], points[:, 1] + points[:, 3], atol=1e-3):
         return False
-    cx, cy, w, h = rows[:, :4].T[:, :, None]
-    in_photo = (np.minimum(cx - w / 2, cy - h / 2) > -0.01) & (np.maximum(cx + w / 2, cy + h / 2) < 1.01)
+    centre, half = points[:, :1], points[:, 1:2] / 2 + 0.01
+    in_photo = ((centre - half > -0.02) & (centre + half < 1.02)).all(2)
     for numbers in (2, 3):
-        end = count - (count - 4) % numbers
-        x, y = rows[:, 4:end:numbers], rows[:, 5:end:numbers]
-        held = (np.abs(x - cx) <= w / 2 + 0.01) & (np.abs(y - cy) <= h / 2 + 0.01)
-        if ((held | (x <= 0) & (y <= 0)) & in_photo).all(1).mean() > 0.5:
+        own = rows[:, 4:count - (count - 4) % numbers].reshape(len(rows), -1, numbers)[:, :, :2]
+        held = (np.abs(own - centre) <= half).all(2) | (own <= 0).all(2)
+        if (held & in_photo).all(1).mean() > 0.5:
             return True
     return False
+
+
+def _box(place, values, corners):
+    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's. Raises InputError."""
+    count = corners.get(len(values))
+    if count is None:
+        raise InputError(
+            f"{place}: {len(values) + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
+    shape = values[:count or 4]
+    if max(map(abs, shape)) > 2:
+        raise InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
+                         "YOLO's numbers are from 0 to 1")
+    if count:
+        return around(zip(shape[::2], shape[1::2]))
+    cx, cy, w, h = shape
+    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
 
 def _yolo_names(file):
@@ -134,24 +137,20 @@ def _yolo_names(file):
     if file.suffix not in (".yaml", ".yml"):
         return [line.strip() for line in text.split("\n") if line.strip()], None
     try:
-        content = yaml.load(text, yaml.BaseLoader)  # safe, and a class "no" stays a word
+        content = yaml.load(text, yaml.BaseLoader)  # safe, and all are words: a class may be called no
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not understood; write names: [face, other]")
-    shape = content.get("kpt_shape")
-    names = content.get("names", [])
+    content = content if isinstance(content, dict) else {"names": content}
+    names, shape = content.get("names", ["0"]), content.get("kpt_shape", ["0", "0"])
     if isinstance(names, dict) and list(names) == [str(n) for n in range(len(names))]:
         names = list(names.values())
-    if not isinstance(names, list) or "names" in content and not names or not all(
-            isinstance(name, str) and name for name in names):
-        raise InputError(f"{file}: names are not understood, {str(names)[:60]}; write names: [face, other]")
-    if shape is None:
-        return names, None
+    if not names or not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
     if not isinstance(shape, list) or len(shape) != 2 or not all(str(side).isdecimal() for side in shape):
-        raise InputError(f"{file}: kpt_shape {str(shape)[:60]} is not understood; "
+        raise InputError(f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
                          "write kpt_shape: [5, 2] for 5 landmarks of x and y")
-    return names, int(shape[0]) * int(shape[1])
+    keypoints = int(shape[0]) * int(shape[1]) if "kpt_shape" in content else None
+    return names if "names" in content else [], keypoints
 
 
 def write_yolo(folder, photos):
