@@ -181,23 +181,43 @@ def test_upright_size_is_meant(folder, refused):
         main, folder / "t.csv", folder / "x.json")
 
 
-@pytest.mark.parametrize("rows, box", [
-    ("0 0.5 0.5 0.25 0.5", (36, 18, 24, 36)),                                    # a box
-    ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36)),                               # with its score
-    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", (24, 18, 48, 36)),                 # an oriented box
-    ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36)),                          # a polygon
-    ("0 0.5 0.5 0.25 0.5" + " 0.5 0.5 2" * 5, (36, 18, 24, 36)),                 # a box with landmarks
-    ("0 0.5 0.5 0.25 0.5" + " -1 -1" * 5, (36, 18, 24, 36))])
-def test_forms_of_yolo(folder, rows, box):
-    yolo(folder, rows + "\n", "kpt_shape: [5, 2]\nnames: [face]\n" if "-1" in rows else "")
+MARKS = " 0.5 0.5" * 5
+
+
+@pytest.mark.parametrize("rows, box, yaml", [
+    ("0 0.5 0.5 0.25 0.5", (36, 18, 24, 36), ""),                                # a box
+    ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36), ""),                           # with its score
+    ("0 0.5 0.5 0.25 0.5 3", (36, 18, 24, 36), ""),                              # with the number of a track
+    ("0 0.5 0.5 0.25 0.5 0.93 1", (36, 18, 24, 36), ""),                         # with both
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", (24, 18, 48, 36), ""),             # an oriented box
+    ("0 0.5 0.45 0.55 0.5 0.5 0.55 0.45 0.5", (43.2, 32.4, 9.6, 7.2), ""),       # that might hold points
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5 0.9", (24, 18, 48, 36), ""),
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5 0.9 4", (24, 18, 48, 36), ""),
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36), ""),                      # a polygon
+    ("0 0.4 0.4 0.6 0.4 0.6 0.6 0.5 0.7 0.4 0.6", (38.4, 28.8, 19.2, 21.6), "kpt_shape: [0, 0]"),
+    ("0 0.5 0.5 0.25 0.5" + " 0.5 0.5 2" * 5, (36, 18, 24, 36), ""),             # a box with landmarks
+    ("0 0.5 0.5 0.25 0.5" + " -1 -1" * 5, (36, 18, 24, 36), "kpt_shape: [5, 2]"),
+    ("0 0.5 0.5 0.25 0.5" + MARKS, (36, 18, 24, 36), "kpt_shape:\n- 5\n- 2"),
+    ("0 0.5 0.5 0.25 0.5" + MARKS + " 0.9 7", (36, 18, 24, 36), "kpt_shape:  # points\n  - 5\n  - 2")])
+def test_forms_of_yolo(folder, rows, box, yaml):
+    yolo(folder, rows + "\n", f"{yaml}\nnames: [face]\n" if yaml else "")
     run(folder / "labels", folder / "out.json")
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", *box)])
+
+
+@pytest.mark.parametrize("rows", ["0 0.5 0.5 0.25 0.5" + MARKS, "0 0.5 0.5 0.25 0.5" + " 0.5 0.5 0.7" * 5,
+                                  "0 0.5 0.5 0.3 0.5 0.45 0.5 0.55 0.5\n" * 3 + "0 0.5 0.5 0.1 0.5 0 0 1 1"])
+def test_landmarks_are_taken_for_no_polygon(folder, refused, rows):
+    yolo(folder, rows)
+    assert "a box and its landmarks, or a polygon? Write kpt_shape" in refused(main, folder, folder / "o.json")
+    yolo(folder, "0" + " 0.5 0.5" * 9, photos=("b.jpg",))  # polygons have all lengths
+    run(folder, folder / "o.json")
 
 
 @pytest.mark.parametrize("text", [
     "names: [face, 'a b']", "names: ['face', \"a b\"]  # two\nnc: 2", "names:\n- face\n- a b\nnc: 2",
     "names:\n  - face\n\n  - 'a b'\n", "nc: 2\nnames:\n  0: face\n  1: a b\ntrain: x",
-    "names: {0: face, 1: a b}",
+    "names: {0: face, 1: a b}", "names: &x [face, a b]",
     "names: [\n  'face',\n  'a b'\n]\n", "# names: [x]\nnames:\n    0: \"face\"  # the first\n    1: a b"])
 def test_names_of_data_yaml(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
@@ -212,6 +232,78 @@ def test_other_names_are_refused(tmp_path, text):
         _yolo_names(tmp_path / "data.yaml")
 
 
+@pytest.mark.parametrize("name", ["labels", "Validation", "obj_names", "notes", "val", "train.0001", "test.2"])
+def test_a_text_is_a_label_if_it_has_a_photo(folder, capsys, name):
+    yolo(folder, "0 0.5 0.5 0.25 0.5\n")
+    (folder / "labels" / f"{name}.txt").write_text("face\nmask\n")
+    run(folder, folder / "out.json")
+    assert len(boxes(folder / "out.json")) == 1 and report(capsys)["left out: txt of no photo"] == 1
+    (folder / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (folder / "images/b.jpg").rename(folder / "images" / f"{name}.jpg")
+    run(folder / "labels", folder / "out.json")
+    assert len(boxes(folder / "out.json")) == 2
+
+
+@pytest.mark.parametrize("photo, label", [
+    ("x.jpg", "cb0618f6-x"), ("\xe9 1.jpg", "%C3%A9%201"), ("x y.jpg", "cb0618f6-x_y"),
+    ("cafe\u0301.jpg", "caf\xe9"), ("caf\xe9.jpg", "0a1b2c3d-cafe\u0301")])
+def test_photos_are_found_by_names_as_tools_write_them(folder, photo, label):
+    (folder / "images/a.jpg").rename(folder / "images" / photo)
+    yolo(folder, "0 0.5 0.5 0.5 0.5\n", photos=(label + ".jpg",))
+    run(folder, folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [(photo, 24, 18, 48, 36)])
+    shutil.copy(folder / "images/b.jpg", folder / "images" / (label + ".png"))  # an exact name comes first
+    run(folder, folder / "out.json")
+    assert [row[0] for row in boxes(folder / "out.json")] == [label + ".png"]
+
+
+def coco(name, size=(96, 72), **keys):
+    """A COCO content of one face on one photo; `keys` are other ids."""
+    key, image, face = (keys.get(key, 1) for key in ("key", "image", "face"))
+    return json.dumps({"images": [{"id": key, "file_name": str(name), "width": size[0], "height": size[1]}],
+                       "categories": [{"id": "1", "name": "face"}], "annotations": [
+                           {"image_id": image, "category_id": 1, "bbox": [1, 2, 30, 40], "area": None}
+                           | ({"id": face} if face else {})]})
+
+
+@pytest.mark.parametrize("keys", [{"image": "1"}, {"key": "1"}, {"key": 1.0}, {"image": 1.0}, {"face": None},
+                                  {"face": "x"}])
+def test_ids_of_coco_match_by_value(folder, keys):
+    (folder / "x.json").write_text(coco("a.jpg", **keys))
+    run(folder / "x.json", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 1, 2, 30, 40)])
+
+
+@pytest.mark.parametrize("name", ["../images/a.jpg", "{}/images/a.jpg", "../a.jpg"])
+def test_a_path_from_the_json_comes_first(folder, name):
+    (folder / "j").mkdir()
+    for other in ("j/a.jpg", "a.jpg", "j/x.jpg"):
+        Image.new("L", (60, 80)).save(folder / other)
+    right = folder / "images/a.jpg" if "images" in name else folder / "a.jpg"
+    (folder / "j/m.json").write_text(coco(name.format(folder), Image.open(right).size))
+    for photos in ([], [folder / "j"]):
+        run(folder / "j/m.json", *photos, folder / "out.json")
+        assert read_annotations(folder / "out.json").file(0).resolve() == right.resolve()
+    (folder / "j/m.json").write_text(coco("C:\\photos\\x.jpg", (60, 80)))
+    run(folder / "j/m.json", folder, folder / "out.json")
+    assert read_annotations(folder / "out.json").names == ["j/x.jpg"]
+
+
+@pytest.mark.parametrize("text", ["# d/a.jpg\n10 20 30 40 11 21 0.0 12 22 0.0\n1 2 0 0\n# b.jpg\n",
+                                  "# d/a.jpg 96 72\n10 20 40 60 -1 -1 -1\n1 2 1 2\n# b.jpg 60 80\n"])
+def test_text_of_retinaface(folder, capsys, text):
+    """RetinaFace's has x y w h, SCRFD's sizes and corners."""
+    (folder / "label.txt").write_text(text)
+    run(folder / "label.txt", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 10, 20, 30, 40), ("a.jpg", 1, 2, 0, 0)])
+    counts = report(capsys)
+    assert (counts["empty"], counts["without faces"], counts["photos"]) == (1, 1, 2)
+    assert "left out: photos without labels" not in counts  # nobody named their folder
+    run(folder / "label.txt", folder / "images", folder / "yolo", "--to", "yolo")
+    counts = report(capsys)
+    assert (counts["faces"], counts["left out: iscrowd"], counts["left out: photos without labels"]) == (1, 1, 1)
+
+
 def test_label_studio_tasks_and_uploads(folder, capsys):
     """Tasks that nobody finished are left out, of several annotations the newest counts."""
     value = {"x": 10, "y": 10, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["face"]}
@@ -220,15 +312,19 @@ def test_label_studio_tasks_and_uploads(folder, capsys):
         region = {"original_width": 96, "original_height": 72, "value": value | {"x": x}}
         return {"result": [region], "created_at": f"2026-01-0{day}", **more}
     tasks = [{"id": 1, "data": {"image": "/data/upload/7/0123abcd-a.jpg"},
-              "annotations": [annotation(2, 25), annotation(1, 0), annotation(3, 1, was_cancelled=True)]},
+              "annotations": [annotation(2, 25, updated_at="2026-02-01"), annotation(3, 0),
+                              annotation(3, 1, was_cancelled=True, updated_at="2026-03"),
+                              annotation(3, 1, skipped=True, updated_at="2026-03")]},
              {"id": 2, "data": {"image": "https://host/x/b.jpg?token=1"}, "annotations": []},
-             {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]}]
+             {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]},
+             {"id": 4, "data": {"image": "/data/upload/7/aaaaaaaa-a.jpg"}, "annotations": [annotation(4, 0)]}]
     (folder / "x.json").write_text(json.dumps(tasks))
     run(folder / "x.json", folder / "out.json")
     assert [Path(name).name for name in read_annotations(folder / "out.json").names] == ["a.jpg", "c.jpg"]
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", 24, 7.2, 48, 36)])
     counts = report(capsys)
     assert counts["left out: older annotations"] == counts["left out: tasks not annotated"] == 1
+    assert counts["left out: photos labelled again"] == 1
 
 
 def test_cvat_shapes(folder, capsys):
@@ -267,6 +363,13 @@ REFUSED = {  # the file: (its content, part of the message)
     "twice.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "x/a.jpg"}], '
                    '"annotations": []}', "twice.json: image 2: labels 'images/a.jpg' a second time"),
     "tasks.json": ('[{"data": {"text": "x"}, "annotations": []}]', "tasks.json: task 0: names no picture"),
+    "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "createml.json: is CreateML's; export COCO"),
+    "labelme.json": ('{"shapes": [], "imagePath": "a.jpg"}', "labelme.json: is labelme's; its labelme2coco"),
+    "via.json": ('{"_via_img_metadata": {}}', "via.json: is VIA's project; export its annotations as COCO"),
+    "datumaro.json": ('{"items": [], "categories": {}}', "datumaro.json: is Datumaro's; convert it to coco"),
+    "label.txt": ("# a.jpg\n1 2 3", "label.txt:2: '1 2 3' is neither '# photo' nor x y w h of a face"),
+    "labels/shape/data.yaml": ("kpt_shape: five", "data.yaml: kpt_shape is not understood, 'five'"),
+    "labels/yaml/data.yaml": ("names: [face", "data.yaml: not YAML (while parsing"),
     "bomb.xml": (BOMB, "bomb.xml: declares a document type or entities"),
     "broken.xml": ("<annotation>", "broken.xml: not XML"),
     "other.xml": ("<svg/>", "other.xml: <svg> is neither Pascal VOC's"),
