@@ -243,7 +243,8 @@ def _face_category(path, categories, annotations):
         listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
     if not isinstance(listed, list) or any(not isinstance(c, dict) or not isinstance(c.get("id"), int)
                                            for c in listed):
-        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
+        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
+                         "python -m tools.labels_to_coco gives them")
     categories = list({c["id"]: c for c in listed}.values())
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
     if len(named) != 1 and len(categories) != 1:

@@ -31,7 +31,7 @@ class Label:
     """One labelled object."""
 
     category: str
-    box: tuple  # xyxy, in pixels, or in fractions of the photo
+    box: tuple | list  # xyxy, in pixels, or in fractions of the photo
     flags: dict = field(default_factory=dict)  # those of FLAGS that the file has: 0 or 1
 
 
@@ -83,8 +83,6 @@ def read_text(path):
     """Read a text file as UTF-8. Raises InputError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
@@ -100,9 +98,14 @@ def number(place, what, value):
     return found
 
 
-def read_size(place, entry, *keys):
+def numbers(place, entry, keys):
+    """The numbers that `entry` has under `keys`, words of a text. Raises InputError."""
+    return [number(place, key, entry.get(key)) for key in keys.split()]
+
+
+def read_size(place, entry, keys="width height"):
     """The (width, height) that `entry` gives under `keys`, as numbers, 0 where it does not say."""
-    return tuple(number(place, key, entry.get(key) or 0) for key in keys or ("width", "height"))
+    return tuple(number(place, key, entry.get(key) or 0) for key in keys.split())
 
 
 def read_flags(entry):
@@ -163,7 +166,7 @@ def read_xml(path):
 
 def read_voc(files, folder):
     """Read Pascal VOC's xml files, one for each photo. Corners are taken as they are, from 0."""
-    photos, base, corners = [], photos_around(folder), ("xmin", "ymin", "xmax", "ymax")
+    photos, base = [], photos_around(folder)
     for file in tqdm(files, "labels", disable=None):
         root = read_xml(file)
         if root.tag != "annotation":
@@ -173,13 +176,17 @@ def read_voc(files, folder):
         names = [(own.parent / name).as_posix()] if name else []
         labels = []
         for n, entry in enumerate(root.findall("object"), 1):
-            place = f"{file}: object {n}"
-            box = tuple(number(place, key, entry.findtext(f"bndbox/{key}")) for key in corners)
-            flags = read_flags({child.tag: child.text for child in entry})
+            box = numbers(f"{file}: object {n}", _texts(entry, "bndbox/*"), "xmin ymin xmax ymax")
+            flags = read_flags(_texts(entry, "*"))
             labels.append(Label((entry.findtext("name") or "").strip() or UNNAMED, box, flags))
-        size = read_size(file, {child.tag: child.text for child in root.iterfind("size/*")})
+        size = read_size(file, _texts(root, "size/*"))
         photos.append(Photo([*names, own.as_posix()], str(file), labels, size))
     return Labels("Pascal VOC", photos)
+
+
+def _texts(element, path):
+    """The texts of the elements at `path` in another, by their tags."""
+    return {child.tag: child.text for child in element.iterfind(path)}
 
 
 def read_cvat(path, root):
@@ -205,20 +212,16 @@ def read_cvat(path, root):
 
 def _cvat_box(place, shape):
     """The box of a CVAT shape, or None if it has none."""
-
-    def numbers(*keys):
-        return [number(place, key, shape.get(key)) for key in keys]
-
     degrees = number(place, "rotation", shape.get("rotation") or 0)
     if shape.tag == "box":
-        box = tuple(numbers("xtl", "ytl", "xbr", "ybr"))
+        box = numbers(place, shape, "xtl ytl xbr ybr")
         return turned(box, degrees, middle(box))
     if shape.tag == "polygon":
         return _polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
     if shape.tag == "ellipse":
-        return around_ellipse(*numbers("cx", "cy", "rx", "ry"), degrees)
+        return around_ellipse(*numbers(place, shape, "cx cy rx ry"), degrees)
     if shape.tag == "mask":
-        left, top, width, height = numbers("left", "top", "width", "height")
+        left, top, width, height = numbers(place, shape, "left top width height")
         return left, top, left + width, top + height
     return None
 
@@ -308,23 +311,21 @@ def _region_box(place, region):
     value = region.get("value")
     if not isinstance(value, dict):
         return None, None
-    size = read_size(place, value | region, "original_width", "original_height")
-    stretch = size if all(size) else None
-
-    def numbers(*keys):
-        return [number(place, key, value[key]) / 100 for key in keys]
-
+    size = read_size(place, value | region, "original_width original_height")
+    stretch = size if all(size) else (1, 1)
     degrees = number(place, "rotation", value.get("rotation") or 0)
-    if degrees and stretch is None:
+    if degrees and not all(size):
         raise InputError(f"{place}: a turned region without original_width and original_height")
     if {"x", "y", "width", "height"} <= value.keys():
-        x, y, width, height = numbers("x", "y", "width", "height")
-        return turned((x, y, x + width, y + height), degrees, (x, y), stretch), size
-    if {"x", "y", "radiusX", "radiusY"} <= value.keys():
-        return around_ellipse(*numbers("x", "y", "radiusX", "radiusY"), degrees, stretch or (1, 1)), size
-    if isinstance(value.get("points"), list) and value["points"]:
-        return tuple(side / 100 for side in _polygon(place, value["points"])), size
-    return None, None
+        x, y, width, height = numbers(place, value, "x y width height")
+        percent = turned((x, y, x + width, y + height), degrees, (x, y), stretch)
+    elif {"x", "y", "radiusX", "radiusY"} <= value.keys():
+        percent = around_ellipse(*numbers(place, value, "x y radiusX radiusY"), degrees, stretch)
+    elif isinstance(value.get("points"), list) and value["points"]:
+        percent = _polygon(place, value["points"])
+    else:
+        return None, None
+    return tuple(side / 100 for side in percent), size
 
 
 def read_coco(path, content):
@@ -383,7 +384,6 @@ def _coco_box(place, entry):
 COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
            "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
            "label": "label class class_name category name"}
-CORNERS = ("x1", "y1", "x2", "y2")
 
 
 def read_csv(path):
@@ -398,12 +398,12 @@ def read_csv(path):
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from None
     rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1) if any(map(str.strip, row))]
-    columns = {column: n for n, column in enumerate(("file", *CORNERS, "label"))}
+    columns = {column: n for n, column in enumerate("file x1 y1 x2 y2 label".split())}
     if rows and re.match("[A-Za-z]", (rows[0][1] + ["", ""])[1]):
         names = {alias: column for column, aliases in COLUMNS.items() for alias in aliases.split()}
         head = [cell.lower() for cell in rows.pop(0)[1]]
         columns = {names.get(cell, cell): n for n, cell in reversed(list(enumerate(head)))}
-    if not rows or not {"file", *CORNERS} <= columns.keys():
+    if not rows or not {"file", "x1", "y1", "x2", "y2"} <= columns.keys():
         raise InputError(
             f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
             "names these columns")
@@ -415,8 +415,8 @@ def read_csv(path):
             raise InputError(
                 f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
         photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], read_size(place, own)))
-        if any(own.get(key) for key in CORNERS):
-            box = tuple(number(place, key, own.get(key)) for key in CORNERS)
+        if any(own.get(key) for key in ("x1", "y1", "x2", "y2")):
+            box = numbers(place, own, "x1 y1 x2 y2")
             category = own.get("label") or (UNNAMED if "label" in own else "face")
             photo.labels.append(Label(category, box, read_flags(own)))
             largest = max(largest, *map(abs, box))

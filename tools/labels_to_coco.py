@@ -34,6 +34,7 @@ KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of
          "or RetinaFace's text is expected")
 OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
     ("_via_img_metadata",): "VIA's project; export its annotations as COCO",
+    ("filename", "regions"): "VIA's; export COCO instead",
     ("shapes", "imagePath"): "labelme's; its labelme2coco.py makes COCO",
     ("items", "categories"): "Datumaro's; convert it to coco_instances",
     ("image", "annotations"): "CreateML's; export COCO or Pascal VOC instead"}
@@ -101,10 +102,11 @@ def _read_txt(path):
 
 def _refuse_other_tools(path, content):
     """Refuse the json of a tool that is known, and name what it can export instead."""
-    first = content[0] if isinstance(content, list) and content else content
-    for keys, message in OTHER_TOOLS.items():
-        if isinstance(first, dict) and all(key in first for key in keys):
-            raise InputError(f"{path}: is {message}")
+    entries = list(content.values()) if isinstance(content, dict) else content
+    for own in (content, *(entries[:1] if isinstance(entries, list) else [])):
+        for keys, message in OTHER_TOOLS.items():
+            if isinstance(own, dict) and all(key in own for key in keys):
+                raise InputError(f"{path}: is {message}")
 
 
 def _read_json(path):
@@ -136,8 +138,8 @@ def _forms(name):
     Label Studio puts 8 hex digits and a dash before a name, an underscore for a space, and may quote it as a
     URL; a Mac takes accents off their letters.
     """
-    base = re.split(r"[\\/]", name)[-1]
-    plain = unicodedata.normalize("NFC", urllib.parse.unquote(base)).replace(" ", "_")
+    base, plain = (re.split(r"[\\/]", own)[-1] for own in (name, urllib.parse.unquote(name)))
+    plain = unicodedata.normalize("NFC", plain).replace(" ", "_")
     plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", plain)
     return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
 
@@ -275,7 +277,7 @@ def convert(path, photos, out, wanted=(), to="coco"):
     root, around = os.path.realpath(shown), os.path.realpath(around)  # ".." after a link leads elsewhere
     found, others = find_photos(labels, Path(root), around)
     if not found:
-        raise InputError(f"{path}: labels no photos")
+        raise InputError(f"{path}: labels no photos (a text of RetinaFace is to be named itself)")
     labels.photos, names = list(found.values()), list(found)
     counts = Counter(dict.fromkeys(labels.categories, 0))
     counts.update(label.category for photo in labels.photos for label in photo.labels)

@@ -89,7 +89,8 @@ def _count_corners(rows, keypoints, folder):
         elif not keypoints and length > 5:
             corners[length] = length - 1 if length % 2 else length - 2 * (tracks and length > 7)
     long = [length for length, count in corners.items() if count > 7]
-    if keypoints is None and len(long) == 1 and _holds_the_rest(rows[long[0]], corners[long[0]]):
+    alike = keypoints is None and long and max(long) - min(long) <= 2  # polygons are of any length
+    if alike and all(_holds_the_rest(rows[length], corners[length]) for length in long):
         raise InputError(
             f"{folder}: lines have {long[0] + 1} numbers: a box and its landmarks, or a polygon? Write "
             "kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
