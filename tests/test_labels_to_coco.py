@@ -194,11 +194,11 @@ def test_upright_size_is_meant(folder, refused):
         main, folder / "t.csv", folder / "x.json")
 
 
-MARKS = " 0.5 0.5" * 5
+BOX, MARKS = "0 0.5 0.5 0.25 0.5", " 0.5 0.5" * 5
 
 
 @pytest.mark.parametrize("rows, box, yaml", [
-    ("0 0.5 0.5 0.25 0.5", (36, 18, 24, 36), ""),                                # a box
+    (BOX, (36, 18, 24, 36), ""),                                # a box
     ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36), ""),                           # with its score
     ("0 0.5 0.5 0.25 0.5 3", (36, 18, 24, 36), ""),                              # with the number of a track
     ("0 0.5 0.5 0.25 0.5 0.93 1", (36, 18, 24, 36), ""),                         # with both
@@ -209,22 +209,23 @@ MARKS = " 0.5 0.5" * 5
     ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36), ""),                      # a polygon
     ("0 0.25 0.5 0.5 0.5 0.5 0", (24, 0, 24, 36), ""),
     ("0 0.4 0.4 0.6 0.4 0.6 0.6 0.5 0.7 0.4 0.6", (38.4, 28.8, 19.2, 21.6), "kpt_shape: [0, 0]"),
-    ("0 0.5 0.5 0.25 0.5" + " 0.5 0.5 2" * 5, (36, 18, 24, 36), ""),             # a box with landmarks
-    ("0 0.5 0.5 0.25 0.5" + " -1 -1" * 5, (36, 18, 24, 36), "kpt_shape: [5, 2]"),
-    ("0 0.5 0.5 0.25 0.5" + MARKS, (36, 18, 24, 36), "kpt_shape:\n- 5\n- 2"),
-    ("0 0.5 0.5 0.25 0.5" + MARKS + " 0.9 7", (36, 18, 24, 36), "kpt_shape:  # points\n  - 5\n  - 2")])
+    (BOX + " 0.5 0.5 2" * 5, (36, 18, 24, 36), ""),             # a box with landmarks
+    (BOX + " -1 -1" * 5, (36, 18, 24, 36), "kpt_shape: [5, 2]"),
+    (BOX + MARKS, (36, 18, 24, 36), "kpt_shape:\n- 5\n- 2"),
+    (BOX + MARKS + " 0.9 7", (36, 18, 24, 36), "kpt_shape:  # points\n  - 5\n  - 2")])
 def test_forms_of_yolo(folder, rows, box, yaml):
     yolo(folder, rows + "\n", f"{yaml}\nnames: [face]\n" if yaml else "")
     run(folder / "labels", folder / "out.json")
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", *box)])
 
 
-@pytest.mark.parametrize("rows", ["0 0.5 0.5 0.25 0.5" + MARKS + " -1 -1", "0 0.5 0.5 0.25 0.5" + " 0.5 0.5 0.7" * 5,
-                                  "0 0.5 0.5 0.3 0.5 0.45 0.5 0.55 0.5\n" * 3 + "0 0.5 0.5 0.1 0.5 0 0 1 0.9",
-                                  "0 0.5 0.5 0.25 0.5" + MARKS + " 0.5 0.5 0.9 1\n0 0.5 0.5 0.25 0.5" + MARKS + " 0.5 0.5 0.9"])
+@pytest.mark.parametrize("rows", [
+    BOX + MARKS + " -1 -1", BOX + " 0.5 0.5 0.7" * 5, f"{BOX}{MARKS} 0.5 0.5 0.9\n{BOX}{MARKS} 0.5 0.5 0.9 2",
+    "0 0.5 0.5 0.3 0.5 0.45 0.5 0.55 0.5\n" * 3 + "0 0.5 0.5 0.1 0.5 0 0 1 0.9"])
 def test_landmarks_are_taken_for_no_polygon(folder, refused, rows):
     yolo(folder, rows)
-    assert "a box and its landmarks, or a polygon? Write kpt_shape" in refused(main, folder, folder / "o.json")
+    message = refused(main, folder, folder / "o.json")
+    assert "a box and its landmarks, or a polygon? Write kpt_shape" in message
     yolo(folder, "0" + " 0.5 0.5" * 30, photos=("b.jpg",))  # polygons have all lengths
     run(folder, folder / "o.json")
 
@@ -247,7 +248,7 @@ def test_other_names_are_refused(tmp_path, text):
         _yolo_names(tmp_path / "data.yaml")
 
 
-@pytest.mark.parametrize("name", ["labels", "Validation", "obj_names", "notes", "val", "train.0001", "test.2"])
+@pytest.mark.parametrize("name", ["labels", "Validation", "obj_names", "val", "train.0001", "test.2"])
 def test_a_text_is_a_label_if_it_has_a_photo(folder, capsys, name):
     yolo(folder, "0 0.5 0.5 0.25 0.5\n")
     (folder / "labels" / f"{name}.txt").write_text("face\nmask\n")
@@ -330,7 +331,8 @@ def test_text_of_retinaface(folder, capsys, text):
     assert "left out: photos without labels" not in counts  # nobody named their folder
     run(folder / "label.txt", folder / "images", folder / "yolo", "--to", "yolo")
     counts = report(capsys)
-    assert (counts["faces"], counts["left out: iscrowd"], counts["left out: photos without labels"]) == (1, 1, 1)
+    left_out = counts["left out: iscrowd"], counts["left out: photos without labels"]
+    assert (counts["faces"], *left_out) == (1, 1, 1)
 
 
 def test_label_studio_tasks_and_uploads(folder, capsys):
@@ -346,7 +348,8 @@ def test_label_studio_tasks_and_uploads(folder, capsys):
                               annotation(3, 1, skipped=True, updated_at="2026-03")]},
              {"id": 2, "data": {"image": "https://host/x/b.jpg?token=1"}, "annotations": []},
              {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]},
-             {"id": 4, "data": {"image": "/data/upload/7/aaaaaaaa-a.jpg"}, "annotations": [annotation(4, 0, updated_at="2026-04")]}]
+             {"id": 4, "data": {"image": "/data/upload/7/aaaaaaaa-a.jpg"},
+              "annotations": [annotation(4, 0, updated_at="2026-04")]}]
     (folder / "x.json").write_text(json.dumps(tasks))
     run(folder / "x.json", folder / "out.json")
     assert [Path(name).name for name in read_annotations(folder / "out.json").names] == ["a.jpg", "c.jpg"]
@@ -406,9 +409,9 @@ REFUSED = {  # the file: (its content, part of the message)
     "swapped.json": (TASK.replace("{}", '"original_width": 72, "original_height": 96,'),
                      "swapped.json: task 0: labelled at 72x96, but the photo 'a.jpg' is 96x72"),
     "tasks.json": ('[{"data": {"text": "x"}, "annotations": []}]', "tasks.json: task 0: names no picture"),
-    "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "createml.json: is CreateML's; export COCO"),
+    "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "is CreateML's; export COCO"),
     "labelme.json": ('{"shapes": [], "imagePath": "a.jpg"}', "labelme.json: is labelme's; its labelme2coco"),
-    "via-regions.json": ('{"a.jpg9": {"filename": "a.jpg", "regions": []}}', "regions.json: is VIA's; export COCO"),
+    "regions.json": ('{"a.jpg9": {"filename": "a.jpg", "regions": []}}', "is VIA's; export COCO"),
     "via.json": ('{"_via_img_metadata": {}}', "via.json: is VIA's project; export its annotations as COCO"),
     "datumaro.json": ('{"items": [], "categories": {}}', "datumaro.json: is Datumaro's; convert it to coco"),
     "label.txt": ("# a.jpg\n1 2 3", "label.txt:2: '1 2 3' is neither '# photo' nor x y w h of a face"),
