@@ -154,6 +154,7 @@ def run_model(args, annotations):
 
     from detector import MODEL, TiledDetector, detect_all, load_detector
     from support.distributed import join_processes, leave_processes
+    annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)

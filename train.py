@@ -346,6 +346,7 @@ def find_val(args):
 def read_val(path):
     """The Annotations to validate on. Raises InputError where photos are missing, or hold no face."""
     val = read_annotations(path)
+    val.require_photos()
     absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
     if absent:
         raise InputError(f"{path}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
@@ -361,6 +362,8 @@ def read_inputs(args, content):
     parts = [read_annotations(path) for path in args.data]
     parts = [part.complete() if path in args.complete else part for path, part in zip(args.data, parts)]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
+    for part in parts:
+        part.require_photos()
     faces = join(parts)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")

@@ -15,7 +15,7 @@ from support.script import InputError, read_json
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
-CONVERT = "labels_to_coco.py makes it of YOLO, Pascal VOC, CVAT, Label Studio and CSV"
+CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
 
 def to_xyxy(xywh: np.ndarray) -> np.ndarray:
@@ -76,6 +76,17 @@ class Annotations:
         """The path of photo `index`."""
         return self.path.parent / self.names[index]
 
+    def require_photos(self) -> None:
+        """Raise InputError if none of 20 photos, spread over the set, is where the json says.
+
+        One that is missing or unreadable is found when it is read; this is for a json that lies elsewhere.
+        """
+        count = len(self.names)
+        files = [self.file(n) for n in range(0, count, max(1, count // 20))]
+        if files and not any(os.path.isfile(file) for file in files):
+            raise InputError(f"{self.path}: its photos are not there, such as {files[0]}; python -m "
+                             f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
+
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
         digest = hashlib.sha256()
@@ -97,14 +108,12 @@ class Annotations:
     def without(self, dropped, detections: Detections):
         """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
         kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))
-        faces = np.isin(self.image, kept)
-        found = np.isin(detections.image, kept)
-        return (replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
-                        image=np.searchsorted(kept, self.image[faces]), xywh=self.xywh[faces],
-                        area=self.area[faces], ignored=self.ignored[faces],
-                        crowd=self.crowd[faces], labels=self.labels[kept]),
-                Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
-                           detections.score[found]))
+        faces, found = np.isin(self.image, kept), np.isin(detections.image, kept)
+        arrays = {name: getattr(self, name)[faces] for name in ("xywh", "area", "ignored", "crowd")}
+        fewer = replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
+                        image=np.searchsorted(kept, self.image[faces]), labels=self.labels[kept], **arrays)
+        return fewer, Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
+                                 detections.score[found])
 
 
 def moved_images(images: list[dict], source: str | Path, target: str | Path) -> list[dict]:
@@ -124,8 +133,8 @@ def read_annotations(path: str | Path) -> Annotations:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; "
-                         "wider_to_coco.py, labels_to_coco.py and sample.py make one")
+        raise InputError(f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
+                         "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
     if path.is_dir() or path.suffix.lower() in FOREIGN:
         raise InputError(f"{path}: a COCO json is expected; {CONVERT}")
     content = read_json(path)
@@ -133,8 +142,8 @@ def read_annotations(path: str | Path) -> Annotations:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path}: not COCO annotations, no list \"{key}\"; {CONVERT}")
     images, annotations = content["images"], content["annotations"]
-    for kind, entries in (("images", images), ("annotations", annotations)):
-        _check_ids(path, kind, entries)
+    _check_ids(path, "images", images)
+    _check_ids(path, "annotations", annotations)
     for index, entry in enumerate(images):
         name = entry.get("file_name")
         if not isinstance(name, str) or not name or not _names_a_file(name):
@@ -144,23 +153,22 @@ def read_annotations(path: str | Path) -> Annotations:
     category = _face_category(path, content.get("categories"), annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}
-    try:
-        image = np.array([index_of[a["image_id"]] for a in faces], np.int64)
-    except (KeyError, TypeError):
-        bad = next(
-            a for a in faces if not isinstance(a.get("image_id"), int) or a["image_id"] not in index_of)
-        raise InputError(f"{path}: annotation {bad['id']} belongs to image {bad.get('image_id')!r}, "
-                         "which is not in \"images\"") from None
+    for face in faces:
+        if not isinstance(face.get("image_id"), int) or face["image_id"] not in index_of:
+            raise InputError(f"{path}: annotation {face['id']} belongs to image {face.get('image_id')!r}, "
+                             "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
+    image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
     numbers = [a["id"] for a in faces]
     xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
-    own_area = (xywh[:, 2] * xywh[:, 3]).tolist()
-    area = _numbers(path, "area", [a.get("area", own) for a, own in zip(faces, own_area)], numbers, ())
+    areas = [w * h if face.get("area") is None else face["area"]
+             for face, (_, _, w, h) in zip(faces, xywh.tolist())]
+    area = _numbers(path, "area", areas, numbers, ())
     sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
-
     crowd = np.array([_is_crowd(path, a) for a in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
-    known, size = (sizes[image] > 0).all(1), sizes[image]
+    size = sizes[image]
+    known = (size > 0).all(1)
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
     order = np.argsort(image, kind="stable")
     counts = {"images": len(images), "faces": len(faces),
@@ -277,7 +285,8 @@ def _check_ids(path, kind, entries):
     for index, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= 2 ** 63:
-            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"")
+            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"; python -m "
+                             "tools.labels_to_coco gives it one")
         if number in seen:
             raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
         seen.add(number)
@@ -290,13 +299,14 @@ def _face_category(path, categories, annotations):
         listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
     if not isinstance(listed, list) or any(not isinstance(c, dict) or not isinstance(c.get("id"), int)
                                            for c in listed):
-        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids")
+        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
+                         "python -m tools.labels_to_coco gives them")
     categories = list({c["id"]: c for c in listed}.values())
     named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
     if len(named) != 1 and len(categories) != 1:
         names = ", ".join(str(c.get("name")) for c in categories) or "none"
         raise InputError(f"{path}: which category is the face? One must be named \"face\", "
-                         f"there are: {names}; labels_to_coco.py --category chooses")
+                         f"there are: {names}; python -m tools.labels_to_coco --category chooses")
     known = {c["id"] for c in categories}
     for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
         if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:
@@ -311,23 +321,22 @@ def _numbers(path, key, values, numbers, shape):
 
     The first bad value is named by its entry in `numbers`.
     """
-    try:  # all at once is fast; one by one only to find the one to name
-        array = np.array(values)
-        fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
-        if fits and (np.abs(array.astype(float)) < 1e15).all():
-            return array.astype(np.float64)
-    except (ValueError, MemoryError):
-        pass  # of several lengths, or long words among them
+    array = _as_numbers(values, shape)
+    if array is None:  # one by one only to find the one to name: all at once is fast
+        number, bad = next((n, v) for n, v in zip(numbers, values) if _as_numbers([v], shape) is None)
+        expected = f"{shape[0]} finite numbers" if shape else "a finite number"
+        raise InputError(f"{path}: entry {number}: {key} is {str(bad)[:60]}, {expected} expected")
+    return array
 
-    def is_number(value):  # `abs(nan) < x` is False, so NaN is bad too
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
-    for number, value in zip(numbers, values):
-        row = value if shape else [value]
-        if not isinstance(row, list) or len(row) != (shape or (1,))[0] or not all(map(is_number, row)):
-            expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-            raise InputError(f"{path}: entry {number}: {key} is {str(value)[:60]}, {expected} expected")
-    return np.array(values, np.float64).reshape(len(values), *shape)
+def _as_numbers(values, shape):
+    """The list `values` as float64 `[len(values), *shape]`, or None if one is no number of a usual size."""
+    try:
+        array = np.array(values or np.zeros((0, *shape)))
+    except (ValueError, MemoryError):  # of several lengths, or long words among them
+        return None
+    fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
+    return array.astype(np.float64) if fits and (np.abs(array.astype(float)) < 1e15).all() else None
 
 
 def _is_crowd(path, entry):

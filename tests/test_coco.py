@@ -1,6 +1,7 @@
 """Tests of coco.py: reading annotations, error messages, and results written and read back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,12 @@ def test_reads_what_is_there(tmp_path):
     assert faces.xywh.tolist() == [[10, 20, 30.5, 40], [1, 2, 3, 4]] and faces.area.tolist() == [900, 12]
     assert faces.sizes.tolist() == [[100, 80], [0, 0]] and not faces.ignored.any()
     assert faces.file(1) == tmp_path / "b.jpg"
+    assert replace(faces, ignored=~faces.ignored).fingerprint() != faces.fingerprint()
+    assert read(tmp_path, coco(annotations=face(area=None))).area.tolist() == [12]
+    with pytest.raises(InputError, match="a.jpg; python -m tools.labels_to_coco .*x.json PHOTOS"):
+        faces.require_photos()
+    (tmp_path / "b.jpg").touch()
+    faces.require_photos()
 
 
 def face(**changes):

@@ -300,7 +300,7 @@ def test_command(sample, tmp_path, capsys, refused):
         assert Image.open(tmp_path / "g.png").width > 1000 and "4 photos" in capsys.readouterr().out
         (tmp_path / "g.png").unlink()
     shutil.copy(sample / "val.json", tmp_path / "val.json")  # without its photos
-    assert "no such picture" in refused(module.main, "--data", tmp_path / "val.json",
+    assert "its photos are not there" in refused(module.main, "--data", tmp_path / "val.json",
                                         "--out", tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 import evaluate
+import train
 from support.coco import InputError, read_annotations
+from tools import look
 from tools.labels import photos_around
 from tools.labels_to_coco import main
 from tools.yolo import _yolo_names
@@ -120,6 +122,7 @@ def yolo(folder, rows, names="", photos=("a.jpg",)):
 @pytest.mark.parametrize("where", ["labels", ".", "data.yaml"])
 def test_photos_are_found_around_the_labels(folder, where, capsys):
     yolo(folder, "0 0.5 0.5 0.5 0.5\n", "names: [face]\n")
+    (folder / "images/._a.jpg").write_bytes(b"a Mac's")
     run(folder / where, folder / "out.json")
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", 24, 18, 48, 36)])
     content = json.loads((folder / "out.json").read_text())
@@ -127,7 +130,7 @@ def test_photos_are_found_around_the_labels(folder, where, capsys):
     assert report(capsys)["photos without txt"] == 2
 
 
-def test_a_split_takes_no_photos_of_another(folder, capsys):
+def test_a_split_takes_no_photos_of_another(folder, capsys, refused):
     """Photos without txt count as photos without faces only beside labelled ones."""
     for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
         (folder / "images" / split).mkdir()
@@ -135,7 +138,15 @@ def test_a_split_takes_no_photos_of_another(folder, capsys):
         (folder / "labels" / split).mkdir(parents=True)
         (folder / "labels" / split / name).with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
     shutil.copy(folder / "images/train/a.jpg", folder / "images/val/a.jpg")  # the same name in another folder
+    (folder / "data.yaml").write_text("names: [face]")
     run(folder / "labels/train", folder / "out.json")
+    assert report(capsys)["category face (face)"] == 1
+    (folder / "labels/train/a.txt").write_text("")  # Label Studio writes notes.json beside
+    (folder / "labels/train/notes.json").write_text("{}")
+    run(folder / "labels/train", folder / "out.json")
+    assert report(capsys)["without faces"] == 1
+    (folder / "labels/train/a.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    assert "class '1'; " in refused(main, folder / "labels/train", folder / "o.json")
     assert read_annotations(folder / "out.json").names == ["images/train/a.jpg"]
     assert photos_around(folder / "labels/train") == folder
 
@@ -145,7 +156,7 @@ def test_flags_mean_what_they_say(folder, capsys):
     objects = "".join(f"<object><name>face</name>{flags}<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>11</xmax>"
                       "<ymax>22</ymax></bndbox></object>" for flags in (
                           "".join(f"<{key}>{value}</{key}>" for key, value in kept.items()),
-                          "<truncated>1</truncated><occluded>1</occluded>", "<ignore>true</ignore>"))
+                          "<truncated>yes</truncated><occluded>1</occluded>", "<ignore>true</ignore>"))
     (folder / "a.xml").write_text(f"<annotation><filename>old-name.jpg</filename>{objects}</annotation>")
     run(folder / "a.xml", folder / "out.json")
     faces = json.loads((folder / "out.json").read_text())["annotations"]
@@ -158,14 +169,15 @@ def test_flags_mean_what_they_say(folder, capsys):
 
 def test_unusual_boxes_are_counted_and_marked(folder, capsys):
     (folder / "x.csv").write_text("a.jpg,-10,5,20,30\na.jpg,96,5,120,30\na.jpg,20,20,20,30\n"
-                                  "a.jpg,30,30,20,40\nc.jpg,,,,\n")
+                                  "a.jpg,30,30,20,40\nb.jpg,1,2,60.04,10\nb.jpg,1,2,60.3,10\n"
+                                  "b.jpg,1e9,1e9,9e11,9e11\nc.jpg,,,,\n")
     run(folder / "x.csv", folder / "out.json")
     content = json.loads((folder / "out.json").read_text())
-    assert [(face["bbox"], face["iscrowd"]) for face in content["annotations"]] == [
+    assert [(face["bbox"], face["iscrowd"]) for face in content["annotations"]][:4] == [
         ([0, 5, 20, 25], 0), ([96, 5, 24, 25], 1), ([20, 20, 0, 10], 1), ([30, 30, -10, 10], 1)]
     counts = report(capsys)
-    assert (counts["clipped"], counts["outside"], counts["empty"], counts["marked iscrowd"]) == (1, 1, 2, 3)
-    assert counts["without faces"] == 1
+    assert (counts["clipped"], counts["outside"], counts["empty"], counts["marked iscrowd"]) == (2, 2, 2, 4)
+    assert counts["without faces"] == 1 and len(boxes(folder / "out.json")) == 7  # however large they are
 
 
 def test_upright_size_is_meant(folder, refused):
@@ -176,40 +188,151 @@ def test_upright_size_is_meant(folder, refused):
     yolo(folder, "0 0.5 0.25 0.5 0.5\n", photos=("t.jpg",))
     run(folder / "labels", folder / "out.json")
     assert_boxes(boxes(folder / "out.json"), [("t.jpg", 15, 0, 30, 50)])
-    (folder / "t.csv").write_text("filename,width,height,xmin,ymin,xmax,ymax\nt.jpg,100,60,1,1,90,50\n")
+    (folder / "t.csv").write_text("filename\tpath\twidth\theight\txmin\tymin\txmax\tymax\n"
+                                  "t.jpg\tother.jpg\t100\t60\t1\t1\t90\t50\n")
     assert "labelled at 100x60, but the photo 't.jpg' is 60x100, upright" in refused(
         main, folder / "t.csv", folder / "x.json")
 
 
-@pytest.mark.parametrize("rows, box", [
-    ("0 0.5 0.5 0.25 0.5", (36, 18, 24, 36)),                                    # a box
-    ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36)),                               # with its score
-    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", (24, 18, 48, 36)),                 # an oriented box
-    ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36)),                          # a polygon
-    ("0 0.5 0.5 0.25 0.5" + " 0.5 0.5 2" * 5, (36, 18, 24, 36)),                 # a box with landmarks
-    ("0 0.5 0.5 0.25 0.5" + " -1 -1" * 5, (36, 18, 24, 36))])
-def test_forms_of_yolo(folder, rows, box):
-    yolo(folder, rows + "\n", "kpt_shape: [5, 2]\nnames: [face]\n" if "-1" in rows else "")
+BOX, MARKS = "0 0.5 0.5 0.25 0.5", " 0.5 0.5" * 5
+
+
+@pytest.mark.parametrize("rows, box, yaml", [
+    (BOX, (36, 18, 24, 36), ""),                                # a box
+    ("0 0.5 0.5 0.25 0.5 0.93", (36, 18, 24, 36), ""),                           # with its score
+    ("0 0.5 0.5 0.25 0.5 3", (36, 18, 24, 36), ""),                              # with the number of a track
+    ("0 0.5 0.5 0.25 0.5 0.93 1", (36, 18, 24, 36), ""),                         # with both
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5", (24, 18, 48, 36), ""),             # an oriented box
+    ("0 0.5 0.45 0.55 0.5 0.5 0.55 0.45 0.5", (43.2, 32.4, 9.6, 7.2), ""),       # that might hold points
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5 0.9", (24, 18, 48, 36), ""),
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5 0.9 4", (24, 18, 48, 36), ""),
+    ("0 0.5 0.25 0.75 0.5 0.5 0.75", (48, 18, 24, 36), ""),                      # a polygon
+    ("0 0.25 0.5 0.5 0.5 0.5 0", (24, 0, 24, 36), ""),
+    ("0 0.4 0.4 0.6 0.4 0.6 0.6 0.5 0.7 0.4 0.6", (38.4, 28.8, 19.2, 21.6), "kpt_shape: [0, 0]"),
+    (BOX + " 0.5 0.5 2" * 5, (36, 18, 24, 36), ""),             # a box with landmarks
+    (BOX + " -1 -1" * 5, (36, 18, 24, 36), "kpt_shape: [5, 2]"),
+    (BOX + MARKS, (36, 18, 24, 36), "kpt_shape:\n- 5\n- 2"),
+    (BOX + MARKS + " 0.9 7", (36, 18, 24, 36), "kpt_shape:  # points\n  - 5\n  - 2")])
+def test_forms_of_yolo(folder, rows, box, yaml):
+    yolo(folder, rows + "\n", f"{yaml}\nnames: [face]\n" if yaml else "")
     run(folder / "labels", folder / "out.json")
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", *box)])
+
+
+@pytest.mark.parametrize("rows", [
+    BOX + MARKS + " -1 -1", BOX + " 0.5 0.5 0.7" * 5, f"{BOX}{MARKS} 0.5 0.5 0.9\n{BOX}{MARKS} 0.5 0.5 0.9 2",
+    "0 0.5 0.5 0.3 0.5 0.45 0.5 0.55 0.5\n" * 3 + "0 0.5 0.5 0.1 0.5 0 0 1 0.9"])
+def test_landmarks_are_taken_for_no_polygon(folder, refused, rows):
+    yolo(folder, rows)
+    message = refused(main, folder, folder / "o.json")
+    assert "a box and its landmarks, or a polygon? Write kpt_shape" in message
+    yolo(folder, "0" + " 0.5 0.5" * 30, photos=("b.jpg",))  # polygons have all lengths
+    run(folder, folder / "o.json")
 
 
 @pytest.mark.parametrize("text", [
     "names: [face, 'a b']", "names: ['face', \"a b\"]  # two\nnc: 2", "names:\n- face\n- a b\nnc: 2",
     "names:\n  - face\n\n  - 'a b'\n", "nc: 2\nnames:\n  0: face\n  1: a b\ntrain: x",
-    "names: {0: face, 1: a b}",
+    "names: {0: face, 1: a b}", "names: &x [face, a b]",
     "names: [\n  'face',\n  'a b'\n]\n", "# names: [x]\nnames:\n    0: \"face\"  # the first\n    1: a b"])
 def test_names_of_data_yaml(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     assert _yolo_names(tmp_path / "data.yaml")[0] == ["face", "a b"]
 
 
-@pytest.mark.parametrize("text", ["names: &x [face]", "names: [face", "names:", "names:\n  1: face",
+@pytest.mark.parametrize("text", ["names: [[face]]", "face.names", "names:", "names:\n  1: face",
                                   "names: {face: 0}", "names: face.names\n"])
 def test_other_names_are_refused(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError, match="names are not understood.*write names: "):
         _yolo_names(tmp_path / "data.yaml")
+
+
+@pytest.mark.parametrize("name", ["labels", "Validation", "obj_names", "val", "train.0001", "test.2"])
+def test_a_text_is_a_label_if_it_has_a_photo(folder, capsys, name):
+    yolo(folder, "0 0.5 0.5 0.25 0.5\n")
+    (folder / "labels" / f"{name}.txt").write_text("face\nmask\n")
+    run(folder, folder / "out.json")
+    assert len(boxes(folder / "out.json")) == 1 and report(capsys)["left out: txt of no photo"] == 1
+    (folder / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (folder / "images/b.jpg").rename(folder / "images" / f"{name}.jpg")
+    run(folder / "labels", folder / "out.json")
+    assert len(boxes(folder / "out.json")) == 2
+
+
+@pytest.mark.parametrize("photo, label", [
+    ("x.jpg", "cb0618f6-x"), ("\xe9 1.jpg", "%C3%A9%201"), ("x y.jpg", "cb0618f6-x_y"),
+    ("cafe\u0301.jpg", "caf\xe9"), ("caf\xe9.jpg", "0a1b2c3d-cafe\u0301")])
+def test_photos_are_found_by_names_as_tools_write_them(folder, photo, label):
+    (folder / "images/a.jpg").rename(folder / "images" / photo)
+    yolo(folder, "0 0.5 0.5 0.5 0.5\n", photos=(label + ".jpg",))
+    run(folder, folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [(photo, 24, 18, 48, 36)])
+    shutil.copy(folder / "images/b.jpg", folder / "images" / (label + ".png"))  # an exact name comes first
+    run(folder, folder / "out.json")
+    assert [row[0] for row in boxes(folder / "out.json")] == [label + ".png"]
+
+
+def coco(name, size=(96, 72), **keys):
+    """A COCO content of one face on one photo; `keys` are other ids."""
+    key, image, face, category = (keys.get(key, 1) for key in ("key", "image", "face", "category"))
+    return json.dumps({"images": [{"id": key, "file_name": str(name), "width": size[0], "height": size[1]}],
+                       "categories": [{"id": category, "name": "face"}], "annotations": [
+                           {"image_id": image, "category_id": 1, "bbox": [1, 2, 30, 40], "area": None}
+                           | ({"id": face} if face else {})]})
+
+
+@pytest.mark.parametrize("keys", [{"image": "1"}, {"key": "1"}, {"key": 1.0}, {"image": 1.0}, {"face": None},
+                                  {"face": "x"}, {"category": "1"}, {"category": 1.0}])
+def test_ids_of_coco_match_by_value(folder, keys):
+    (folder / "x.json").write_text(coco("a.jpg", **keys))
+    run(folder / "x.json", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 1, 2, 30, 40)])
+
+
+def test_coco_of_roboflow_and_cvat(folder, capsys):
+    """Roboflow declares a category above the others, CVAT turns boxes."""
+    content = json.loads(coco("a.jpg"))
+    content["categories"] = [{"id": 0, "name": "faces", "supercategory": "none"},
+                             {"id": 1, "name": "head", "supercategory": "faces"}]
+    content["annotations"][0] |= {"bbox": [40, 20, 20, 10], "attributes": {"rotation": 90, "occluded": True},
+                                  "iscrowd": 1}
+    (folder / "x.json").write_text(json.dumps(content))
+    run(folder / "x.json", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 45, 15, 10, 20)])
+    counts = report(capsys)
+    assert counts["occluded"] == counts["marked iscrowd"] == 1
+
+
+@pytest.mark.parametrize("name", ["../images/a.jpg", "{}/images/a.jpg", "../a.jpg"])
+def test_a_path_from_the_json_comes_first(folder, name):
+    (folder / "j").mkdir()
+    for other in ("j/a.jpg", "a.jpg", "j/x.jpg"):
+        Image.new("L", (60, 80)).save(folder / other)
+    right = folder / "images/a.jpg" if "images" in name else folder / "a.jpg"
+    (folder / "j/m.json").write_text(coco(name.format(folder), Image.open(right).size))
+    for photos in ([], [folder / "j"]):
+        run(folder / "j/m.json", *photos, folder / "out.json")
+        assert read_annotations(folder / "out.json").file(0).resolve() == right.resolve()
+    (folder / "j/m.json").write_text(coco("C:\\photos\\x.jpg", (60, 80)))
+    run(folder / "j/m.json", folder, folder / "out.json")
+    assert read_annotations(folder / "out.json").names == ["j/x.jpg"]
+
+
+@pytest.mark.parametrize("text", ["# d/a.jpg\n10 20 30 40 11 21 0.0 12 22 0.0\n1 2 0 0\n# b.jpg\n",
+                                  "# d/a.jpg 96 72\n10 20 40 60 -1 -1 -1\n1 2 1 2\n# b.jpg 60 80\n"])
+def test_text_of_retinaface(folder, capsys, text):
+    """RetinaFace's has x y w h, SCRFD's sizes and corners."""
+    (folder / "label.txt").write_text(text)
+    run(folder / "label.txt", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 10, 20, 30, 40), ("a.jpg", 1, 2, 0, 0)])
+    counts = report(capsys)
+    assert (counts["empty"], counts["without faces"], counts["photos"]) == (1, 1, 2)
+    assert "left out: photos without labels" not in counts  # nobody named their folder
+    run(folder / "label.txt", folder / "images", folder / "yolo", "--to", "yolo")
+    counts = report(capsys)
+    left_out = counts["left out: iscrowd"], counts["left out: photos without labels"]
+    assert (counts["faces"], *left_out) == (1, 1, 1)
 
 
 def test_label_studio_tasks_and_uploads(folder, capsys):
@@ -219,16 +342,26 @@ def test_label_studio_tasks_and_uploads(folder, capsys):
     def annotation(day, x, **more):
         region = {"original_width": 96, "original_height": 72, "value": value | {"x": x}}
         return {"result": [region], "created_at": f"2026-01-0{day}", **more}
-    tasks = [{"id": 1, "data": {"image": "/data/upload/7/0123abcd-a.jpg"},
-              "annotations": [annotation(2, 25), annotation(1, 0), annotation(3, 1, was_cancelled=True)]},
+    tasks = [{"id": 1, "updated_at": "2026-05", "data": {"image": "/data/upload/7/0123abcd-a.jpg"},
+              "annotations": [annotation(2, 25, updated_at="2026-02-01"), annotation(3, 0),
+                              annotation(3, 1, was_cancelled=True, updated_at="2026-03"),
+                              annotation(3, 1, skipped=True, updated_at="2026-03")]},
              {"id": 2, "data": {"image": "https://host/x/b.jpg?token=1"}, "annotations": []},
-             {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]}]
+             {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]},
+             {"id": 4, "data": {"image": "/data/upload/7/aaaaaaaa-a.jpg"},
+              "annotations": [annotation(4, 0, updated_at="2026-04")]}]
     (folder / "x.json").write_text(json.dumps(tasks))
     run(folder / "x.json", folder / "out.json")
     assert [Path(name).name for name in read_annotations(folder / "out.json").names] == ["a.jpg", "c.jpg"]
     assert_boxes(boxes(folder / "out.json"), [("a.jpg", 24, 7.2, 48, 36)])
     counts = report(capsys)
     assert counts["left out: older annotations"] == counts["left out: tasks not annotated"] == 1
+    assert counts["left out: photos labelled again"] == 1
+    least = [{"id": n, "image": name, "annotation_id": own, "label": [value]}
+             for n, (name, own) in enumerate((("a.jpg", None), ("c.jpg", 5)))]
+    (folder / "x.json").write_text(json.dumps(least))
+    run(folder / "x.json", folder / "out.json")
+    assert_boxes(boxes(folder / "out.json"), [("c.jpg", 8, 6, 40, 30)])
 
 
 def test_cvat_shapes(folder, capsys):
@@ -249,9 +382,11 @@ def test_cvat_shapes(folder, capsys):
 BOMB = '<!DOCTYPE x [<!ENTITY a "aa"><!ENTITY b "&a;&a;">]><annotation><filename>&b;</filename></annotation>'
 OBJECT = ("<annotation><object><name>face</name><bndbox><xmin>{}</xmin><ymin>1</ymin><xmax>9</xmax>"
           "<ymax>9</ymax></bndbox></object></annotation>")
+TASK = ('[{"data": {"image": "a.jpg"}, "annotations": [{"result": [{"value": {{} "x": 1, "y": 1, "width": 9, '
+        '"height": 9}}]}]}]')
 REFUSED = {  # the file: (its content, part of the message)
-    "x.txt": ("0 0.5 0.5 0.1 0.1", "x.txt: not labels that are known; of YOLO, name the folder"),
-    "x.zip": ("PK", "x.zip: not labels that are known; unpack it first"),
+    "x.txt": ("0 0.5 0.5 0.1 0.1", "x.txt: of YOLO, name the folder"),
+    "x.zip": ("PK", "x.zip: not labels that are known (unpack archives first)"),
     "x.json": ("{}", "x.json: neither COCO, with lists"),
     "broken.json": ("{", "broken.json: not JSON"),
     "id.json": ('{"images": [1], "annotations": []}', 'id.json: "images" must be a list of objects'),
@@ -266,7 +401,22 @@ REFUSED = {  # the file: (its content, part of the message)
                      "resized.json: image 1: labelled at 960x720, but the photo 'a.jpg' is 96x72"),
     "twice.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "x/a.jpg"}], '
                    '"annotations": []}', "twice.json: image 2: labels 'images/a.jpg' a second time"),
+    "absent.json": ('{"images": [{"id": 1, "file_name": "none.jpg"}], "annotations": []}',
+                    "1 of the 1 labelled photos are not below it ('none.jpg')"),
+    "two.json": ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": '
+                 '[{"id": 1, "name": "face"}, {"id": 2, "name": "Face"}]}', "which category is the face?"),
+    "turned.json": (TASK.replace("{}", '"rotation": 5,'), "task 0: a turned region without original_width"),
+    "swapped.json": (TASK.replace("{}", '"original_width": 72, "original_height": 96,'),
+                     "swapped.json: task 0: labelled at 72x96, but the photo 'a.jpg' is 96x72"),
     "tasks.json": ('[{"data": {"text": "x"}, "annotations": []}]', "tasks.json: task 0: names no picture"),
+    "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "is CreateML's; export COCO"),
+    "labelme.json": ('{"shapes": [], "imagePath": "a.jpg"}', "labelme.json: is labelme's; its labelme2coco"),
+    "regions.json": ('{"a.jpg9": {"filename": "a.jpg", "regions": []}}', "is VIA's; export COCO"),
+    "via.json": ('{"_via_img_metadata": {}}', "via.json: is VIA's project; export its annotations as COCO"),
+    "datumaro.json": ('{"items": [], "categories": {}}', "datumaro.json: is Datumaro's; convert it to coco"),
+    "label.txt": ("# a.jpg\n1 2 3", "label.txt:2: '1 2 3' is neither '# photo' nor x y w h of a face"),
+    "labels/shape/data.yaml": ("kpt_shape: five", "data.yaml: kpt_shape is not understood, 'five'"),
+    "labels/yaml/data.yaml": ("names: [face", "data.yaml: not YAML (while parsing"),
     "bomb.xml": (BOMB, "bomb.xml: declares a document type or entities"),
     "broken.xml": ("<annotation>", "broken.xml: not XML"),
     "other.xml": ("<svg/>", "other.xml: <svg> is neither Pascal VOC's"),
@@ -275,7 +425,9 @@ REFUSED = {  # the file: (its content, part of the message)
     "inf.xml": (OBJECT.format("1e999"), "inf.xml: object 1: xmin is '1e999', a number is expected"),
     "x.csv": ("a,b\n1,2\n", "x.csv: rows of file,x1,y1,x2,y2 and maybe a label are expected"),
     "empty.csv": ("", "empty.csv: rows of file,x1,y1,x2,y2"),
-    "unit.csv": ("a.jpg,0.1,0.1,0.5,0.5", "unit.csv: all boxes are within 0 to 1, pixels are expected"),
+    "unit.csv": ("a.jpg,0.1,0.1,1,0.5", "unit.csv: all boxes are within 0 to 1, pixels are expected"),
+    "long.csv": ("a.jpg,1,2,3,4,face,9", "long.csv:1: 'a.jpg,1,2,3,4,face,9' is no row of file,x1"),
+    "under.csv": ("a.jpg,1,2,3,1_0", "under.csv:1: y2 is '1_0', a number is expected"),
     "word.csv": ("a.jpg,1,2,3,4\na.jpg,1,2,3,x", "word.csv:2: y2 is 'x', a number is expected"),
     "absent.csv": ("a.jpg,1,2,3,4\nnone.jpg,1,2,3,4",
                    "1 of the 2 labelled photos are not below it ('none.jpg')"),
@@ -283,10 +435,11 @@ REFUSED = {  # the file: (its content, part of the message)
                 "1 of the 1 labelled photos are not below it ('../../secret.jpg')"),
     "utf-16.csv": ("\udcff\udcfe", "utf-16.csv: not UTF-8 text (byte 0)"),
     "labels/a.txt": ("0 48 36 24 24", "a.txt:1: 48 is no fraction of a photo's side"),
-    "labels/short.txt": ("0 0.5 0.5 0.1", "short.txt:1: 4 numbers; class cx cy w h"),
-    "labels/word.txt": ("face 0.5 0.5 0.1 0.1", "word.txt:1: a value is 'face', a number is expected"),
-    "labels/class.txt": ("0.5 0.5 0.5 0.1 0.1", "class.txt:1: class '0.5'; a whole number"),
-    "labels/15.txt": ("0" + " 0.5" * 14, "lines have 15 numbers: a box and 5 landmarks, or a polygon of 7"),
+    "labels/two/a.txt": ("0 0.5 0.5 2.5 0.5", "a.txt:1: 2.5 is no fraction of a photo's side"),
+    "labels/short/a.txt": ("0 0.5 0.5 0.1", "a.txt:1: 4 numbers; class cx cy w h"),
+    "labels/word/a.txt": ("face 0.5 0.5 0.1 0.1", "a.txt:1: a value is 'face', a number is expected"),
+    "labels/class/a.txt": ("0.5 0.5 0.5 0.1 0.1", "a.txt:1: class '0.5'; a whole number"),
+    "labels/15/a.txt": ("0" + " 0.5" * 14, "lines have 15 numbers: a box and its landmarks, or a polygon"),
     "labels/none.txt": ("0 0.5 0.5 0.1 0.1", "1 of the 1 labelled photos are not below it ('labels/none")}
 
 
@@ -295,7 +448,7 @@ def test_bad_labels_are_refused(folder, refused, name):
     (folder.parent / "secret.jpg").write_bytes((folder / "images/a.jpg").read_bytes())
     content, message = REFUSED[name]
     path = folder / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     for to in ("coco", "yolo"):
         labels = path.parent if "/" in name else path
@@ -315,6 +468,12 @@ def test_mixed_and_ambiguous_folders_are_refused(folder, refused):
     (folder / "z.csv").write_text("old/a.jpg,1,2,30,40\n")
     run(folder / "z.csv", folder / "o.json")
     assert read_annotations(folder / "o.json").names == ["old/a.jpg"]
+    for name, right in (("x/JPEGImages/a.jpg", "x/a.jpg"), ("a.jpg", "images/a.jpg")):
+        (folder / "x").mkdir(exist_ok=True)
+        shutil.copy(folder / "images/a.jpg", folder / "x/a.jpg")
+        (folder / "z.csv").write_text(f"{name},1,2,30,40\n")
+        run(folder / "z.csv", folder / "o.json")
+        assert read_annotations(folder / "o.json").names == [right]
 
 
 def test_nothing_is_written_over(folder, refused):
@@ -346,5 +505,16 @@ def test_other_scripts_name_this_one(tmp_path, refused, name, content):
     elif content is not None:
         (tmp_path / name).write_text(content)
     message = refused(evaluate.main, "--data", tmp_path / name)
-    assert "labels_to_coco.py" in message
-    assert name != "absent.json" or "no such file; wider_to_coco.py, labels_to_coco.py and sample" in message
+    assert "python -m tools.labels_to_coco" in message
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "/absent/a.jpg", "C:\\photos\\a.jpg"])
+def test_photos_that_are_elsewhere_are_found_by_this_one(folder, refused, name):
+    """As in COCO's own layout, annotations/x.json and a folder of photos, or with another machine's paths."""
+    (folder / "annotations").mkdir()
+    path = folder / "annotations/x.json"
+    path.write_text(coco(name, face=5))
+    for script, flags in ((evaluate, []), (look, []), (train, ["--out", folder / "run"])):
+        assert f"python -m tools.labels_to_coco {path} PHOTOS" in refused(script.main, "--data", path, *flags)
+    run(path, folder / "out.json")
+    assert read_annotations(folder / "out.json").names == ["images/a.jpg"]

@@ -53,24 +53,36 @@ def hashes(pixels: np.ndarray) -> np.ndarray:
     return np.packbits(np.concatenate([across.reshape(-1, 56), down.reshape(-1, 56)], 1), axis=1)
 
 
-def near_duplicates(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def neighbours(order, train):
+    """Which photos to compare, of those in `order` `[I]` by hash: pairs of index arrays.
+
+    Each with the 40 that follow, and with the last before it and the first after it in the training set
+    (`train`, bool `[I]`, by index), so that a photo is found there however often it is among the others.
+    """
+    for step in range(1, min(NEIGHBOURS + 1, len(order))):
+        yield order[:-step], order[step:]
+    for way in (order, order[::-1]):
+        last = np.maximum.accumulate(np.where(train[way], np.arange(len(way)), -1))
+        yield way[last[last >= 0]], way[last >= 0]
+
+
+def near_duplicates(pixels: np.ndarray, place=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the near-duplicates among thumbnails uint8 `[I, 32, 32]`, mirrored ones too.
 
-    Returns pairs `[P, 2]`, the lower index first; the correlation `[P]` of each, 0.95 to 1; and whether it is
-    a mirrored one, bool `[P]`. Of more than 40 photos that are all alike some pairs are left out, no photo.
+    `place` `[I]` is 0 for photos of the training set. Returns pairs `[P, 2]`, the lower index first; the
+    correlation `[P]` of each, 0.95 to 1; and whether it is a mirrored one, bool `[P]`. Of more than 40 photos
+    that are all alike some pairs are left out, but no photo, and no photo that is also in the training set.
     """
     count = len(pixels)
     pixels = np.concatenate([pixels, pixels[:, :, ::-1]])         # the mirrored ones have indices from I on
+    train = np.tile(np.zeros(count, int) if place is None else place, 2) == 0
     hashed = hashes(pixels)
     found = [np.zeros((0, 2), np.int64)]
     for band in hashed.reshape(len(pixels), BITS // 16, 2).view(np.uint16)[:, :, 0].T:
         order = np.lexsort((*hashed.T, band))                     # those that share 16 bits lie together
-        for step in range(1, min(NEIGHBOURS + 1, len(order))):
-            one, other = order[:-step], order[step:]
-            alike = band[one] == band[other]
-            if not alike.any():
-                break
-            alike &= (np.minimum(one, other) < count) & (one % count != other % count)
+        for one, other in neighbours(order, train):
+            alike = (band[one] == band[other]) & (np.minimum(one, other) < count)
+            alike &= one % count != other % count
             one, other = one[alike], other[alike]
             near = ONES[hashed[one] ^ hashed[other]].sum(1) <= MOST_BITS
             found.append(np.stack([one[near], other[near]], 1))

@@ -1,10 +1,10 @@
-"""Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of several categories, CSV; yolo.py has YOLO.
+"""Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of any categories, CSV, RetinaFace's text.
 
-Nothing is opened but the labels: labels_to_coco.py recognises the format and finds the photos.
+Nothing is opened but the labels. yolo.py reads YOLO; labels_to_coco.py recognises the format and finds the
+photos.
 """
 
 import csv
-import json
 import math
 import os
 import re
@@ -14,10 +14,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.script import InputError
+
 from tqdm import tqdm
 
 from support.pictures import PICTURES
-from support.script import InputError
 
 FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
 LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations
@@ -30,7 +31,7 @@ class Label:
     """One labelled object."""
 
     category: str
-    box: tuple  # xyxy, in pixels, or in fractions of the photo
+    box: tuple | list  # xyxy, in pixels, or in fractions of the photo
     flags: dict = field(default_factory=dict)  # those of FLAGS that the file has: 0 or 1
 
 
@@ -42,6 +43,8 @@ class Photo:
     place: str  # where the labels name it, for messages
     labels: list
     size: tuple | None = None  # (width, height) by the labels, if they say
+    updated: str = ""  # when it was labelled, if they say
+    problem: InputError | None = None  # why its labels cannot be read, if they are labels at all
 
 
 @dataclass
@@ -80,8 +83,6 @@ def read_text(path):
     """Read a text file as UTF-8. Raises InputError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
@@ -97,9 +98,20 @@ def number(place, what, value):
     return found
 
 
-def flag(value):
-    """1 if a flag is set: 1, true and yes in any form. Anything else is 0, such as VOC's "Unspecified"."""
-    return int(value in (1, True) or str(value).strip().lower() in ("1", "1.0", "true", "yes"))
+def numbers(place, entry, keys):
+    """The numbers that `entry` has under `keys`, words of a text. Raises InputError."""
+    return [number(place, key, entry.get(key)) for key in keys.split()]
+
+
+def read_size(place, entry, keys="width height"):
+    """The (width, height) that `entry` gives under `keys`, as numbers, 0 where it does not say."""
+    return tuple(number(place, key, entry.get(key) or 0) for key in keys.split())
+
+
+def read_flags(entry):
+    """Those of FLAGS that `entry` has: 1 for 1, true and yes in any form, 0 for all else ("Unspecified")."""
+    return {key: int(str(entry[key]).strip().lower() in ("1", "1.0", "true", "yes"))
+            for key in FLAGS if key in entry}
 
 
 def around(points):
@@ -148,13 +160,13 @@ def read_xml(path):
         raise InputError(f"{path}: not XML ({error})") from None
     if root.tag not in ("annotation", "annotations"):
         raise InputError(
-                f"{path}: <{root.tag[:40]}> is neither Pascal VOC's <annotation> nor CVAT's <annotations>")
+            f"{path}: <{root.tag[:40]}> is neither Pascal VOC's <annotation> nor CVAT's <annotations>")
     return root
 
 
 def read_voc(files, folder):
     """Read Pascal VOC's xml files, one for each photo. Corners are taken as they are, from 0."""
-    photos, base, corners = [], photos_around(folder), ("xmin", "ymin", "xmax", "ymax")
+    photos, base = [], photos_around(folder)
     for file in tqdm(files, "labels", disable=None):
         root = read_xml(file)
         if root.tag != "annotation":
@@ -164,13 +176,17 @@ def read_voc(files, folder):
         names = [(own.parent / name).as_posix()] if name else []
         labels = []
         for n, entry in enumerate(root.findall("object"), 1):
-            place = f"{file}: object {n}"
-            box = [number(place, key, entry.findtext(f"bndbox/{key}")) for key in corners]
-            flags = {key: flag(entry.findtext(key)) for key in FLAGS if entry.find(key) is not None}
-            labels.append(Label((entry.findtext("name") or "").strip() or UNNAMED, tuple(box), flags))
-        size = tuple(number(file, key, root.findtext(f"size/{key}") or 0) for key in ("width", "height"))
+            box = numbers(f"{file}: object {n}", _texts(entry, "bndbox/*"), "xmin ymin xmax ymax")
+            flags = read_flags(_texts(entry, "*"))
+            labels.append(Label((entry.findtext("name") or "").strip() or UNNAMED, box, flags))
+        size = read_size(file, _texts(root, "size/*"))
         photos.append(Photo([*names, own.as_posix()], str(file), labels, size))
     return Labels("Pascal VOC", photos)
+
+
+def _texts(element, path):
+    """The texts of the elements at `path` in another, by their tags."""
+    return {child.tag: child.text for child in element.iterfind(path)}
 
 
 def read_cvat(path, root):
@@ -188,40 +204,34 @@ def read_cvat(path, root):
             if box is None:
                 result.left_out[f"shapes: {shape.tag}"] += 1
                 continue
-            named = {a.get("name"): a.text for a in shape.findall("attribute")} | shape.attrib
-            flags = {key: flag(named[key]) for key in FLAGS if key in named}
+            flags = read_flags({a.get("name"): a.text for a in shape.findall("attribute")} | shape.attrib)
             labels.append(Label(shape.get("label") or UNNAMED, box, flags))
-        size = tuple(number(place, key, image.get(key) or 0) for key in ("width", "height"))
-        result.photos.append(Photo([image.get("name")], place, labels, size))
+        result.photos.append(Photo([image.get("name")], place, labels, read_size(place, image)))
     return result
 
 
 def _cvat_box(place, shape):
     """The box of a CVAT shape, or None if it has none."""
-
-    def numbers(*keys):
-        return [number(place, key, shape.get(key)) for key in keys]
-
     degrees = number(place, "rotation", shape.get("rotation") or 0)
     if shape.tag == "box":
-        box = tuple(numbers("xtl", "ytl", "xbr", "ybr"))
+        box = numbers(place, shape, "xtl ytl xbr ybr")
         return turned(box, degrees, middle(box))
     if shape.tag == "polygon":
-        points = [_pair(place, point.split(",")) for point in (shape.get("points") or "").split(";")]
-        return around([[number(place, "points", value) for value in point] for point in points])
+        return _polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
     if shape.tag == "ellipse":
-        return around_ellipse(*numbers("cx", "cy", "rx", "ry"), degrees)
+        return around_ellipse(*numbers(place, shape, "cx cy rx ry"), degrees)
     if shape.tag == "mask":
-        left, top, width, height = numbers("left", "top", "width", "height")
+        left, top, width, height = numbers(place, shape, "left top width height")
         return left, top, left + width, top + height
     return None
 
 
-def _pair(place, point):
-    """Check that a point has two coordinates."""
-    if not isinstance(point, (list, tuple)) or len(point) != 2:
-        raise InputError(f"{place}: {str(point)[:60]!r} is no point x, y")
-    return point
+def _polygon(place, points):
+    """The box around the points of a polygon, after a check that each has two coordinates."""
+    for point in points:
+        if not isinstance(point, (list, tuple)) or len(point) != 2:
+            raise InputError(f"{place}: {str(point)[:60]!r} is no point x, y")
+    return around([[number(place, "points", value) for value in point] for point in points])
 
 
 # Label Studio and COCO
@@ -235,35 +245,45 @@ def read_label_studio(path, tasks):
     result = Labels("Label Studio", [], relative=True)
     for n, task in enumerate(tasks):
         place = f"{path}: task {task.get('id', n)}"
-        full = isinstance(task.get("data"), dict)
-        if not full and "annotation_id" not in task:
+        data = task if "annotation_id" in task else task.get("data")  # JSON-MIN, or full
+        if not isinstance(data, dict):
             raise InputError(f'{place}: neither "data" nor "annotation_id", so no task of Label Studio')
-        texts = [_file_name(v) for v in (task["data"] if full else task).values() if isinstance(v, str)]
+        texts = [_file_name(value) for value in data.values() if isinstance(value, str)]
         name = next((text for text in texts if Path(text).suffix.lower() in PICTURES), None)
         if name is None:
             raise InputError(f"{place}: names no picture")
-        if full:
-            done = [a for a in _dicts(task.get("annotations", task.get("completions")))
-                    if not a.get("was_cancelled") and not a.get("skipped")]
-            newest = max(done, key=lambda a: str(a.get("created_at") or ""), default={})
-            result.left_out["older annotations"] += max(len(done) - 1, 0)
-            regions = _dicts(newest.get("result"))
-        else:
-            done = task["annotation_id"] is not None
-            regions = [{"value": region} for value in task.values() for region in _dicts(value)]
-        if not done:
+        finished = _finished_annotations(task)
+        if not finished:
             result.left_out["tasks not annotated"] += 1
             continue
-        labels, size = [], None
-        for region in regions:
-            own = _label_studio_region(place, region)
-            result.left_out["regions without a box"] += own is None
-            if own:
-                size = own[1] or size
-                labels += own[0]
-        without_prefix = re.sub(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)", r"\1", name)  # of an upload
-        result.photos.append(Photo([name, without_prefix], place, labels, size))
+        result.left_out["older annotations"] += len(finished) - 1
+        photo = Photo([name], place, [], updated=str(task.get("updated_at") or _last_change(finished[-1])))
+        for region in _dicts(finished[-1].get("result")):
+            box, size = _region_box(place, region)
+            if box is None:
+                result.left_out["regions without a box"] += 1
+                continue
+            photo.size = size
+            photo.labels += [Label(name, box) for name in _region_names(region["value"])]
+        result.photos.append(photo)
     return result
+
+
+def _finished_annotations(task):
+    """The annotations of a task that somebody finished, the newest last."""
+    if "annotation_id" not in task:
+        own = _dicts(task.get("annotations", task.get("completions")))
+        finished = [a for a in own if not a.get("was_cancelled") and not a.get("skipped")]
+        return sorted(finished, key=_last_change)
+    if task["annotation_id"] is None:
+        return []
+    regions = [{"value": region} for value in task.values() for region in _dicts(value)]
+    return [task | {"result": regions}]
+
+
+def _last_change(annotation):
+    """When a Label Studio annotation was last changed; its dates sort as text."""
+    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
 
 
 def _dicts(value):
@@ -273,69 +293,78 @@ def _dicts(value):
 
 def _file_name(text):
     """The file that a task names: as a path, a URL, or Label Studio's /data/local-files/?d=path."""
-    parts = urllib.parse.urlsplit(text) if re.match(r"/data/|\w{2,}://", text) else None
-    if parts is None:
+    if not re.match(r"/data/|\w{2,}://", text):
         return text
+    parts = urllib.parse.urlsplit(text)
     query = urllib.parse.parse_qs(parts.query)
     return query["d"][0] if "d" in query else urllib.parse.unquote(parts.path)
 
 
-def _label_studio_region(place, region):
-    """The labels of a region, one for each name, and the size of its photo if it says; None without a box."""
+def _region_names(value):
+    """The categories of a Label Studio region: those of its rectanglelabels, polygonlabels and the like."""
+    lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
+    return [str(name) for own in lists for name in own] or [UNNAMED]
+
+
+def _region_box(place, region):
+    """The box of a Label Studio region in fractions of the photo, or None, and the photo's size, if given."""
     value = region.get("value")
-    value = value if isinstance(value, dict) else {}
-    size = [number(place, key, region.get(key, value.get(key)) or 0)
-            for key in ("original_width", "original_height")]
-    stretch = size if all(size) else None
-
-    def numbers(*keys):
-        return [number(place, key, value[key]) / 100 for key in keys]
-
+    if not isinstance(value, dict):
+        return None, None
+    size = read_size(place, value | region, "original_width original_height")
+    stretch = size if all(size) else (1, 1)
     degrees = number(place, "rotation", value.get("rotation") or 0)
-    if degrees and stretch is None:
+    if degrees and not all(size):
         raise InputError(f"{place}: a turned region without original_width and original_height")
     if {"x", "y", "width", "height"} <= value.keys():
-        x, y, width, height = numbers("x", "y", "width", "height")
-        box = turned((x, y, x + width, y + height), degrees, (x, y), stretch)
+        x, y, width, height = numbers(place, value, "x y width height")
+        percent = turned((x, y, x + width, y + height), degrees, (x, y), stretch)
     elif {"x", "y", "radiusX", "radiusY"} <= value.keys():
-        box = around_ellipse(*numbers("x", "y", "radiusX", "radiusY"), degrees, stretch or (1, 1))
+        percent = around_ellipse(*numbers(place, value, "x y radiusX radiusY"), degrees, stretch)
     elif isinstance(value.get("points"), list) and value["points"]:
-        box = around([[number(place, "points", v) / 100 for v in _pair(place, p)] for p in value["points"]])
+        percent = _polygon(place, value["points"])
     else:
-        return None
-    lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
-    return [Label(str(name), box) for name in sum(lists, []) or [UNNAMED]], tuple(size)
+        return None, None
+    return tuple(side / 100 for side in percent), size
 
 
 def read_coco(path, content):
-    """Read a COCO file of any categories. Where an annotation has no bbox, its polygons are taken."""
-    for key in ("images", "annotations", "categories"):
+    """Read a COCO file of any categories. Where an annotation has no bbox, its polygons are taken.
+
+    Ids match by value: "1", 1 and 1.0 are the same.
+    """
+    for key, needed in (("images", "id"), ("annotations", "image_id"), ("categories", "id")):
         entries = content.get(key, [])
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
-            raise InputError(f'{path}: "{key}" must be a list of objects with an id each')
-    above = {c.get("supercategory") for c in content.get("categories", [])}
-    names = {json.dumps(c["id"]): str(c.get("name")) for c in content.get("categories", [])}
+        if not isinstance(entries, list) or any(_id(entry, needed) is None for entry in entries):
+            raise InputError(f'{path}: "{key}" must be a list of objects with an {needed} each')
+    above = {category.get("supercategory") for category in content.get("categories", [])}
+    names = {_id(category): str(category.get("name")) for category in content.get("categories", [])}
     photos = {}
     for image in content["images"]:
-        place, key = f"{path}: image {str(image['id'])[:60]}", json.dumps(image["id"])
-        if not isinstance(image.get("file_name"), str) or not image["file_name"] or key in photos:
+        place = f"{path}: image {_id(image)[:60]}"
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name or _id(image) in photos:
             raise InputError(f"{place}: has no file_name, or is there twice")
-        size = tuple(number(place, side, image.get(side) or 0) for side in ("width", "height"))
-        photos[key] = Photo([image["file_name"]], place, [], size)
-    for entry in content.get("annotations", []):
-        place = f"{path}: annotation {str(entry['id'])[:60]}"
-        photo, category = (json.dumps(entry.get(key)) for key in ("image_id", "category_id"))
-        if photo not in photos or names and category not in names:
+        photos[_id(image)] = Photo([name], place, [], read_size(place, image))
+    for n, entry in enumerate(content.get("annotations", [])):
+        place = f"{path}: annotation {_id(entry) or f'number {n}'}"[:200]
+        image, category = _id(entry, "image_id"), _id(entry, "category_id")
+        if image not in photos or names and category not in names:
             raise InputError(
-                f"{place}: belongs to image {photo[:60]} and category {category[:60]}, not both there")
+                f"{place}: belongs to image {image[:60]} and category {str(category)[:60]}, not both there")
         more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}
         box = _coco_box(place, entry)
         box = turned(box, number(place, "rotation", more.get("rotation") or 0), middle(box))
-        flags = {key: flag(own[key]) for own in (more, entry) for key in FLAGS if key in own}
-        photos[photo].labels.append(Label(names.get(category, UNNAMED), box, flags))
+        photos[image].labels.append(Label(names.get(category, UNNAMED), box, read_flags(more | entry)))
     used = {label.category for photo in photos.values() for label in photo.labels}
     declared = [name for name in names.values() if name in used or name not in above]  # Roboflow's
     return Labels("COCO", list(photos.values()), declared)
+
+
+def _id(entry, key="id"):
+    """An id of a COCO entry as text, the same for "1", 1 and 1.0; None if it has none."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return None if value is None else str(value).strip().removesuffix(".0")
 
 
 def _coco_box(place, entry):
@@ -347,11 +376,10 @@ def _coco_box(place, entry):
     if entry.get("bbox") or not isinstance(polygons, list) or not polygons or not all(
             isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
         raise InputError(f"{place}: has neither a bbox of four numbers nor polygons; export boxes")
-    flat = [[number(place, "segmentation", value) for value in polygon] for polygon in polygons]
-    return around([point for polygon in flat for point in zip(polygon[::2], polygon[1::2])])
+    return _polygon(place, [point for polygon in polygons for point in zip(polygon[::2], polygon[1::2])])
 
 
-# CSV
+# CSV and text
 
 COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
            "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
@@ -370,14 +398,14 @@ def read_csv(path):
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from None
     rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1) if any(map(str.strip, row))]
-    names = {alias: column for column, aliases in COLUMNS.items() for alias in aliases.split()}
-    columns = dict(zip(("file", "x1", "y1", "x2", "y2", "label"), range(6)))
+    columns = {column: n for n, column in enumerate("file x1 y1 x2 y2 label".split())}
     if rows and re.match("[A-Za-z]", (rows[0][1] + ["", ""])[1]):
+        names = {alias: column for column, aliases in COLUMNS.items() for alias in aliases.split()}
         head = [cell.lower() for cell in rows.pop(0)[1]]
         columns = {names.get(cell, cell): n for n, cell in reversed(list(enumerate(head)))}
     if not rows or not {"file", "x1", "y1", "x2", "y2"} <= columns.keys():
         raise InputError(
-                f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
+            f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
             "names these columns")
     photos, largest = {}, 0
     for n, row in rows:
@@ -386,14 +414,35 @@ def read_csv(path):
         if not own.get("file") or len(row) > max(columns.values()) + 1:
             raise InputError(
                 f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
-        size = tuple(number(place, key, own.get(key) or 0) for key in ("width", "height"))
-        photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], size))
+        photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], read_size(place, own)))
         if any(own.get(key) for key in ("x1", "y1", "x2", "y2")):
-            box = tuple(number(place, key, own.get(key)) for key in ("x1", "y1", "x2", "y2"))
-            flags = {key: flag(own[key]) for key in FLAGS if key in own}
+            box = numbers(place, own, "x1 y1 x2 y2")
             category = own.get("label") or (UNNAMED if "label" in own else "face")
-            photo.labels.append(Label(category, box, flags))
+            photo.labels.append(Label(category, box, read_flags(own)))
             largest = max(largest, *map(abs, box))
     if 0 < largest <= 1:
         raise InputError(f"{path}: all boxes are within 0 to 1, pixels are expected")
     return Labels("CSV", list(photos.values()))
+
+
+def read_retinaface(path):
+    """Read the text of WIDER that RetinaFace and SCRFD train on: `# photo`, then a line for each face.
+
+    RetinaFace writes x y w h. SCRFD adds the photo's width and height to its name, and writes x1 y1 x2 y2
+    (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped.
+    """
+    photos = []
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        place = f"{path}:{n}"
+        if line.startswith("#"):
+            name, *size = re.fullmatch(r"#\s*(.*?)(?:\s+(\d+)\s+(\d+))?\s*", line).groups()
+            photos.append(Photo([name], place, [], tuple(map(int, size)) if all(size) else None))
+        elif line.strip():
+            tokens = line.split()
+            if not photos or len(tokens) < 4:
+                raise InputError(f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face in one")
+            x, y, right, bottom = (number(place, "a value", token) for token in tokens[:4])
+            if not photos[-1].size:
+                right, bottom = x + right, y + bottom
+            photos[-1].labels.append(Label("face", (x, y, right, bottom)))
+    return Labels("RetinaFace", photos)

@@ -4,8 +4,9 @@
     python -m tools.labels_to_coco export.json photos mine.json --category face mask
     python -m tools.labels_to_coco mine.json --to yolo mine-yolo
 
-LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, or
-CSV: which one, is recognised. Photos are found by name anywhere below PHOTOS, or around the labels.
+LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, CSV,
+or RetinaFace's text: which one, is recognised. Photos are where the labels say, or found by name anywhere
+below PHOTOS, or around the labels.
 
 Every label of the face is kept. Those that are flagged difficult or ignore, or whose box is empty or outside
 the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. More in docs/labels.md.
@@ -14,21 +15,29 @@ the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. 
 import os
 import re
 import time
+import unicodedata
+import urllib.parse
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-# First, so that Ctrl-C during the slow imports below ends in one line.
 from support.script import InputError, command, new_parser, read_json, write_json
 
-from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv, read_cvat,
-                    read_label_studio, read_voc, read_xml)
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
-from tools.yolo import NAME_FILES, is_other_text, read_yolo, write_yolo
+from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
+                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml)
+from tools.yolo import NAME_FILES, begins_with_a_box, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
-KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, "
-         "or csv is expected")
+ROUNDING = 0.05  # px that a tool's rounding may move a box out of its photo, not worth a word
+KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, csv, "
+         "or RetinaFace's text is expected")
+OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
+    ("_via_img_metadata",): "VIA's project; export its annotations as COCO",
+    ("filename", "regions"): "VIA's; export COCO instead",
+    ("shapes", "imagePath"): "labelme's; its labelme2coco.py makes COCO",
+    ("items", "categories"): "Datumaro's; convert it to coco_instances",
+    ("image", "annotations"): "CreateML's; export COCO or Pascal VOC instead"}
 
 
 def read_labels(path, own=None):
@@ -42,44 +51,62 @@ def read_labels(path, own=None):
         return _read_folder(path, own)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".xml":
-        root = read_xml(path)
-        return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
-    if suffix == ".csv":
-        return read_csv(path)
-    if suffix in (".yaml", ".yml"):
-        return read_yolo(path.parent)
-    hint = {
-        ".zip": "unpack it first",
-        ".txt": "of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py",
-    }.get(suffix, KNOWN)
-    raise InputError(f"{path}: not labels that are known; {hint}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: not labels that are known (unpack archives first); {KNOWN}")
+    return reader(path)
 
 
 def _read_folder(folder, own):
     """Read the one kind of labels that is in a folder. A json counts where nothing else is."""
     files = {kind: find_files(folder, {f".{kind}"}, own) for kind in ("txt", "xml", "csv", "json")}
-    files["txt"] = [file for file in files["txt"] if not is_other_text(file)]
     files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, by YOLO
-    kinds = [kind for kind in ("txt", "xml", "csv") if files[kind]] or ["json"]
+    kinds = [kind for kind in ("xml", "csv") if files[kind]]
+    if any(map(begins_with_a_box, files["txt"])):
+        kinds.insert(0, "txt")
     if len(kinds) > 1:
         raise InputError(
             f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
             f"{files[kinds[1]][0]}; name the file or folder of one kind")
-    found = files[kinds[0]]
-    if kinds == ["txt"] or not found and any((folder / name).exists() for name in NAME_FILES):
-        return read_yolo(folder)
-    if not found:
+    if not kinds and files["json"]:
+        kinds = ["json"]
+    elif not kinds and (files["txt"] or any((folder / name).exists() for name in NAME_FILES)):
+        kinds = ["txt"]
+    if not kinds:
         raise InputError(f"{folder}: no labels in it; {KNOWN}")
-    if kinds == ["xml"] and (len(found) > 1 or read_xml(found[0]).tag == "annotation"):
+    found = files[kinds[0]]
+    if kinds == ["txt"]:
+        return read_yolo(folder)
+    if kinds == ["xml"] and len(found) > 1:
         return read_voc(found, folder)
     if len(found) > 1:
+        if kinds == ["json"]:
+            _refuse_other_tools(found[0], read_json(found[0]))
         raise InputError(
             f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; name one")
     return read_labels(found[0])
+
+
+def _read_xml(path):
+    """Read CVAT's xml, or the Pascal VOC xml of one photo."""
+    root = read_xml(path)
+    return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
+
+
+def _read_txt(path):
+    """Read RetinaFace's text: YOLO has a folder of them."""
+    if read_text(path).startswith("#"):
+        return read_retinaface(path)
+    raise InputError(f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
+
+
+def _refuse_other_tools(path, content):
+    """Refuse the json of a tool that is known, and name what it can export instead."""
+    entries = list(content.values()) if isinstance(content, dict) else content
+    for own in (content, *(entries[:1] if isinstance(entries, list) else [])):
+        for keys, message in OTHER_TOOLS.items():
+            if isinstance(own, dict) and all(key in own for key in keys):
+                raise InputError(f"{path}: is {message}")
 
 
 def _read_json(path):
@@ -87,11 +114,16 @@ def _read_json(path):
     content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
+    _refuse_other_tools(path, content)
     if not isinstance(content, list) or not content or not all(isinstance(task, dict) for task in content):
         raise InputError(
             f'{path}: neither COCO, with lists "images" and "annotations", nor a list of '
             "Label Studio's tasks")
     return read_label_studio(path, content)
+
+
+READERS = {".json": _read_json, ".xml": _read_xml, ".csv": read_csv, ".txt": _read_txt,
+           ".yaml": read_yolo, ".yml": read_yolo}
 
 
 def _parts(name):
@@ -100,50 +132,78 @@ def _parts(name):
             if part not in ("", ".", "..") and part.lower() not in KINDS]
 
 
-def find_photos(photos, root):
-    """Find each of `photos` below `root` by its name: (their paths relative to root, all other pictures).
+def _forms(name):
+    """What a photo may be found by, best first: its name, that without ending, and both made plain.
 
-    Of several with that name the one whose folders agree best is taken. A name never leads out of `root`.
-    Raises InputError for photos that are missing, ambiguous, or labelled twice.
+    Label Studio puts 8 hex digits and a dash before a name, an underscore for a space, and may quote it as a
+    URL; a Mac takes accents off their letters.
+    """
+    base, plain = (re.split(r"[\\/]", own)[-1] for own in (name, urllib.parse.unquote(name)))
+    plain = unicodedata.normalize("NFC", plain).replace(" ", "_")
+    plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", plain)
+    return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
+
+
+def _candidates(photo, by_form, root, folder):
+    """The pictures, relative to `root`, that `photo` may be: the one at its path, or those of a like name.
+
+    Of several of a like name those whose folders agree best.
+    """
+    for name in photo.names:
+        for start in (folder, root):
+            file = os.path.join(start, name)
+            if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
+                return [Path(os.path.relpath(file, root)).as_posix()]
+    named = [(name, by_form[form]) for name in photo.names for form in _forms(name) if form in by_form]
+    if not named:
+        return []
+    name, pictures = named[0]
+    own = _parts(name)
+    agreement = {picture: (len(os.path.commonprefix([own, _parts(picture)])), own == _parts(picture))
+                 for picture in pictures}
+    return [picture for picture in pictures if agreement[picture] == max(agreement.values())]
+
+
+def find_photos(labels, root, folder):
+    """Find each labelled photo: ({its path relative to root: Photo}, all other pictures below root).
+
+    A photo is the file of exactly that path from `folder` on, or else one below `root` of its name. Of two
+    labels for a photo the later wins, where they say when they were made. A txt without labels of no photo is
+    something else; both are counted in `labels.left_out`. Raises InputError for photos that are missing,
+    ambiguous, or labelled twice.
     """
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
-    by_name, by_stem = {}, {}
+    by_form = {}
     for picture in pictures:
-        base = picture.rsplit("/", 1)[-1]
-        by_name.setdefault(base, []).append(picture)
-        by_stem.setdefault(base.rsplit(".", 1)[0], []).append(picture)
+        for form in _forms(picture):
+            by_form.setdefault(form, []).append(picture)
     found, missing = {}, []
-    for photo in photos:
-        candidates = []
-        for name in photo.names:
-            base, own = re.split(r"[\\/]", name)[-1], _parts(name)
-            candidates = by_name.get(base) or by_stem.get(base.rsplit(".", 1)[0]) or []
-            if candidates:
-                break
-
-        def agreement(picture, own=own):
-            theirs = _parts(picture)
-            return len(os.path.commonprefix([own, theirs])), own == theirs
-
-        best = max(map(agreement, candidates), default=None)
-        candidates = [picture for picture in candidates if agreement(picture) == best]
+    for photo in labels.photos:
+        candidates = _candidates(photo, by_form, root, folder)
+        if not candidates:
+            missing.append(photo)
+            continue
         if len(candidates) > 1:
             raise InputError(
                 f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
                 f"{root}; name a folder that holds one of them")
-        if not candidates:
-            missing.append(photo.names[0])
-        elif candidates[0] in found:
-            raise InputError(
-                f"{photo.place}: labels {candidates[0]!r} a second time, first {found[candidates[0]].place}")
-        else:
-            found[candidates[0]] = photo
-    if missing:
-        more = ", ..." if len(missing) > LISTED else ""
+        if photo.problem:
+            raise photo.problem
+        other = found.setdefault(candidates[0], photo)
+        if other is not photo:
+            if not (photo.updated and other.updated):
+                raise InputError(
+                    f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
+            found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
+            labels.left_out["photos labelled again"] += 1
+    absent = [repr(photo.names[0]) for photo in missing if photo.labels or labels.format != "YOLO"]
+    if absent:
+        more = ", ..." if len(absent) > LISTED else ""
         raise InputError(
-            f"{root}: {len(missing):,} of the {len(photos):,} labelled photos are not below it "
-            f"({', '.join(map(repr, missing[:LISTED]))}{more}); name their folder, and all are needed")
-    return list(found), [picture for picture in pictures if picture not in found]
+            f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below it "
+            f"({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+    labels.left_out["txt of no photo"] = len(missing)
+    return found, [picture for picture in pictures if picture not in found]
 
 
 def choose_categories(path, counts, wanted):
@@ -169,7 +229,7 @@ def to_coco(labels, names, sizes, faces):
     `names` and `sizes` are those of the photos, `faces` the categories to take.
     """
     images, annotations = [], []
-    met = dict.fromkeys((*FLAGS[:-1], "empty", "clipped", "outside"), 0)
+    met = Counter()
     for image_id, (photo, name, (width, height)) in enumerate(zip(labels.photos, names, sizes), 1):
         _check_size(photo, (width, height), labels.relative)
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
@@ -180,20 +240,15 @@ def to_coco(labels, names, sizes, faces):
             x1, y1, x2, y2 = (round(value * scale[n % 2], 4) for n, value in enumerate(label.box))
             whole = [x1, y1, x2 - x1, y2 - y1]
             box, kind = clip(whole, width, height)
-            if kind == "clipped" and max(abs(a - b) for a, b in zip(box, whole)) < 0.05:
-                kind = "inside"  # the tool's rounding
+            if kind == "clipped" and max(abs(a - b) for a, b in zip(box, whole)) < ROUNDING:
+                kind = "inside"
             ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
                                 "bbox": box, "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14),
                                 **label.flags, "iscrowd": int(ignored or kind in ("empty", "outside"))})
-            for key in (*label.flags, kind):
-                if key in met:
-                    met[key] += label.flags.get(key, 1)
-    with_faces = len({a["image_id"] for a in annotations})
-    counts = {"photos": len(images), "without faces": len(images) - with_faces, "faces": len(annotations),
-              **met, "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
+            met.update({**label.flags, kind: 1})
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
 
 
 def _check_size(photo, size, relative):
@@ -205,7 +260,7 @@ def _check_size(photo, size, relative):
             f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
 
 
-def convert(path, photos, out, wanted=(), to="coco", jobs=1):
+def convert(path, photos, out, wanted=(), to="coco"):
     """Convert the labels `path` of photos below `photos` (None: around the labels) to `out`.
 
     Returns the format, the folder of the photos, and the counts of what was found. Raises InputError.
@@ -217,39 +272,46 @@ def convert(path, photos, out, wanted=(), to="coco", jobs=1):
         raise InputError(
             f"{out}: is a folder that is there, or the labels themselves; name another for the output")
     labels = read_labels(path, out)
-    if not labels.photos:
-        raise InputError(f"{path}: labels no photos")
-    root = Path(photos) if photos else photos_around(path if path.is_dir() else path.parent)
+    around = photos_around(path) if path.is_dir() else path.parent
+    shown = Path(photos) if photos else photos_around(around)
+    root, around = os.path.realpath(shown), os.path.realpath(around)  # ".." after a link leads elsewhere
+    found, others = find_photos(labels, Path(root), around)
+    if not found:
+        raise InputError(f"{path}: labels no photos (a text of RetinaFace is to be named itself)")
+    labels.photos, names = list(found.values()), list(found)
     counts = Counter(dict.fromkeys(labels.categories, 0))
     counts.update(label.category for photo in labels.photos for label in photo.labels)
     faces = choose_categories(path, counts, wanted)
-    names, others = find_photos(labels.photos, root)
     folders = {os.path.dirname(name) for name in names}
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
     labels.photos += [Photo([name], name, []) for name in plain]
     names += plain
-    prefix = os.path.relpath(root, out.parent)
-    if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
-        prefix = os.path.relpath(os.path.realpath(root), os.path.realpath(out.parent))
-    prefix = PurePosixPath(Path(prefix).as_posix())
-    sizes = read_sizes([(name, None) for name in names], root, jobs)
-    content, met = to_coco(labels, [str(prefix / name) for name in names], sizes, faces)
-    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
-    report |= met | {f"left out: {what}": count for what, count in labels.left_out.items() if count}
-    if plain:
-        report["photos without txt"] = len(plain)
-    if len(others) > len(plain):
-        report["left out: photos without labels"] = len(others) - len(plain)
+    sizes = read_sizes([(name, None) for name in names], root, os.cpu_count())
+    prefix = os.path.relpath(root, os.path.realpath(out.parent))
+    written = [Path(os.path.normpath(os.path.join(prefix, name))).as_posix() for name in names]
+    content, met = to_coco(labels, written, sizes, faces)
+    annotations = content["annotations"]
+    met = {key: met[key] for key in (*FLAGS[:-1], "empty", "clipped", "outside")}
+    met["marked iscrowd"] = sum(face["iscrowd"] for face in annotations)
     if to == "coco":
         write_json(out, content)
     else:
+        annotations = [face for face in annotations if not face["iscrowd"]]
+        labels.left_out["iscrowd"] = met.pop("marked iscrowd")
         of_photo = {image["id"]: [] for image in content["images"]}
-        for face in content["annotations"]:
-            if not face["iscrowd"]:
-                of_photo[face["image_id"]].append(face["bbox"])
+        for face in annotations:
+            of_photo[face["image_id"]].append(face["bbox"])
         plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
-        write_yolo(out, list(zip([root / name for name in names], plain_names, sizes, of_photo.values())))
-    return labels.format, root, report
+        files = [Path(root, name) for name in names]
+        write_yolo(out, list(zip(files, plain_names, sizes, of_photo.values())))
+    if photos:
+        labels.left_out["photos without labels"] = len(others) - len(plain)
+    with_faces = len({face["image_id"] for face in annotations})
+    report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
+    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations)}
+    report |= {"photos without txt": len(plain)} | met
+    report |= {f"left out: {what}": count for what, count in labels.left_out.items()}
+    return labels.format, shown, report
 
 
 @command
@@ -263,19 +325,17 @@ def main(argv=None):
     add("--category", nargs="+", default=[], metavar="NAME",
         help="what is a face (default: face, or the only one)")
     add("--to", choices=("coco", "yolo"), default="coco", help="what to write (default %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="threads to read photo sizes (default: all cores)")
     args = parser.parse_intermixed_args(argv)
-    if not 1 <= args.jobs <= 256:
-        raise InputError(f"--jobs {args.jobs}: 1 to 256 threads are expected")
     start = time.perf_counter()
-    kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to, args.jobs)
+    kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to)
     print(f"{kind} labels, photos in {root}")
     for what, count in counts.items():
-        print(f"{what:32}{count:>9,}")
-    if counts.get("photos without txt"):
+        if count or what in ("faces", "without faces"):
+            print(f"{what:32}{count:>9,}")
+    if counts["photos without txt"]:
         print("Photos without txt are kept as photos without faces, as YOLO means it. Are they all labelled?")
-    if args.to == "yolo" and counts["marked iscrowd"]:
-        print("YOLO has no regions to ignore: what is marked iscrowd is left out, so it is background there.")
+    if counts.get("left out: iscrowd"):
+        print("YOLO has no regions to ignore: what is iscrowd is left out, so it is background there.")
     print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
 
 

@@ -109,12 +109,14 @@ def main(argv=None):
                      f"({len(annotations.ids)}) expected")
     if args.split and len({os.path.realpath(path) for path in (args.data[0], *args.split[1:])}) < 3:
         parser.error("--split: TRAIN and VAL must be two other files")
+    for each in sets:
+        each.require_photos()
     pictures = show(annotations, args)
     save_picture(contact_sheet(pictures), args.out)
     for each in sets:
         print("\n".join(describe(each, args.min_face)))
     print(f"{len(pictures)} photos in {args.out}: faces green, ignored ones orange")
-    print("\n".join(report(sets, args.size, Path(args.out).parent)))
+    print("\n".join(report(sets, Path(args.out).parent)))
     if args.split:
         split(annotations, int(args.split[0]), *args.split[1:])
 

@@ -1,11 +1,15 @@
 """What a person should look at before training: suspect labels and photos, found without a model.
 
-data.py runs these checks. Each gives Suspects with a score from 0 to 1, and a reason:
+tools.look runs these checks. Each gives Suspects with a score from 0 to 1, and a reason, the likeliest to be
+a fault first:
 
-    leak, near-duplicate   a photo that is there twice, in training and validation or in one of them
-    doubled                two boxes on one face
-    odd shape, odd size    a box unlike the others of its set, or unlike any face
-    odd photo              a photo of a size or shape unlike the others
+    leak              a photo of the validation set that is in the training set too
+    doubled           two boxes on one face
+    odd shape         a box of a shape unlike the others of its set, or unlike any face
+    odd size          a box too small to see a face in
+    near-duplicate    a photo that is twice in one set
+
+What varies among good photos is no suspect: their sizes, and large and small faces.
 """
 
 import csv
@@ -13,25 +17,23 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from support.script import InputError, csv_cell, whole_file
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou
 
-from anchors import POSITIVE_IOU
 from support.coco import Annotations, to_xywh, to_xyxy
-from tools.fit_anchors import shape_iou
-from tools.duplicates import near_duplicates, thumbnails
-from model import HAND_DESIGNED
 from support.pictures import FALSE, MISSED, contact_sheet, draw_faces, drawable, load_picture, save_picture
-from support.script import InputError, whole_file
+from tools.duplicates import near_duplicates, thumbnails
 
+RANKS = ("leak", "doubled", "odd shape", "odd size", "near-duplicate")
 DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
 FAR = 4                     # robust standard deviations from the median
 LEAST_SPREAD = 0.15         # of a logarithm: where all are alike, a factor below 1.8 still passes
 FACE_SHAPE = 0.4, 2         # width / height of faces in general
-FACE_SIZE = 3, np.inf       # px, square root of the area: below it nothing can be seen
-PHOTO_SHAPE = 1 / 3, 3      # width / height: the network's input squeezes them to a square
+LEAST_SIZE = 3              # px, square root of the area: below it nothing can be seen
 NO_BOXES = np.zeros((0, 4))
 SIDE, SHOWN = 320, 100      # px of a photo in the picture of suspects, and how many it has at most
 
@@ -66,16 +68,10 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     sets = [replace(annotations, sizes=own) for annotations, own in zip(sets, known)]
 
     suspects = []
-    for n, (other, score, mirrored) in partners(*near_duplicates(pixels), place).items():
+    for n, (other, score, mirrored) in partners(*near_duplicates(pixels, place), place).items():
         reason = "leak" if place[n] != place[other] else "near-duplicate"
         suspects.append(Suspect(score, reason, files[n], other=files[other],
                                 detail="mirrored" if mirrored else ""))
-    readable = np.flatnonzero((sizes > 0).all(1))
-    width, height = sizes[readable].T.astype(float)
-    far = np.maximum(oddness(np.sqrt(width * height), (0, np.inf)), oddness(width / height, PHOTO_SHAPE))
-    for n in np.flatnonzero(far > 1):
-        suspects.append(Suspect(1 - 0.5 / far[n], "odd photo", files[readable[n]],
-                                detail="{}x{} px".format(*sizes[readable[n]])))
     return suspects, sets, errors
 
 
@@ -98,12 +94,8 @@ def check_labels(annotations: Annotations) -> list[Suspect]:
     suspects = [Suspect(float(iou), "doubled", annotations.file(image[one]), xyxy[[one, other]])
                 for one, other, iou in doubled(image, xyxy)]
     width, height = annotations.xywh[kept, 2:].T
-    photos = np.sqrt(annotations.sizes[image].prod(1))
-    size = np.sqrt(width * height)
-    share = size / np.where(photos > 0, photos, np.median(photos[photos > 0]) if photos.any() else 1)
     whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
-    far = {"odd shape": oddness(width / height, FACE_SHAPE) * whole,
-           "odd size": np.maximum(oddness(share, (0, 1)), FACE_SIZE[0] / size)}
+    far = {"odd shape": oddness(width / height) * whole, "odd size": LEAST_SIZE / np.sqrt(width * height)}
     for reason, values in far.items():
         for n in np.flatnonzero(values > 1):
             suspects.append(Suspect(float(1 - 0.5 / values[n]), reason, annotations.file(image[n]), xyxy[[n]],
@@ -121,41 +113,18 @@ def doubled(image: np.ndarray, xyxy: np.ndarray) -> list[tuple]:
     return pairs
 
 
-def oddness(values: np.ndarray, limits: tuple) -> np.ndarray:
-    """How far positive `values` `[M]` are out, above 1 if suspect: beyond 4 spreads of the set, or `limits`.
+def oddness(shapes: np.ndarray) -> np.ndarray:
+    """How far `shapes` `[M]`, width / height, are out: above 1 beyond 4 spreads of the set, or FACE_SHAPE.
 
     Measured in logarithms, against the median and the median absolute deviation, which a few errors do not
     move (Hampel 1974).
     """
-    if not len(values):
+    if not len(shapes):
         return np.zeros(0)
-    logs = np.log(values)
+    logs = np.log(shapes)
     off = np.abs(logs - np.median(logs))
     spread = max(1.4826 * np.median(off), LEAST_SPREAD)  # 1.4826: the standard deviation of a normal one
-    return np.maximum.reduce([off / (FAR * spread), limits[0] / values, values / limits[1]])
-
-
-def anchor_table(sets: list[Annotations], size: tuple) -> list[str]:
-    """How many faces each hand-designed anchor answers for at the network's input `size`, as lines of text.
-
-    That is the anchor of the most alike shape. The photos need their sizes, see check_photos.
-    """
-    sides = []
-    for annotations in sets:
-        photos = annotations.sizes[annotations.image]
-        kept = ~annotations.ignored & (photos > 0).all(1)  # an unreadable photo has no size
-        sides.append(annotations.xywh[kept, 2:] * size / photos[kept])
-    sides = np.concatenate(sides)
-    anchors = np.array(sorted(HAND_DESIGNED, key=np.prod)) * size / 300
-    iou = shape_iou(sides, anchors)
-    counts = np.bincount(iou.argmax(1), minlength=len(anchors))
-    lines = ["faces at {}x{} by anchor".format(*size)]
-    for (width, height), count in zip(anchors, counts):
-        bar = "#" * round(40 * count / max(counts.max(), 1))
-        lines.append(f"  {width:6.1f} x {height:5.1f}{count:9,}  {bar}".rstrip())
-    small = ", ".join(f"below {limit} px: {(sides < limit).any(1).sum():,}" for limit in (6, 10))
-    return [*lines, f"  smaller side {small}; no anchor has a shape of IoU {POSITIVE_IOU}: "
-                    f"{(iou.max(1) < POSITIVE_IOU).sum():,}"]
+    return np.maximum.reduce([off / (FAR * spread), FACE_SHAPE[0] / shapes, shapes / FACE_SHAPE[1]])
 
 
 def write_csv(suspects: list[Suspect], path: Path) -> None:
@@ -166,8 +135,8 @@ def write_csv(suspects: list[Suspect], path: Path) -> None:
         rows.writerow(["score", "reason", "photo", "x", "y", "width", "height", "other photo", "detail"])
         for suspect in suspects:
             boxes = to_xywh(np.concatenate([suspect.labels, suspect.found])).round(1).tolist() or [[""] * 4]
-            rows.writerow([f"{suspect.score:.3f}", suspect.reason, suspect.file, *boxes[0],
-                           suspect.other or "", suspect.detail])
+            rows.writerow([f"{suspect.score:.3f}", suspect.reason, csv_cell(suspect.file), *boxes[0],
+                           csv_cell(suspect.other or ""), suspect.detail])
 
 
 def draw_suspects(suspects: list[Suspect], path) -> None:
@@ -214,15 +183,15 @@ def _part(image, boxes, room):
     return part
 
 
-def report(sets: list[Annotations], size: tuple, folder: Path) -> list[str]:
+def report(sets: list[Annotations], folder: Path) -> list[str]:
     """Run all checks on one set, or on training and validation; returns what was found as lines of text.
 
     Writes suspects.png and suspects.csv to `folder` if there are any.
     """
     suspects, sets, errors = check_photos(sets)
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
-    suspects.sort(key=lambda suspect: (suspect.reason != "leak", -suspect.score))
-    lines = anchor_table(sets, size)
+    suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))
+    lines = []
     if errors:
         lines.append(f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5]))
     counts = Counter(suspect.reason for suspect in suspects)

@@ -1,77 +1,135 @@
 """YOLO's folders of labels, read and written: boxes, oriented boxes, polygons, boxes with keypoints."""
 
 import os
-import re
 import shutil
 from pathlib import Path, PurePosixPath
 
+from support.script import InputError
+
+import numpy as np
+import yaml
 from tqdm import tqdm
 
 from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
-from support.pictures import PICTURES
-from support.script import InputError
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
-OTHER_TEXTS = {"classes", "predefined_classes", "labelmap", "train",
-               "val", "valid", "test", "notes", "readme"}
 
 
-def is_other_text(file):
-    """Whether a txt that lies beside YOLO labels is none itself, such as classes.txt."""
-    other = file.stem.lower().split(".")[0] in OTHER_TEXTS or "ImageSets" in file.parts
-    return other and not any(file.with_suffix(suffix).exists() for suffix in PICTURES)
+def begins_with_a_box(text):
+    """Whether a txt begins as YOLO's labels do, with five numbers or more, and not as a list of names."""
+    try:
+        tokens = read_text(text).split("\n", 1)[0].split()
+        return len([number(text, "a value", token) for token in tokens]) > 4
+    except InputError:
+        return False
 
 
-def read_yolo(folder):
-    """Read YOLO's txt files below a folder: boxes, oriented boxes, polygons, boxes with keypoints.
+def read_yolo(path):
+    """Read YOLO's txt files below a folder, or beside its yaml: boxes, oriented boxes, polygons, keypoints.
 
-    A line is `class cx cy w h`, `class x1 y1 x2 y2 x3 y3 ...`, or a box with its score or keypoints after
-    it; all but the class in fractions of the photo. Names are in data.yaml, classes.txt or obj.names there,
-    or a folder or two above.
+    A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, maybe with keypoints, a score and the number
+    of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in
+    data.yaml, classes.txt or obj.names there, or a folder or two above. Lists of names and other texts may
+    lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one.
     """
+    folder = path if path.is_dir() else path.parent
     places = [folder, *list(folder.resolve().parents)[:2]]
-    file = next((place / name for place in places for name in NAME_FILES if (place / name).is_file()), None)
+    files = [path, *(place / name for place in places for name in NAME_FILES)]
+    file = next((file for file in files if file.is_file()), None)
     names, keypoints = _yolo_names(file) if file else ([], None)
-    rows, base = [], photos_around(folder)
-    texts = [file for file in find_files(folder, {".txt"}) if not is_other_text(file)]
-    for text in tqdm(texts, "labels", disable=None):
-        own = [(f"{text}:{n}", line.split()) for n, line in enumerate(read_text(text).split("\n"), 1)]
-        rows.append((text, [(place, tokens) for place, tokens in own if tokens]))
-    lengths = {len(tokens) for _, own in rows for _, tokens in own}
-    if keypoints is None and 15 in lengths <= {5, 15}:
-        raise InputError(
-            f"{folder}: lines have 15 numbers: a box and 5 landmarks, or a polygon of 7 points? Write "
-            "kpt_shape: [5, 2] or kpt_shape: [0, 0] into data.yaml")
-    photos = [Photo([Path(os.path.relpath(text, base)).as_posix()], str(text),
-                    [_yolo_label(place, tokens, names, file, keypoints or 0) for place, tokens in own])
-              for text, own in rows]
-    return Labels("YOLO", photos, names, relative=True)
+    base, lines, by_length = photos_around(folder), [], {}
+    for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
+        photo = Photo([Path(os.path.relpath(text, base)).as_posix()], str(text), [])
+        own = []
+        try:
+            own = _read_lines(text, names, file)
+        except InputError as error:
+            photo.problem = error
+        lines.append((photo, own))
+        for _, _, values in own:
+            by_length.setdefault(len(values), []).append(values)
+    corners = _count_corners({count: np.array(rows) for count, rows in by_length.items()}, keypoints, folder)
+    for photo, own in lines:
+        try:
+            photo.labels = [Label(category, _box(place, values, corners)) for place, category, values in own]
+        except InputError as error:
+            photo.problem = error
+    return Labels("YOLO", [photo for photo, _ in lines], names, relative=True)
 
 
-def _yolo_label(place, tokens, names, file, keypoints):
-    """One line of YOLO. `keypoints` is how many numbers follow the box in each line, 0 if unknown."""
-    values = [number(place, "a value", token) for token in tokens]
-    category, *values = values
-    if not category.is_integer() or category < 0 or names and category >= len(names):
+def _read_lines(text, names, file):
+    """The lines of a txt: [(place, category, numbers after the class)]. Raises InputError."""
+    lines = []
+    for n, line in enumerate(read_text(text).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{text}:{n}"
+        category, *values = [number(place, "a value", token) for token in line.split()]
+        if not category.is_integer() or category < 0 or names and category >= len(names):
+            expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
+            raise InputError(f"{place}: class {line.split()[0]!r}; {expected}")
+        lines.append((place, names[int(category)] if names else str(int(category)), values))
+    return lines
+
+
+def _count_corners(rows, keypoints, folder):
+    """How many numbers of a line are a polygon's corners: {length: count}; 0 where the first four are a box.
+
+    A length that is neither is left out. `rows` are {length: [R, length]} without the class, `keypoints` what
+    kpt_shape says, None if it does not. Raises InputError where a box with landmarks might be a polygon.
+    """
+    ends = [own[:, -1] for length, own in rows.items() if length >= 6 and length % 2 == 0]
+    tracks = bool(ends) and all((end >= 1).all() and (end % 1 == 0).all() for end in ends)
+    corners = {}
+    for length, own in rows.items():
+        extra = length - 4 - (keypoints or 0)  # a score, the number of a track
+        seen = length % 3 == 1 and (length % 2 or length >= 16) and np.isin(own[:, 6::3], (0, 1, 2)).all()
+        if length in (4, 5) or length == 6 and tracks or keypoints and extra in (0, 1, 2) or seen:
+            corners[length] = 0
+        elif not keypoints and length > 5:
+            corners[length] = length - 1 if length % 2 else length - 2 * (tracks and length > 7)
+    long = [length for length, count in corners.items() if count > 7]
+    alike = keypoints is None and long and max(long) - min(long) <= 2  # polygons are of any length
+    if alike and all(_holds_the_rest(rows[length], corners[length]) for length in long):
         raise InputError(
-            f"{place}: class {tokens[0]!r}; "
-            + (f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"))
-    count = len(values)
-    pose = keypoints and count - 4 == keypoints or count > 5 and count % 2 and (count - 4) % 3 == 0
-    if count not in (4, 5) and not pose and (count < 6 or count % 2):
+            f"{folder}: lines have {long[0] + 1} numbers: a box and its landmarks, or a polygon? Write "
+            "kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
+    return corners
+
+
+def _holds_the_rest(rows, count):
+    """Whether the first four numbers of most rows are a box in the photo that holds the points after it.
+
+    These are of two numbers each or of three; those that are not seen are 0 or below. `count` of the numbers
+    would be a polygon's corners. A parallelogram is an oriented box.
+    """
+    points = rows[:, :count].reshape(len(rows), -1, 2)
+    if count == 8 and np.allclose(points[:, 0] + points[:, 2], points[:, 1] + points[:, 3], atol=1e-3):
+        return False
+    centre, half = points[:, :1], points[:, 1:2] / 2 + 0.01
+    in_photo = ((centre - half > -0.02) & (centre + half < 1.02)).all(2)
+    for numbers in (2, 3):
+        own = rows[:, 4:count - (count - 4) % numbers].reshape(len(rows), -1, numbers)[:, :, :2]
+        held = (np.abs(own - centre) <= half).all(2) | (own <= 0).all(2)
+        if (held & in_photo).all(1).mean() > 0.5:
+            return True
+    return False
+
+
+def _box(place, values, corners):
+    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's. Raises InputError."""
+    count = corners.get(len(values))
+    if count is None:
         raise InputError(
-            f"{place}: {count + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
-    shape = values[:4] if pose else values
+            f"{place}: {len(values) + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
+    shape = values[:count or 4]
     if max(map(abs, shape)) > 2:
-        raise InputError(
-            f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-            "YOLO's numbers are from 0 to 1")
-    if count in (4, 5) or pose:
-        cx, cy, w, h = shape[:4]
-        box = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
-    else:
-        box = around(zip(values[::2], values[1::2]))
-    return Label(names[int(category)] if names else str(int(category)), box)
+        raise InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
+                         "YOLO's numbers are from 0 to 1")
+    if count:
+        return around(zip(shape[::2], shape[1::2]))
+    cx, cy, w, h = shape
+    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
 
 def _yolo_names(file):
@@ -79,31 +137,21 @@ def _yolo_names(file):
     text = read_text(file)
     if file.suffix not in (".yaml", ".yml"):
         return [line.strip() for line in text.split("\n") if line.strip()], None
-    shape = re.search(r"^kpt_shape:\s*\[\s*(\d{1,4})\s*,\s*(\d)\s*\]", text, re.MULTILINE)
-    keypoints = int(shape[1]) * int(shape[2]) if shape else None
-    found = re.search(r"^names[ \t]*:(.*(?:\n(?:[ \t\-\]}].*|[ \t]*(?=\n)))*)", text, re.MULTILINE)
-    if not found:
-        return [], keypoints
-    body = re.sub(r"""("[^"]*"|'[^']*')|(?:^|(?<=\s))#[^\n]*""", lambda m: m[1] or "", found[1]).strip()
-    if body[:1] in ("[", "{"):
-        keyed = body[0] == "{"
-        parts = re.findall(r"""(?:[^,"']|"[^"]*"|'[^']*')+""", body[1:-1]) if body[-1] in "]}" else []
-    else:
-        parts = [line.strip() for line in body.split("\n") if line.strip()]
-        keyed = not all(part.startswith("- ") for part in parts)
-        parts = parts if keyed else [part[2:] for part in parts]
-    names = {}
-    for n, part in enumerate(part.strip() for part in parts if part.strip()):
-        key, _, name = part.partition(":") if keyed else (str(n), ":", part)
-        name = name.strip()
-        if name[:1] in ("'", '"') and name[-1] == name[0] and len(name) > 1:
-            name = name[1:-1]
-        if key.strip() != str(n) or not name or name[0] in "[{&*!|>\"'":
-            raise InputError(f"{file}: names are not understood at {part[:60]!r}; write names: [face, other]")
-        names[n] = name
-    if not names:
-        raise InputError(f"{file}: names are not understood; write names: [face, other]")
-    return list(names.values()), keypoints
+    try:
+        content = yaml.load(text, yaml.BaseLoader)  # safe, and all are words: a class may be called no
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    content = content if isinstance(content, dict) else {"names": content}
+    names, shape = content.get("names", ["0"]), content.get("kpt_shape", ["0", "0"])
+    if isinstance(names, dict) and list(names) == [str(n) for n in range(len(names))]:
+        names = list(names.values())
+    if not names or not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(str(side).isdecimal() for side in shape):
+        raise InputError(f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
+                         "write kpt_shape: [5, 2] for 5 landmarks of x and y")
+    keypoints = int(shape[0]) * int(shape[1]) if "kpt_shape" in content else None
+    return names if "names" in content else [], keypoints
 
 
 def write_yolo(folder, photos):
