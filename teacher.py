@@ -50,7 +50,7 @@ class Teacher(nn.Module):
         logits, offsets = network(larger)
         anchors = make_anchors(network.config, size).to(images.device)
         found = postprocess(logits, offsets, anchors)  # B of [K, 5]
-        faces = torch.cat(found)  # [T, 5]
+        faces = torch.cat(found).to(images.device)  # [T, 5]
         boxes = faces[:, :4] * faces.new_tensor([own / side for own, side in zip(self.own, size)] * 2)
         image = torch.arange(len(found), device=faces.device).repeat_interleave(
             torch.tensor([len(own) for own in found], device=faces.device))

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -248,12 +249,13 @@ def whole_file(path):
     be written there.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, a file is to be written there")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
+    # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
+    own = f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}"
+    temporary = path.with_name(own + path.suffix)  # libraries choose the format by suffix
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, a file is to be written there")
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say which file
