@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -47,23 +47,9 @@ class Work:
     pixels: np.ndarray | None = None
     size: tuple = ()                  # (width, height)
     faces: np.ndarray | None = None   # [K, 5], best first; of a picture
-    frames: list | None = None        # the same of each frame of a video
+    frames: list = field(default_factory=list)  # the same of each frame of a video
     drawn: bool = False
     error: str = ""
-
-    def entry(self):
-        """What detections.json has of it."""
-        entry = {"file": str(self.source)}
-        if self.faces is not None:
-            entry |= {"width": self.size[0], "height": self.size[1], "faces": as_json(self.faces)}
-        else:
-            entry["frames"] = [as_json(faces) for faces in self.frames]
-        return entry | ({"drawn": self.target.name} if self.drawn else {})
-
-
-def as_json(faces):
-    """Faces `[K, 5]` for the JSON file."""
-    return [{"box": [round(v, 2) for v in face[:4]], "score": round(face[4], 5)} for face in faces.tolist()]
 
 
 def is_video(source):
@@ -75,31 +61,30 @@ def find_inputs(arguments, out):
     """List the pictures and videos that the arguments name: files, folders (all within), globs; each once.
 
     Returns them and, as text, what was left out of folders. Results of an earlier run, in a folder `out`
-    below a searched one, are left out, as are a Mac's doubles. Raises InputError if an argument names nothing.
+    below a searched one, are not searched, nor what a Mac adds to archives. Raises InputError if an argument
+    names nothing.
     """
-    found, others, out = [], Counter(), Path(out).resolve()
+    found, others, left_out, out = [], Counter(), "", Path(out).resolve()
     for argument in arguments:
+        names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        files = [Path(name) for name in names if not os.path.isdir(name)]
         if os.path.isdir(argument):
-            files = [path for path in sorted(Path(argument).rglob("*")) if not path.is_dir()
-                     and not path.name.startswith("._") and "__MACOSX" not in path.parts]
-            if Path(argument).resolve() in out.parents:
-                files = [path for path in files if out not in path.resolve().parents]
-            kinds = [path.suffix.lower() for path in files]
-            others.update(kind or "without ending" for kind in kinds if kind not in PICTURES | VIDEOS)
-            files = [path for path, kind in zip(files, kinds) if kind in PICTURES | VIDEOS]
-        elif os.path.exists(argument):
-            files = [Path(argument)]
-        else:
-            files = [
-                Path(name) for name in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(name)]
-        left_out = "".join(f", {number} {kind}" for kind, number in others.most_common())
-        left_out = f"; left out: {left_out[2:]}" if left_out else ""
-        if HEIC & set(others):
-            left_out += " (pip install pillow-heif reads HEIC)"
+            own = Path(argument).resolve() in out.parents
+            for path in sorted(Path(argument).rglob("*")):
+                if (path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts
+                        or own and out in path.resolve().parents):
+                    continue
+                if path.suffix.lower() in PICTURES | VIDEOS:
+                    files.append(path)
+                else:
+                    others[path.suffix.lower() or path.name] += 1
+        if others:
+            left_out = "; left out: " + ", ".join(f"{many} {kind}" for kind, many in others.most_common())
+            left_out += " (pip install pillow-heif reads HEIC)" * bool(HEIC & set(others))
         if not files:
             raise InputError(f"{argument}: no such file, nor a folder or pattern with pictures{left_out}")
         found += files
-    return list(dict.fromkeys(found)), left_out if arguments else ""
+    return list(dict.fromkeys(found)), left_out
 
 
 def name_outputs(sources, out):
@@ -177,17 +162,53 @@ def draw(work, change):
     return work
 
 
+def annotate(work, find_faces, change):
+    """Find the faces on a video, webcam or stream, and write it with them."""
+    try:
+        lost = annotate_video(work.source, work.target, find_faces, change, work.frames)
+        work.drawn = True
+        if lost:
+            read = len(work.frames)
+            work.error = f"{work.source}: {read} of {read + lost} frames could be read"
+    except InputError as error:
+        work.error = str(error)
+
+
 def choose_score(args, detector):
     """The least score of a face that is kept, and what to say where the model has one."""
-    threshold, measured = detector.threshold, detector.measured
-    if args.score is not None or not measured:
-        return (SHOWN if args.score is None else args.score), ""
+    threshold = detector.threshold
+    if args.score is not None:
+        return args.score, ""
     if threshold:
-        return threshold["score"], f"; score {threshold['score']:.3f} is the model's, for {threshold['promise']}"
-    made = "{}x{}".format(*measured["size"])
-    if measured["tiles"]:
-        made += " in tiles of {}, {}".format(*measured["tiles"])
-    return SHOWN, f"; score {SHOWN}, as the model's own was measured at {made}"
+        score = threshold["score"]
+        return score, f"; score {score:.3f} is the model's, for {threshold['promise']}"
+    return SHOWN, "; the model's own score is for another size or other tiles" * bool(detector.measured)
+
+
+def write_results(works, out):
+    """Write detections.json; returns what to say about it."""
+    def as_json(faces):
+        return [
+            {"box": [round(v, 2) for v in face[:4]], "score": round(face[4], 5)} for face in faces.tolist()]
+
+    entries, said = [], []
+    pictures = [work for work in works if work.faces is not None]
+    if pictures:
+        faces = sum(len(work.faces) for work in pictures)
+        said.append(f"{count(faces, 'face')} on {count(len(pictures), 'picture')}")
+    for work in works:
+        entry = {"file": str(work.source)} | ({"drawn": work.target.name} if work.drawn else {})
+        if work.faces is not None:
+            width, height = work.size
+            entries.append(entry | {"width": width, "height": height, "faces": as_json(work.faces)})
+        elif work.frames:
+            entries.append(entry | {"frames": [as_json(faces) for faces in work.frames]})
+            shown = sum(len(faces) > 0 for faces in work.frames)
+            said.append(f"faces in {shown} of {count(len(work.frames), 'frame')} of {work.source}")
+    if not entries:  # what an earlier run has found is not replaced by nothing
+        return "nothing was searched"
+    write_json(Path(out) / "detections.json", entries)
+    return f"{', '.join(said)}; see {out}"
 
 
 def count(number, noun):
@@ -195,14 +216,18 @@ def count(number, noun):
     return f"{number} {noun}" + "s" * (number != 1)
 
 
+def refuse_failed(works):
+    """Raise InputError if any of the inputs failed."""
+    failed = [work.error for work in works if work.error]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(works)} failed: " + "; ".join(failed[:5]))
+
+
 def parse_score(text):
-    """Parse a score between 0 and 1, for argparse."""
-    try:
-        score = float(text)
-    except ValueError:
-        score = -1
-    if not 0 <= score <= 1:  # not a number is neither
-        raise argparse.ArgumentTypeError(f"{text!r}: a score between 0 and 1 expected, such as 0.3")
+    """Parse a score, for argparse."""
+    score = float(text)
+    if not 0 <= score <= 1:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{text}: a score between 0 and 1 is expected")
     return score
 
 
@@ -244,48 +269,35 @@ def main(argv=None):
     args = parse_args(argv)
     webcams = [word for word in args.inputs if re.fullmatch("[0-9]{1,3}", word) and not os.path.exists(word)]
     streams = [word for word in args.inputs if word.lower().startswith(STREAMS)]
-    files = [word for word in args.inputs if word not in webcams + streams]
-    sources, left_out = find_inputs(files, args.out)
+    sources, left_out = find_inputs([word for word in args.inputs if word not in webcams + streams], args.out)
     sources += [*map(int, webcams), *streams]
     works = [Work(*job) for job in zip(sources, name_outputs(sources, args.out))]
     detector = chosen_detector(args)
     score, said = choose_score(args, detector)
     started = time.perf_counter()
 
+    def find_faces(image):
+        faces = detect(detector, image)
+        return faces[faces[:, 4] >= score]
+
     def change(image, faces):
         if args.blur:
             return hide_faces(image, faces[:, :4])
         return draw_faces(image, faces[:, :4], None if args.no_scores else faces[:, 4])
 
-    def likely(image):
-        faces = detect(detector, image)
-        return faces[faces[:, 4] >= score]
-
     pictures = [work for work in works if not is_video(work.source)]
+    drawn = in_threads(lambda work: draw(work, change), search(detector, pictures, score))
+    quiet = True if len(pictures) < 2 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        drawn = in_threads(lambda work: draw(work, change), search(detector, pictures, score))
-        quiet = True if len(pictures) < 2 else None
-        deque(tqdm(drawn, total=len(pictures), unit="picture", disable=quiet), maxlen=0)
-    videos = [work for work in works if is_video(work.source)]
-    for work in videos:
-        work.frames, work.drawn, work.error = annotate_video(work.source, work.target, likely, change)
-
-    done = [work for work in works if work.faces is not None or work.frames]
-    if done:  # what an earlier run has found is not replaced by nothing
-        write_json(Path(args.out) / "detections.json", [work.entry() for work in done])
-    searched = [work.faces for work in works if work.faces is not None]
-    report = f"{count(sum(map(len, searched)), 'face')} on {count(len(searched), 'picture')}"
-    report = [report] if searched or not done else []
-    for work in videos:
-        if work.frames:
-            shown = sum(len(faces) > 0 for faces in work.frames)
-            report.append(f"faces in {shown} of {count(len(work.frames), 'frame')} of {work.source}")
-    where = f"; see {args.out}" if done else ""
-    print(f"{', '.join(report)}{where}; {time.perf_counter() - started:.1f} s{said}{left_out}")
-    failed = [work.error for work in works if work.error]
-    if failed:
-        raise InputError(f"{len(failed)} of {len(works)} failed: " + "; ".join(failed[:5]))
+        for _ in tqdm(drawn, total=len(pictures), unit="picture", disable=quiet):
+            pass
+    for work in works:
+        if is_video(work.source):
+            annotate(work, find_faces, change)
+    report = write_results(works, args.out)
+    print(f"{report}; {time.perf_counter() - started:.1f} s{said}{left_out}")
+    refuse_failed(works)
 
 
 if __name__ == "__main__":

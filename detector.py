@@ -192,12 +192,6 @@ def _load_exported(path, size, colour, white, threads):
     return detector, network.metadata.get("threshold")
 
 
-def _takes_pictures(network):
-    """Whether a network's input is [1, 3, H, W], of fixed size."""
-    shape = network.shape
-    return len(shape) == 4 and shape[1] == 3 and None not in shape[2:]
-
-
 def _exported_by_us(network, path):
     """The detector of a file of export.py. What its metadata says must be true, on a black picture."""
     metadata = network.metadata
@@ -206,8 +200,6 @@ def _exported_by_us(network, path):
     try:
         if metadata["colour"] not in ("RGB", "BGR"):
             raise ValueError(f"colour {metadata['colour']!r}")
-        if not network.uint8 and not _takes_pictures(network):
-            raise ValueError(f"input {network.shape}")
         white = WHITE[metadata["value_range"]]
         detector = ExportedDetector(network, metadata["colour"], white, metadata["head"])
         width, height = detector.size or (64, 48)
@@ -225,9 +217,10 @@ def _exported_by_others(network, path, colour, white):
     if not colour or not white:
         raise InputError(f"{path}: was not written by export.py; say what it takes with "
                          "--colour rgb|bgr and --range 1|255")
-    if network.uint8 or not _takes_pictures(network):
-        raise InputError(f"{path}: its input is {network.shape}, float [1, 3, H, W] expected")
-    outputs = network(np.zeros([1, *network.shape[1:]], np.float32))
+    shape = network.shape
+    if network.uint8 or len(shape) != 4 or shape[1] != 3 or None in shape[2:]:
+        raise InputError(f"{path}: its input is {shape}, float [1, 3, H, W] expected")
+    outputs = network(np.zeros([1, *shape[1:]], np.float32))
     if len(outputs) != 1 or outputs[0].shape[-1] != 7:
         raise InputError(f"{path}: its outputs are {[list(o.shape) for o in outputs]}, "
                          "one [1, 1, N, 7] expected")
@@ -241,16 +234,14 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     with which it was measured; `promise`, such as "precision=0.95"; and more plain values. Raises InputError
     if it makes no sense.
     """
-    def numbers(*values):
-        return all(type(value) in (int, float) and abs(value) < 1e9 for value in values)
     if entry is None:
         return None
     try:
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
-        (width, height), tiles = entry["size"], entry["tiles"]
-        side, overlap = (1, 0) if tiles is None else tiles
-        if (numbers(entry["score"], width, height, side, overlap) and min(width, height, side) >= 1
-                and isinstance(entry["promise"], str)):
+        (width, height), (side, overlap) = entry["size"], entry["tiles"] or (1, 0)
+        numbers = (entry["score"], width, height, side, overlap)
+        if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
+                and min(width, height, side) >= 1 and isinstance(entry["promise"], str)):
             return entry
     except (KeyError, TypeError, ValueError, RecursionError):
         pass

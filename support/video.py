@@ -39,24 +39,14 @@ def read_frames(capture, total):
         yield frame if there else None
 
 
-def annotate_video(source, target, find, change):
+def annotate_video(source, target, find, change, frames):
     """Write a video with what `change(image, faces)` makes of each frame (PIL) and its faces, `find(image)`.
 
-    A webcam or stream is recorded until Ctrl-C, at its true speed: a machine too slow for every frame writes
-    the last one again until its time is over, and frames that come too fast are left out. Returns the faces
-    `[K, 5]` of each frame, whether `target` (MP4) was written, and what went wrong, one line or "".
+    The faces `[K, 5]` of each frame are added to the list `frames`. A webcam or stream is recorded until
+    Ctrl-C, at its true speed: a machine too slow for every frame writes the last one again until its time is
+    over, and frames that come too fast are left out. Returns how many frames could not be read. Raises
+    InputError if `target` (MP4) could not be written, with all faces found nevertheless.
     """
-    frames = []
-    try:
-        lost = _annotate(source, target, find, change, frames)
-    except InputError as error:  # the faces are found, whether or not they can be drawn
-        return frames, False, str(error)
-    said = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read" if lost else ""
-    return frames, True, said
-
-
-def _annotate(source, target, find, change, frames):
-    """Do that, adding to the list `frames`. Returns how many frames could not be read."""
     cv2, capture = open_video(source)
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     live = not isinstance(source, Path) and (isinstance(source, int) or not total)
@@ -85,8 +75,8 @@ def _annotate(source, target, find, change, frames):
                         writer.write(drawn)
                         frames.append(frames[-1])
                 if writer is None:
-                    height, width = frame.shape[:2]
-                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+                    size, kind = frame.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
+                    writer = cv2.VideoWriter(str(temporary), kind, rate, size)
                 image = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                 faces = find(image)
                 drawn = cv2.cvtColor(np.array(change(image, faces)), cv2.COLOR_RGB2BGR)
@@ -102,6 +92,6 @@ def _annotate(source, target, find, change, frames):
         if not frames:
             raise InputError(f"{source}: no frame could be read")
         if not temporary.exists():
-            raise InputError(f"{target}: OpenCV cannot write {width}x{height} at {rate:g} frames a second")
+            raise InputError("{}: OpenCV cannot write {}x{} at {:g} frames/s".format(target, *size, rate))
     # Containers may only estimate the number of frames, so a quarter of a second at the end is not missed.
     return holes + gap * (gap > rate / 4)

@@ -9,11 +9,12 @@ import os
 import warnings
 from pathlib import Path
 
-from support.script import InputError, command, new_parser, write_json
+from support.script import command, new_parser, write_json
 
 from tqdm import tqdm
 
-from detect import Work, add_model_flags, chosen_detector, count, find_inputs, is_video, parse_score, search
+from detect import (Work, add_model_flags, chosen_detector, count, find_inputs, parse_score,
+                    refuse_failed, search)
 from support.coco import to_xywh
 
 SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
@@ -52,32 +53,28 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if Path(args.json).suffix != ".json":
         parser.error(f"{args.json}: the name of a .json is expected")
-    files, left_out = find_inputs(args.inputs, "")
-    works = [Work(file) for file in files if not is_video(file)]
-    score = DOUBTFUL if args.fooled is None else args.fooled
+    files, left_out = find_inputs(args.inputs, args.json)
+    works = [Work(file) for file in files]
+    detector, score = chosen_detector(args), DOUBTFUL if args.fooled is None else args.fooled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        done = []
-        for work in tqdm(search(chosen_detector(args), works, score), total=len(works), disable=None):
+        for work in tqdm(search(detector, works, score), total=len(works), unit="picture", disable=None):
             work.image = None
-            if work.faces is not None:
-                done.append(work)
-    photos = count(len(done), "photo")
+    done = [work for work in works if work.faces is not None]
     if args.fooled is None:
         content = to_coco(done, args.json, labelled=True)
         doubtful = sum(face["iscrowd"] for face in content["annotations"])
-        said = f"{count(len(content['annotations']) - doubtful, 'face')} and {doubtful} doubtful on {photos}"
+        sure = len(content["annotations"]) - doubtful
+        said = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {count(len(done), 'picture')}"
     else:
         fooled = [work for work in done if len(work.faces)]
         content = to_coco(fooled, args.json, labelled=False)
-        said = f"{len(fooled)} of {photos} have a face of score {score:g} or more"
-    failed = [work.error for work in works if work.error]
+        said = f"{len(fooled)} of {count(len(done), 'picture')} have a face of score {score:g} or more"
     if done:
         write_json(args.json, content)
         said += f"; see {args.json}"
     print(f"{said}{left_out}")
-    if failed:
-        raise InputError(f"{len(failed)} of {len(works)} failed: " + "; ".join(failed[:5]))
+    refuse_failed(works)
 
 
 if __name__ == "__main__":
