@@ -17,17 +17,14 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from support.script import InputError, TilesFlag, command, new_parser, parse_size, write_json
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from detector import MODEL, TiledDetector, detect, find, load_detector, to_pixels
+from detector import MODEL, detect, find, load_detector, to_pixels
 from support.pictures import HEIC, PICTURES, draw_faces, hide_faces, load_picture, save_picture
 from support.video import VIDEOS, annotate_video
 
@@ -36,20 +33,6 @@ STREAMS = ("http://", "https://", "rtsp://")
 SHOWN = 0.4    # least score of a face that is shown, where neither --score nor the model says
 BATCH = 8      # pictures that go through the network at once, where it has an input size
 AHEAD = BATCH  # pictures that are read before it, and drawn after it, meanwhile
-
-
-@dataclass
-class Work:
-    """An input on its way: read, searched, drawn."""
-    source: Path | int | str          # a picture or video; a webcam's number; a stream's address
-    target: Path | None = None        # where the drawing goes
-    image: Image.Image | None = None  # the picture, until it is drawn
-    pixels: np.ndarray | None = None
-    size: tuple = ()                  # (width, height)
-    faces: np.ndarray | None = None   # [K, 5], best first; of a picture
-    frames: list = field(default_factory=list)  # the same of each frame of a video
-    drawn: bool = False
-    error: str = ""
 
 
 def is_video(source):
@@ -129,86 +112,67 @@ def in_threads(do, items):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read(detector, work):
-    """Read a picture and make it ready for the detector."""
-    try:
-        work.image = load_picture(work.source)
-        work.size, work.pixels = work.image.size, to_pixels(detector, work.image)
-    except InputError as error:  # the others go on
-        work.error = str(error)
-    return work
+def search(detector, files, score):
+    """Find the faces on pictures, several at once while others are read: yields (picture, faces `[K, 5]`).
 
-
-def search(detector, works, score):
-    """Find the faces on pictures, several at once; yields them in order, those that cannot be read too."""
-    waiting = in_threads(lambda work: read(detector, work), works)
-    while batch := list(itertools.islice(waiting, BATCH)):
-        good = [work for work in batch if work.pixels is not None]
-        found = find(detector, [work.pixels for work in good], [work.size for work in good])
-        for work, faces in zip(good, found):
-            work.faces, work.pixels = faces[faces[:, 4] >= score], None
-        yield from batch
-
-
-def draw(work, change):
-    """Write the drawing of a picture."""
-    image, work.image = work.image, None
-    if image is not None:
+    They come in order. A file that cannot be read gives its InputError and None.
+    """
+    def read(file):
         try:
-            save_picture(change(image, work.faces), work.target)
-            work.drawn = True
-        except InputError as error:  # the faces are found, whether or not they can be drawn
-            work.error = str(error)
-    return work
+            image = load_picture(file)
+            return image, to_pixels(detector, image)
+        except InputError as error:  # the others go on
+            return error, None
+
+    waiting = in_threads(read, files)
+    while batch := list(itertools.islice(waiting, BATCH)):
+        good = [(pixels, image.size) for image, pixels in batch if pixels is not None]
+        found = iter(find(detector, [pixels for pixels, _ in good], [size for _, size in good]))
+        for image, pixels in batch:
+            faces = None if pixels is None else next(found)
+            yield image, faces if faces is None else faces[faces[:, 4] >= score]
 
 
-def annotate(work, find_faces, change):
-    """Find the faces on a video, webcam or stream, and write it with them."""
+def save_drawing(source, target, image, faces, change):
+    """Write what `change(image, faces)` makes of a picture: its entry for detections.json, an error or ""."""
+    if faces is None:
+        return None, str(image)
+    entry = {"file": str(source), "width": image.width, "height": image.height, "faces": as_json(faces)}
     try:
-        lost = annotate_video(work.source, work.target, find_faces, change, work.frames)
-        work.drawn = True
+        save_picture(change(image, faces), target)
+    except InputError as error:  # the faces are found, whether or not they can be drawn
+        return entry, str(error)
+    return entry | {"drawn": target.name}, ""
+
+
+def save_video(source, target, find_faces, change):
+    """The same for a video, webcam or stream, with the faces of each frame."""
+    frames, drawn, error = [], {}, ""
+    try:
+        lost = annotate_video(source, target, find_faces, change, frames)
+        drawn = {"drawn": target.name}
         if lost:
-            read = len(work.frames)
-            work.error = f"{work.source}: {read} of {read + lost} frames could be read"
-    except InputError as error:
-        work.error = str(error)
+            error = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read"
+    except InputError as trouble:
+        error = str(trouble)
+    entry = {"file": str(source), "frames": [as_json(faces) for faces in frames]} | drawn
+    return entry if frames else None, error
 
 
-def choose_score(args, detector):
-    """The least score of a face that is kept, and what to say where the model has one."""
-    threshold = detector.threshold
-    if args.score is not None:
-        return args.score, ""
-    if threshold:
-        score = threshold["score"]
-        return score, f"; score {score:.3f} is the model's, for {threshold['promise']}"
-    return SHOWN, "; the model's own score is for another size or other tiles" * bool(detector.measured)
+def as_json(faces):
+    """Faces `[K, 5]` for the JSON file."""
+    return [{"box": [round(v, 2) for v in face[:4]], "score": round(face[4], 5)} for face in faces.tolist()]
 
 
-def write_results(works, out):
-    """Write detections.json; returns what to say about it."""
-    def as_json(faces):
-        return [
-            {"box": [round(v, 2) for v in face[:4]], "score": round(face[4], 5)} for face in faces.tolist()]
-
-    entries, said = [], []
-    pictures = [work for work in works if work.faces is not None]
-    if pictures:
-        faces = sum(len(work.faces) for work in pictures)
-        said.append(f"{count(faces, 'face')} on {count(len(pictures), 'picture')}")
-    for work in works:
-        entry = {"file": str(work.source)} | ({"drawn": work.target.name} if work.drawn else {})
-        if work.faces is not None:
-            width, height = work.size
-            entries.append(entry | {"width": width, "height": height, "faces": as_json(work.faces)})
-        elif work.frames:
-            entries.append(entry | {"frames": [as_json(faces) for faces in work.frames]})
-            shown = sum(len(faces) > 0 for faces in work.frames)
-            said.append(f"faces in {shown} of {count(len(work.frames), 'frame')} of {work.source}")
-    if not entries:  # what an earlier run has found is not replaced by nothing
-        return "nothing was searched"
-    write_json(Path(out) / "detections.json", entries)
-    return f"{', '.join(said)}; see {out}"
+def describe(entries):
+    """What was found: the faces of pictures, and of each video the frames with faces."""
+    pictures = [entry["faces"] for entry in entries if "faces" in entry]
+    said = [f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}"]
+    videos = [entry for entry in entries if "frames" in entry]
+    for entry in videos:
+        shown = sum(len(faces) > 0 for faces in entry["frames"])
+        said.append(f"faces in {shown} of {count(len(entry['frames']), 'frame')} of {entry['file']}")
+    return ", ".join(said if pictures or not videos else said[1:])
 
 
 def count(number, noun):
@@ -216,11 +180,10 @@ def count(number, noun):
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def refuse_failed(works):
+def refuse_failed(failed, total):
     """Raise InputError if any of the inputs failed."""
-    failed = [work.error for work in works if work.error]
     if failed:
-        raise InputError(f"{len(failed)} of {len(works)} failed: " + "; ".join(failed[:5]))
+        raise InputError(f"{len(failed)} of {total} failed: " + "; ".join(map(str, failed[:5])))
 
 
 def parse_score(text):
@@ -244,8 +207,7 @@ def add_model_flags(parser):
 
 def chosen_detector(args):
     """The detector that the flags choose."""
-    detector = load_detector(args.model, args.size, args.device, args.colour, args.range)
-    return TiledDetector(detector, *args.tiles) if args.tiles else detector
+    return load_detector(args.model, args.size, args.device, args.colour, args.range, tiles=args.tiles)
 
 
 def parse_args(argv):
@@ -271,9 +233,12 @@ def main(argv=None):
     streams = [word for word in args.inputs if word.lower().startswith(STREAMS)]
     sources, left_out = find_inputs([word for word in args.inputs if word not in webcams + streams], args.out)
     sources += [*map(int, webcams), *streams]
-    works = [Work(*job) for job in zip(sources, name_outputs(sources, args.out))]
+    targets = dict(zip(sources, name_outputs(sources, args.out)))
     detector = chosen_detector(args)
-    score, said = choose_score(args, detector)
+    score, said = (SHOWN if args.score is None else args.score), ""
+    if detector.threshold and args.score is None:
+        score = detector.threshold["score"]
+        said = f"; score {score:.3f} is the model's, for {detector.threshold['promise']}"
     started = time.perf_counter()
 
     def find_faces(image):
@@ -285,19 +250,22 @@ def main(argv=None):
             return hide_faces(image, faces[:, :4])
         return draw_faces(image, faces[:, :4], None if args.no_scores else faces[:, 4])
 
-    pictures = [work for work in works if not is_video(work.source)]
-    drawn = in_threads(lambda work: draw(work, change), search(detector, pictures, score))
+    pictures = [source for source in sources if not is_video(source)]
+    found = zip(pictures, search(detector, pictures, score))
+    saved = in_threads(lambda job: save_drawing(job[0], targets[job[0]], *job[1], change), found)
     quiet = True if len(pictures) < 2 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        for _ in tqdm(drawn, total=len(pictures), unit="picture", disable=quiet):
-            pass
-    for work in works:
-        if is_video(work.source):
-            annotate(work, find_faces, change)
-    report = write_results(works, args.out)
-    print(f"{report}; {time.perf_counter() - started:.1f} s{said}{left_out}")
-    refuse_failed(works)
+        results = list(tqdm(saved, total=len(pictures), unit="picture", disable=quiet))
+    for source in filter(is_video, sources):
+        results.append(save_video(source, targets[source], find_faces, change))
+    entries = [entry for entry, _ in results if entry]
+    where = ""
+    if entries:  # what an earlier run has found is not replaced by nothing
+        write_json(Path(args.out) / "detections.json", entries)
+        where = f"; see {args.out}"
+    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{said}{left_out}")
+    refuse_failed([error for _, error in results if error], len(sources))
 
 
 if __name__ == "__main__":

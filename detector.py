@@ -82,12 +82,11 @@ class TorchDetector:
     """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
 
     Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own. A larger
-    one finds smaller faces, since anchors keep their pixels. `measured` is the threshold that its file holds,
-    a dict as `check_threshold` has it, or None. `threshold` is the same, but None at a size other than the
-    one it was measured at.
+    one finds smaller faces, since anchors keep their pixels. `threshold` is the one that its file holds, a
+    dict as `check_threshold` has it, or None, also where it was measured at another size or with tiles.
     """
 
-    measured = threshold = None
+    threshold = None
 
     def __init__(self, model: SSD, size: tuple | None = None, device: str = "cpu", rounded: bool = True):
         self.model, self.device = model.to(device).eval(), device
@@ -109,7 +108,7 @@ class ExportedDetector:
     input (1 or 255), `head` one of export.py's.
     """
 
-    measured = threshold = None
+    threshold = None
 
     def __init__(self, network, colour: str, white: int, head: str):
         self.network, self.colour, self.white, self.head = network, colour, white, head
@@ -147,19 +146,19 @@ class ExportedDetector:
 
 
 def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: str | None = None,
-                  colour: str | None = None, white: int | None = None, threads: int = 0):
+                  colour: str | None = None, white: int | None = None, threads: int = 0,
+                  tiles: tuple | None = None):
     """Load a model file (.pth, .onnx, .xml) as a detector: a TorchDetector or an ExportedDetector.
 
     Without `path` it is the network that ships with this repository. `size` (width, height) overrides a
     checkpoint's input size. `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of
-    others takes. `threads` limits an exported model's. Raises InputError.
+    others takes. `threads` limits an exported model's. `tiles` (side, overlap) makes a TiledDetector of it.
+    Raises InputError.
     """
     if not Path(path).is_file():
-        hint = ("train one (python train.py makes runs/face/best.pth) or name one with --model"
-                if str(path) == MODEL else "name a checkpoint with --model")
-        raise InputError(f"{path}: no such model; {hint}")
+        raise InputError(f"{path}: no such model; train.py makes one, --model names it")
     if size:
-        need_torch("another input size")
+        need_torch("--size")
     if Path(path).suffix in SUFFIXES:
         detector, entry = _load_exported(path, size, colour, white, threads)
     else:
@@ -171,8 +170,11 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
             content = read_checkpoint(path)
             model = rebuild(content, content.get("ema") or content["state_dict"], path)
             detector, entry = TorchDetector(model, size, choose_device(device)), content.get("threshold")
-    detector.measured = check_threshold(entry, path)
-    detector.threshold = fitting_threshold(detector.measured, detector.size)
+    entry, own_size = check_threshold(entry, path), detector.size
+    if tiles:
+        detector = TiledDetector(detector, *tiles)
+    if entry and own_size in (None, tuple(entry["size"])) and entry["tiles"] == (tiles and list(tiles)):
+        detector.threshold = entry
     return detector
 
 
@@ -247,15 +249,6 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
         pass
     raise InputError(f"{path}: its threshold is damaged; choose it anew with "
                      "python -m tools.threshold")
-
-
-def fitting_threshold(entry: dict | None, size: tuple | None, tiles: list | None = None) -> dict | None:
-    """The threshold of a model file, or None where it was measured at another input size or with other tiles.
-
-    A model without a `size` has its own inside, and export.py gives it only the threshold of that.
-    """
-    fits = entry and size in (None, tuple(entry["size"])) and tiles == entry["tiles"]
-    return entry if fits else None
 
 
 def to_pixels(detector, image: Image.Image) -> np.ndarray:
@@ -388,7 +381,7 @@ class TiledDetector:
     None: it takes pictures of any size. There is no limit of 200 faces.
     """
 
-    size = None
+    size = threshold = None
 
     def __init__(self, detector, side: int, overlap: int | None = None):
         need_torch("--tiles")
@@ -396,8 +389,6 @@ class TiledDetector:
         self.overlap = side // 4 if overlap is None else overlap
         if not 0 <= self.overlap < side:
             raise ValueError(f"tiles of {side} pixels cannot share {self.overlap}")
-        self.measured = getattr(detector, "measured", None)
-        self.threshold = fitting_threshold(self.measured, detector.size, [side, self.overlap])
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
         return [self._faces(Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))) for pixels in images]

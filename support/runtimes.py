@@ -50,7 +50,7 @@ def openvino_core():
     try:
         import openvino as ov
     except ImportError:
-        raise InputError("OpenVINO is not installed: pip install -r requirements.txt") from None
+        raise InputError("this model needs OpenVINO: pip install -r requirements.txt") from None
     return ov.Core()
 
 

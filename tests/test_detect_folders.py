@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ def model_file(tmp_path_factory, small):
 class Brightness:
     """A detector whose one face on a picture has the picture's brightness, in fifths, as its score."""
 
-    size, threshold, measured = (50, 50), None, None
+    size, threshold = (50, 50), None
 
     def __call__(self, images):
         return [np.float32([[10, 20, 30, 40, image.mean() / 255]]) for image in images]
@@ -44,7 +45,7 @@ class Brightness:
 def bright(tmp_path, monkeypatch):
     """A folder in/ of grey pictures of 100x200, called by their brightness in percent, and a broken one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(detect, "load_detector", lambda *_: Brightness())
+    monkeypatch.setattr(detect, "load_detector", lambda *_, **__: Brightness())
     (tmp_path / "in/deep").mkdir(parents=True)
     for percent in (10, 30, 45, 60, 90):
         name = f"in/deep/{percent}.png" if percent == 60 else f"in/{percent}.png"
@@ -95,7 +96,7 @@ def test_ctrl_c_ends_a_folder_and_leaves_no_half_file(bright, monkeypatch):
     class Interrupted(Brightness):
         def __call__(self, images):
             raise KeyboardInterrupt
-    monkeypatch.setattr(detect, "load_detector", lambda *_: Interrupted())
+    monkeypatch.setattr(detect, "load_detector", lambda *_, **__: Interrupted())
     with pytest.raises(SystemExit) as end:
         detect.main(["in", "--out", "out"])
     assert end.value.code == 130 and not os.path.exists("out")
@@ -130,13 +131,10 @@ def test_photos_that_fool_the_model(bright, refused, capsys):
 
 
 @pytest.mark.parametrize("words, shown, said", [
-    ([], 2, "score 0.500 is the model's, for precision=0.95\n"),
-    (["--tiles", "600"], 3, "the model's own score is for another size or other tiles\n"),
-    (["--score", "0.2"], 4, "s\n")])
+    ([], 2, "score 0.500 is the model's, for precision=0.95\n"), (["--score", "0.2"], 4, "s\n")])
 def test_the_models_own_threshold_is_used_and_named(bright, monkeypatch, capsys, words, shown, said):
     threshold = {"score": 0.5, "size": [50, 50], "tiles": None, "promise": "precision=0.95"}
-    for name in ("measured", "threshold"):
-        monkeypatch.setattr(Brightness, name, threshold)
+    monkeypatch.setattr(Brightness, "threshold", threshold)
     os.remove("in/40.png")
     detect.main(["in", *words])
     out = capsys.readouterr().out
@@ -144,7 +142,7 @@ def test_the_models_own_threshold_is_used_and_named(bright, monkeypatch, capsys,
 
 
 class Camera:
-    """What annotate_video needs of OpenCV, on a clock that only reading a frame moves. Time None: unreadable."""
+    """What annotate_video needs of OpenCV, on a clock that reading moves. A frame of time None is bad."""
 
     def __init__(self, times, total=0):
         self.times, self.written, self.now, self.number, self.total = list(times), [], 0.0, 0, total
@@ -184,12 +182,12 @@ class Camera:
         pass
 
 
-def annotate(monkeypatch, camera, source, out):
+def save_video(monkeypatch, camera, source, out):
+    """What detect.py makes of it: the number of frames, the name of the drawing, the error."""
     monkeypatch.setattr(video, "open_video", lambda source: (camera, camera))
     monkeypatch.setattr(video.time, "monotonic", camera.monotonic)
-    work = detect.Work(source, out)
-    detect.annotate(work, lambda image: np.ones((1, 5)), lambda image, faces: image)
-    return work
+    entry, error = detect.save_video(source, out, lambda image: np.ones((1, 5)), lambda image, faces: image)
+    return len(entry["frames"]), entry.get("drawn"), error
 
 
 @pytest.mark.parametrize("times, written", [
@@ -198,26 +196,24 @@ def annotate(monkeypatch, camera, source, out):
     ([0, 0.1001, 0.2001, 0.3001], [1, 2, 3, 4])])
 def test_a_webcam_is_recorded_at_its_true_speed(tmp_path, monkeypatch, times, written):
     camera = Camera(times)
-    work = annotate(monkeypatch, camera, 0, tmp_path / "out.mp4")
-    assert camera.written == written and len(work.frames) == len(written) and not work.error
+    assert save_video(monkeypatch, camera, 0, tmp_path / "out.mp4") == (len(written), "out.mp4", "")
+    assert camera.written == written
 
 
 @pytest.mark.parametrize("times, total, said", [
-    ([1] * 9 + [None] * 2 + [1] * 9, 20, "18 of 20 frames could be read"),  # a hole
-    ([1] * 12, 20, "12 of 20 frames could be read"),                         # broken off
+    ([1] * 9 + [None] * 2 + [1] * 9, 20, "x.mp4: 18 of 20 frames could be read"),  # a hole
+    ([1] * 12, 20, "x.mp4: 12 of 20 frames could be read"),                         # broken off
     ([1] * 18, 20, ""), ([1] * 20, 18, "")])                                 # the container only estimates
 def test_bad_frames_of_a_video_are_passed_and_counted(tmp_path, monkeypatch, times, total, said):
-    work = annotate(monkeypatch, Camera(times, total), tmp_path / "x.mp4", tmp_path / "out.mp4")
-    assert len(work.frames) == sum(map(bool, times)) and work.error.endswith(said) and work.drawn
-    assert bool(work.error) == bool(said)
+    result = save_video(monkeypatch, Camera(times, total), Path("x.mp4"), tmp_path / "out.mp4")
+    assert result == (sum(map(bool, times)), "out.mp4", said)
 
 
 def test_faces_of_a_video_that_cannot_be_written_are_kept(tmp_path, monkeypatch):
     camera = Camera([1] * 5, 5)
     camera.writes = False
-    work = annotate(monkeypatch, camera, tmp_path / "x.mp4", tmp_path / "out.mp4")
-    assert len(work.frames) == 5 and not work.drawn
-    assert "out.mp4: OpenCV cannot write 50x50 at 10 frames/s" in work.error
+    frames, drawn, error = save_video(monkeypatch, camera, Path("x.mp4"), tmp_path / "out.mp4")
+    assert (frames, drawn) == (5, None) and "out.mp4: OpenCV cannot write 50x50 at 10 frames/s" in error
 
 
 @pytest.mark.slow

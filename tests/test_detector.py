@@ -7,8 +7,7 @@ from PIL import Image
 from torchvision.ops import box_iou, nms
 
 from anchors import decode, encode, make_anchors
-from detector import (NMS_IOU, TOP, TiledDetector, TorchDetector, detect, load_detector, postprocess,
-                      to_picture)
+from detector import NMS_IOU, TOP, TorchDetector, detect, load_detector, postprocess, to_picture
 from model import Config, checkpoint
 from support.script import InputError
 
@@ -102,11 +101,11 @@ def test_a_threshold_is_handed_out_only_where_it_was_measured(tmp_path, small):
     def thresholds(tiles):
         entry = {"score": 0.5, "size": [64, 48], "tiles": tiles, "promise": "precision=0.95"}
         torch.save(checkpoint(small) | {"threshold": entry}, tmp_path / "x.pth")
-        own, other = (load_detector(tmp_path / "x.pth", size, "cpu") for size in (None, (96, 96)))
-        tiled = [TiledDetector(own, 200, 50), TiledDetector(own, 200, 40), TiledDetector(other, 200, 50)]
-        return [detector.threshold is not None for detector in (own, other, *tiled)]
-    assert thresholds(None) == [True, False, False, False, False]
-    assert thresholds([200, 50]) == [False, False, True, False, False]
+        made = [load_detector(tmp_path / "x.pth", size, "cpu", tiles=own)
+                for size in (None, (96, 96)) for own in (None, [200, 50], [200, 40])]
+        return [detector.threshold is not None for detector in made]
+    assert thresholds(None) == [True, False, False, False, False, False]
+    assert thresholds([200, 50]) == [False, True, False, False, False, False]
 
 
 def test_postprocess_of_a_batch_is_that_of_each_picture():

@@ -139,7 +139,8 @@ def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
 def test_batches_of_a_generic_model_go_one_by_one(folder):
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8))
     detector = load_detector(folder / "plain/model.xml", threads=1)
-    for both, alone in zip(detector(pictures), (detector(picture[None])[0] for picture in pictures), strict=True):
+    single = [detector(picture[None])[0] for picture in pictures]
+    for both, alone in zip(detector(pictures), single, strict=True):
         np.testing.assert_array_equal(both, alone)
         assert both.dtype == np.float32 and (np.diff(both[:, 4]) <= 0).all()
 
