@@ -170,10 +170,13 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
             content = read_checkpoint(path)
             model = rebuild(content, content.get("ema") or content["state_dict"], path)
             detector, entry = TorchDetector(model, size, choose_device(device)), content.get("threshold")
-    entry, own_size = check_threshold(entry, path), detector.size
+    entry = check_threshold(entry, path)
+    fits = entry and detector.size in (None, tuple(entry["size"]))
+    made = None
     if tiles:
         detector = TiledDetector(detector, *tiles)
-    if entry and own_size in (None, tuple(entry["size"])) and entry["tiles"] == (tiles and list(tiles)):
+        made = [detector.side, detector.overlap]
+    if fits and made == entry["tiles"]:
         detector.threshold = entry
     return detector
 
@@ -240,7 +243,8 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
         return None
     try:
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
-        (width, height), (side, overlap) = entry["size"], entry["tiles"] or (1, 0)
+        width, height = entry["size"]
+        side, overlap = (1, 0) if entry["tiles"] is None else entry["tiles"]
         numbers = (entry["score"], width, height, side, overlap)
         if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
                 and min(width, height, side) >= 1 and isinstance(entry["promise"], str)):

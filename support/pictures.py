@@ -95,7 +95,10 @@ def decode_picture(image, scale=1):
     with _decoding(image.filename), image:
         if scale < 1:
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
-        image = _turned(_whole(image))
+        image = _whole(image)
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        if turn is not None:  # ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones
+            image = image.transpose(turn)
         if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
             image = Image.fromarray(_to_bytes(np.asarray(image).astype(np.float64), image.mode))
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -117,12 +120,6 @@ def _whole(image):
         if ends[0].tobytes() != ends[1].tobytes():
             raise
         return ends[0]
-
-
-def _turned(image):
-    """A decoded picture upright. (ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones.)"""
-    method = UPRIGHT.get(image.getexif().get(ORIENTATION))
-    return image if method is None else image.transpose(method)
 
 
 def _to_bytes(values, mode):

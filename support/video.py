@@ -77,6 +77,7 @@ def annotate_video(source, target, find, change, frames):
                 if writer is None:
                     size, kind = frame.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
                     writer = cv2.VideoWriter(str(temporary), kind, rate, size)
+                    writes = writer.isOpened()
                 image = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                 faces = find(image)
                 drawn = cv2.cvtColor(np.array(change(image, faces)), cv2.COLOR_RGB2BGR)
@@ -91,7 +92,7 @@ def annotate_video(source, target, find, change, frames):
                 writer.release()
         if not frames:
             raise InputError(f"{source}: no frame could be read")
-        if not temporary.exists():
+        if not writes:
             raise InputError("{}: OpenCV cannot write {}x{} at {:g} frames/s".format(target, *size, rate))
     # Containers may only estimate the number of frames, so a quarter of a second at the end is not missed.
     return holes + gap * (gap > rate / 4)

@@ -173,10 +173,9 @@ class Camera:
         return 0
 
     def VideoWriter(self, path, *_):
-        if self.writes:
-            open(path, "w").close()
+        open(path, "w").close()
         return SimpleNamespace(write=lambda frame: self.written.append(int(frame[0, 0, 0])),
-                               release=lambda: None)
+                               isOpened=lambda: self.writes, release=lambda: None)
 
     def release(self):
         pass
