@@ -6,20 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, features
 
 import detect
 from detect import find_inputs
-from model import checkpoint
 from support.pictures import HEIC
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
 
 
 @pytest.fixture
@@ -112,14 +103,6 @@ def test_a_long_name_loses_nothing(tmp_path, run):
         run(tmp_path / "in")
     entries = json.loads((tmp_path / "out/detections.json").read_text())
     assert ["drawn" in entry for entry in entries] == [True, False]
-
-
-def test_command_goes_on_past_unreadable_pictures_and_says_so(sample, tmp_path, model_file, refused):
-    (tmp_path / "x.jpg").write_bytes(b"hello")
-    photo = next((sample / "val").rglob("*.jpg"))
-    line = refused(detect.main, tmp_path / "x.jpg", photo, "--model", model_file, "--out", tmp_path / "o")
-    assert "1 of 2 failed" in line and "x.jpg" in line
-    assert len(json.loads((tmp_path / "o/detections.json").read_text())) == 1
 
 
 def test_refused(sample, tmp_path, model_file, refused, monkeypatch):

@@ -11,25 +11,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import detect
 import detector
 import evaluate
 import train
-from model import checkpoint
 from support import video
 from support.coco import read_annotations
 from tools import prelabel
 from tools.sample import draw_sample
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
 
 
 class Brightness:

@@ -12,13 +12,6 @@ from model import Config, checkpoint
 from support.script import InputError
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
-
-
 def outputs(config, faces, scores):
     """Make raw outputs that encode `faces` `[N, 4]` with `scores`, each at an anchor of its own."""
     anchors = make_anchors(config)

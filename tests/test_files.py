@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -21,17 +20,9 @@ import export
 from checkpoints import claim
 from detector import load_detector
 from hard_world import ENVIRONMENT, REPOSITORY, run
-from model import checkpoint
 from support.script import PATIENCE, InputError, PlainStream
 
 STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
 
 
 def photo(path, size=(64, 48)):
