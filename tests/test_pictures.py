@@ -117,9 +117,9 @@ def test_lines_and_labels_scale_with_the_picture_and_stay_inside():
 
 
 def test_labels_in_a_crowd_hide_no_neighbour():
-    x, y = np.meshgrid(np.arange(12) * 50 + 20, np.arange(8) * 60 + 30)
+    x, y = np.meshgrid(np.arange(25) * 42 + 20, np.arange(18) * 48 + 30)
     boxes = np.stack([x, y, x + 25, y + 30], -1).reshape(-1, 4)
-    drawn = np.asarray(draw_faces(Image.new("RGB", (700, 520)), boxes, [0.88] * len(boxes)))
+    drawn = np.asarray(draw_faces(Image.new("RGB", (1100, 900)), boxes, [0.88] * len(boxes)))
     for x1, y1, x2, y2 in boxes:
         assert not drawn[y1 + 4:y2 - 4, x1 + 4:x2 - 4].any()
 
