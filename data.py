@@ -35,7 +35,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
     """Pictures, uint8 `[B, 3, H, W]`, as the network takes them: float32 in 0-1."""
-    return images.float() / 255
+    return torch.as_tensor(images).float() / 255
 
 
 def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:

@@ -165,7 +165,8 @@ def test_a_threshold_goes_along_at_its_own_size(monkeypatch, graphs, tmp_path, l
     flags = ["--model", str(tmp_path / "sure.pth"), "--out", str(tmp_path)]
     export.main([*flags, "--ir"])
     for name in ("sure.pth", "model.onnx", "model.xml"):
-        assert load_detector(tmp_path / name).threshold == entry
+        assert load_detector(tmp_path / name, tiles=[200, 50]).threshold == entry
+        assert load_detector(tmp_path / name).threshold is None  # it was measured with tiles
     assert "left out" not in capsys.readouterr().out
 
     graph = onnx.load(tmp_path / "model.onnx")
