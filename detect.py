@@ -47,7 +47,8 @@ def find_inputs(arguments, out):
     below a searched one, are not searched, nor what a Mac adds to archives. Raises InputError if an argument
     names nothing.
     """
-    found, others, left_out, out = [], Counter(), "", Path(out).resolve()
+    found, others, left_out = [], Counter(), ""
+    out = Path(out).resolve()
     for argument in arguments:
         names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         files = [Path(name) for name in names if not os.path.isdir(name)]
@@ -100,7 +101,8 @@ def name_outputs(sources, out):
 
 def in_threads(do, items):
     """Yield `do(item)` of each item, in order; threads do up to AHEAD of them meanwhile."""
-    pool, waiting = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    waiting = deque()
     try:
         for item in items:
             waiting.append(pool.submit(do, item))
@@ -147,12 +149,12 @@ def save_drawing(source, target, image, faces, change):
 
 def save_video(source, target, find_faces, change):
     """The same for a video, webcam or stream, with the faces of each frame."""
-    frames, drawn, error = [], {}, ""
+    frames = []
+    drawn = {}
     try:
         lost = annotate_video(source, target, find_faces, change, frames)
         drawn = {"drawn": target.name}
-        if lost:
-            error = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read"
+        error = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read" if lost else ""
     except InputError as trouble:
         error = str(trouble)
     entry = {"file": str(source), "frames": [as_json(faces) for faces in frames]} | drawn
@@ -235,7 +237,8 @@ def main(argv=None):
     sources += [*map(int, webcams), *streams]
     targets = dict(zip(sources, name_outputs(sources, args.out)))
     detector = chosen_detector(args)
-    score, said = (SHOWN if args.score is None else args.score), ""
+    score = SHOWN if args.score is None else args.score
+    said = ""
     if detector.threshold and args.score is None:
         score = detector.threshold["score"]
         said = f"; score {score:.3f} is the model's, for {detector.threshold['promise']}"

@@ -169,7 +169,8 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
         with bad_values():
             content = read_checkpoint(path)
             model = rebuild(content, content.get("ema") or content["state_dict"], path)
-            detector, entry = TorchDetector(model, size, choose_device(device)), content.get("threshold")
+            detector = TorchDetector(model, size, choose_device(device))
+        entry = content.get("threshold")
     entry = check_threshold(entry, path)
     fits = entry and detector.size in (None, tuple(entry["size"]))
     made = None

@@ -75,7 +75,8 @@ def annotate_video(source, target, find, change, frames):
                         writer.write(drawn)
                         frames.append(frames[-1])
                 if writer is None:
-                    size, kind = frame.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
+                    size = frame.shape[1::-1]
+                    kind = cv2.VideoWriter_fourcc(*"mp4v")
                     writer = cv2.VideoWriter(str(temporary), kind, rate, size)
                     writes = writer.isOpened()
                 image = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))

@@ -54,7 +54,8 @@ def main(argv=None):
     if Path(args.json).suffix != ".json":
         parser.error(f"{args.json}: the name of a .json is expected")
     files, left_out = find_inputs(args.inputs, args.json)
-    detector, score = chosen_detector(args), DOUBTFUL if args.fooled is None else args.fooled
+    detector = chosen_detector(args)
+    score = DOUBTFUL if args.fooled is None else args.fooled
     photos, failed = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
