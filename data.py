@@ -42,7 +42,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
     """Pictures, uint8 `[B, 3, H, W]`, as the network takes them: float32 in 0-1."""
-    return images.float() / 255
+    return torch.as_tensor(images).float() / 255
 
 
 def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
@@ -223,10 +223,12 @@ class FaceDataset(Dataset):
         view = choose(rng, size, faces[~ignored])
         scale = target / (view[2:] - view[:2])
         if self.cache:
-            image, view_in_image = cut_view(image, view * (np.array(image.shape[1::-1] * 2) / (size * 2)), target)
+            reduced = np.array(image.shape[1::-1] * 2) / (size * 2)
+            image, view_in_image = cut_view(image, view * reduced, target)
         else:
             image = decode_picture(image, max(scale))
-            view_in_image = view * (np.array(image.size * 2) / (size * 2))  # a JPEG may be decoded smaller
+            reduced = np.array(image.size * 2) / (size * 2)  # a JPEG may have been decoded smaller
+            view_in_image = view * reduced
         inside, corner = resize_view(image, view_in_image, *target)
         picture = distort_colours(inside, rng)
         if picture.size != target:  # the view reaches beyond the photo

@@ -167,7 +167,7 @@ def run_model(args, annotations):
     if args.tiles:
         detector = TiledDetector(detector, *args.tiles)
     workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
-    detections, errors = detect_all(detector, annotations, args.batch_size or 16, workers, rank, processes)
+    detections, errors = detect_all(detector, annotations, args.batch_size, workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
         lines = "; ".join(list(errors.values())[:5])

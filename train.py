@@ -247,7 +247,7 @@ class Trainer:
         model = self.ema or self.raw_model
         share_weights(model)  # each process has batch-norm statistics of its own, the first one's are saved
         detector = TorchDetector(model, device=self.device)
-        detections, errors = detect_all(detector, annotations, 16, self.args.workers, self.rank,
+        detections, errors = detect_all(detector, annotations, None, self.args.workers, self.rank,
                                         self.processes, stop.check)
         if errors:
             lines = "; ".join(list(errors.values())[:5])

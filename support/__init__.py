@@ -1,1 +1,1 @@
-"""What the detector stands on: files, pictures, processes, exported networks. Imports nothing of the top."""
+"""What the detector stands on: files, pictures, videos, processes, exported networks. Imports no top."""

@@ -1,20 +1,33 @@
-"""Photos in, drawings out: read any picture file upright as RGB, draw boxes, lay pictures side by side."""
+"""Photos in, drawings out: read any picture file upright as RGB, draw or hide faces, contact sheets."""
 
+import io
 import math
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from support.script import CONTROL, InputError, whole_file
 
+with suppress(ImportError):  # reads HEIC, where it is installed
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
+
 ORIENTATION = 0x0112  # the EXIF tag
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}  # are read
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # what undoes its values
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+PICTURES = {ending for ending, kind in Image.registered_extensions().items()  # of the files that Pillow reads
+            if Image.MIME.get(kind, "").startswith("image/")}
+HEIC = {".heic", ".heif", ".hif"} - PICTURES
 LISTED = 20  # bad pictures named in one message
+BLOCKS = 6   # of a hidden face's mosaic, in a row: a face of any size is as hard to recognise
+CROWD = 10   # with more faces than these, labels shrink with the faces
 FACE, IGNORED, MISSED, FALSE = "#38e04a", "#f5a623", "#ff3b30", "#ffd60a"
 
 
@@ -82,11 +95,31 @@ def decode_picture(image, scale=1):
     with _decoding(image.filename), image:
         if scale < 1:
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
-        ImageOps.exif_transpose(image, in_place=True)
+        image = _whole(image)
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        if turn is not None:  # ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones
+            image = image.transpose(turn)
         if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
             image = Image.fromarray(_to_bytes(np.asarray(image).astype(np.float64), image.mode))
-        image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _whole(image):
+    """Decode an opened picture. A JPEG may lack its end marker, but no pixel.
+
+    Libraries fill up what is missing. So it is read with two endings: what depends on them is missing.
+    """
+    try:
+        image.load()
+        return image
+    except OSError:
+        if image.format not in ("JPEG", "MPO"):
+            raise
+        data = Path(image.filename).read_bytes()
+        ends = [Image.open(io.BytesIO(data + filler + b"\xff\xd9")) for filler in (b"", b"\x55" * 64)]
+        if ends[0].tobytes() != ends[1].tobytes():
+            raise
+        return ends[0]
 
 
 def _to_bytes(values, mode):
@@ -108,19 +141,25 @@ def _decoding(path):
             yield
     except Exception as error:
         reason = error or type(error).__name__
+        if Path(path).suffix.lower() in HEIC:
+            reason = "pip install pillow-heif reads HEIC"
         raise InputError(f"{path}: cannot be read as a picture ({reason})") from None
 
 
 def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
-    `text_size` is in pixels; without one it follows the size of the image, as lines and margins do. Labels
-    stay inside the image.
+    `text_size` is in pixels; without one it follows the size of the image, as lines and margins do, and in a
+    crowd that of the faces. Labels stay inside the image.
     """
-    image = image.copy()
+    image, boxes = image.copy(), np.asarray(boxes, float).reshape(-1, 4)
     draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
-    font = ImageFont.load_default(text_size or max(9, round(max(image.size) / 55)))
-    for n, (x1, y1, x2, y2) in enumerate(np.asarray(boxes, float).reshape(-1, 4)):
+    if text_size is None:
+        text_size = max(9, round(max(image.size) / 55))
+        if len(boxes) > CROWD:
+            text_size = min(text_size, max(7, 0.4 * np.median(boxes[:, 2] - boxes[:, 0])))
+    font = ImageFont.load_default(text_size)
+    for n, (x1, y1, x2, y2) in enumerate(boxes):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
         if scores is not None:
             text = f"{scores[n]:.2f}"
@@ -129,6 +168,24 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
             x, y = max(0, min(x1, image.width - right)), y1 - bottom if y1 > bottom else y1 + thickness
             draw.rectangle((x, y, x + right, y + bottom), fill=colour)
             draw.text((x + thickness, y), text, fill="black", font=font)
+    return image
+
+
+def hide_faces(image, boxes):
+    """Make the faces in boxes `[N, 4]` (xyxy, pixels) unrecognisable on a copy of `image` (PIL, RGB).
+
+    Each becomes a mosaic of BLOCKS x BLOCKS in an ellipse 1.5 times as wide and high as its box, which
+    covers the box's corners too.
+    """
+    image = image.copy()
+    for x1, y1, x2, y2 in np.asarray(boxes, float).reshape(-1, 4):
+        x, y = math.floor(x1 - (x2 - x1) / 4), math.floor(y1 - (y2 - y1) / 4)
+        part = image.crop((x, y, math.ceil(x2 + (x2 - x1) / 4), math.ceil(y2 + (y2 - y1) / 4)))
+        if min(part.size):
+            blocks = part.resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
+            ellipse = Image.new("L", part.size)
+            ImageDraw.Draw(ellipse).ellipse((0, 0, part.width - 1, part.height - 1), fill=255)
+            image.paste(blocks.resize(part.size, Image.Resampling.NEAREST), (x, y), ellipse)
     return image
 
 

@@ -1,10 +1,11 @@
 """Run exported networks on the CPU in float32: .onnx files in ONNX Runtime, .xml files in OpenVINO.
 
 Input and outputs are arrays; detector.py turns the outputs into faces. An .onnx file with OpenVINO's own
-operators runs in OpenVINO.
+operators runs in OpenVINO. ONNX Runtime is enough for the others: nothing here needs torch or onnx.
 """
 
 import functools
+import threading
 from pathlib import Path
 
 from support.script import InputError, first_line
@@ -46,7 +47,10 @@ def openvino_core():
     The CPU plugin sets up a stack for signal handlers that is freed with the plugin. After that, the next
     signal would crash Python.
     """
-    import openvino as ov
+    try:
+        import openvino as ov
+    except ImportError:
+        raise InputError("this model needs OpenVINO: pip install -r requirements.txt") from None
     return ov.Core()
 
 
@@ -57,8 +61,8 @@ class OpenVinoNetwork:
     """
 
     def __init__(self, path, threads=0):
-        import openvino as ov
         core = openvino_core()
+        import openvino as ov
         # Without the hint OpenVINO uses bfloat16 on processors that have it, and results change silently.
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
@@ -67,15 +71,17 @@ class OpenVinoNetwork:
             self.compiled = core.compile_model(model, "CPU", options)
         except Exception as error:  # RuntimeError and its private subclasses
             raise InputError(f"{path}: OpenVINO cannot read it ({first_line(error)})") from None
+        self.lock = threading.Lock()  # it has one request, which several threads may want
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}"
-        own = model.has_rt_info([SECTION])
-        self.metadata = dict(model.get_rt_info([SECTION]).value) if own else {}
+        section = next((name for name in (SECTION, "framework") if model.has_rt_info([name])), None)
+        self.metadata = dict(model.get_rt_info([section]).value) if section else {}
         first = model.inputs[0]
         self.uint8 = first.element_type == ov.Type.u8
         self.shape = [None if side.is_dynamic else side.get_length() for side in first.partial_shape]
 
     def __call__(self, array):
-        results = self.compiled(array)
+        with self.lock:
+            results = self.compiled(array)
         return [results[port] for port in self.compiled.outputs]
 
 
@@ -92,13 +98,6 @@ def open_network(path, threads=0):
         if not path.with_suffix(".bin").is_file():
             raise InputError(f"{path}: its weights {path.with_suffix('.bin').name} are not beside it")
         return OpenVinoNetwork(path, threads)
-    import onnx
-    try:
-        content = onnx.load(path)
-    except Exception as error:  # its types are protobuf's and onnx's own
-        raise InputError(f"{path}: not an ONNX file, or a truncated one ({first_line(error)})") from None
-    if all(entry.domain != OPENVINO_DOMAIN for entry in content.opset_import):
-        return OnnxNetwork(path, threads)
-    network = OpenVinoNetwork(path, threads)
-    network.metadata = {entry.key: entry.value for entry in content.metadata_props}
-    return network
+    if OPENVINO_DOMAIN.encode() in path.read_bytes():
+        return OpenVinoNetwork(path, threads)
+    return OnnxNetwork(path, threads)

@@ -14,10 +14,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from support.threads import settle
+
+settle()
 ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
 PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
@@ -233,12 +237,13 @@ def whole_file(path):
     be written there.
     """
     path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises on names that are too long
-        raise InputError(f"{path}: is a folder, a file is to be written there")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stem = os.fsdecode(os.fsencode(path.stem)[:200])  # a name may have 255 bytes
-    temporary = path.with_name(f".{stem}.{os.getpid()}{path.suffix}")  # libraries choose the format by suffix
+    # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
+    own = f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}"
+    temporary = path.with_name(own + path.suffix)  # libraries choose the format by suffix
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, a file is to be written there")
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not say which file

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from model import SSD, Config
+from model import SSD, Config, checkpoint
 from tools.sample import draw_sample
 
 torch.set_num_threads(1)
@@ -44,6 +44,14 @@ def small():
     """An untrained network with 64x48 input and width 0.25, in evaluation mode."""
     torch.manual_seed(0)
     return SSD(Config.scaled_from_300(64, 48, width=0.25)).eval()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory, small):
+    """The checkpoint of that network."""
+    path = tmp_path_factory.mktemp("model") / "small.pth"
+    torch.save(checkpoint(small), path)
+    return path
 
 
 @pytest.fixture(scope="module")

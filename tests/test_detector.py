@@ -4,18 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, nms
 
-from anchors import encode, make_anchors
+from anchors import decode, encode, make_anchors
 from detector import NMS_IOU, TOP, TorchDetector, detect, load_detector, postprocess, to_picture
 from model import Config, checkpoint
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
+from support.script import InputError
 
 
 def outputs(config, faces, scores):
@@ -77,6 +71,46 @@ def test_a_path_a_picture_and_an_array_give_the_same_faces(model_file, sample):
     assert len(expected) and (expected[:, 2:4] <= image.size).all()
     for picture in (str(path), image, np.array(image)):
         np.testing.assert_array_equal(detect(detector, picture), expected)
+
+
+def test_a_list_gives_what_its_pictures_give_alone(model_file, sample):
+    paths, detector = sorted((sample / "val").rglob("*.jpg"))[:3], load_detector(model_file, device="cpu")
+    found = detect(detector, [paths[0], Image.open(paths[1]), np.array(Image.open(paths[2]))])
+    for path, faces in zip(paths, found, strict=True):
+        np.testing.assert_allclose(faces, detect(detector, path), rtol=1e-4, atol=1e-3)
+    assert detect(detector, []) == []
+
+
+@pytest.mark.parametrize("bad", [
+    None, np.zeros((0, 0, 3), np.uint8), np.zeros((9, 9, 3)), np.zeros((3, 9, 9), np.uint8),
+    torch.zeros(3, 9, 9), Image.new("RGB", (0, 5)), ["no.jpg"], [None]])
+def test_what_is_no_picture_is_refused_in_one_line(model_file, bad):
+    with pytest.raises(InputError, match="RGB array uint8|no such picture") as error:
+        detect(load_detector(model_file, device="cpu"), bad)
+    assert "\n" not in str(error.value)
+
+
+def test_a_threshold_is_handed_out_only_where_it_was_measured(tmp_path, small):
+    def thresholds(tiles):
+        entry = {"score": 0.5, "size": [64, 48], "tiles": tiles, "target": "precision=0.95"}
+        torch.save(checkpoint(small) | {"threshold": entry}, tmp_path / "x.pth")
+        made = [load_detector(tmp_path / "x.pth", size, "cpu", tiles=own)
+                for size in (None, (96, 96)) for own in (None, [200, 50], [200, 40])]
+        return [detector.threshold is not None for detector in made]
+    assert thresholds(None) == [True, False, False, False, False, False]
+    assert thresholds([200, 50]) == [False, True, False, False, False, False]
+
+
+def test_postprocess_of_a_batch_is_that_of_each_picture():
+    """Also where scores are equal: to the last digit, in the same order."""
+    torch.manual_seed(0)
+    anchors, logits = make_anchors(Config()), torch.randn(4, 3249, 2).round(decimals=1)
+    offsets = torch.randn(4, 3249, 4)
+    for n, faces in enumerate(postprocess(logits, offsets, anchors)):
+        likely = logits[n].softmax(-1)[:, 1] > 0.02
+        scores, boxes = logits[n].softmax(-1)[likely, 1], decode(offsets[n], anchors)[likely]
+        kept = nms(boxes, scores, NMS_IOU)[:TOP]
+        assert torch.equal(faces, torch.cat([boxes[kept], scores[kept, None]], 1))
 
 
 def test_without_a_path_the_shipped_network_is_loaded_whatever_the_folder(tmp_path, monkeypatch):

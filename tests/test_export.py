@@ -155,7 +155,8 @@ def test_a_threshold_goes_along_in_its_own_size_and_precision(monkeypatch, graph
     flags = ["--model", str(tmp_path / "sure.pth"), "--out", str(tmp_path)]
     export.main([*flags, "--ir"])
     for name in ("sure.pth", "model.onnx", "model.xml"):
-        assert load_detector(tmp_path / name).threshold == entry
+        assert load_detector(tmp_path / name, tiles=[200, 50]).threshold == entry
+        assert load_detector(tmp_path / name).threshold is None  # it was measured with tiles
     assert "left out" not in capsys.readouterr().out
 
     # INT8 shifts the scores. NNCF is an extra: quantising is left out here.

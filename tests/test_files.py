@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,83 +11,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper
-from PIL import Image, features
+from PIL import Image
 
-import data
 import detect
 import evaluate
 import export
-from support.monitor import claim
+from detector import load_detector
 from hard_world import ENVIRONMENT, REPOSITORY, run
-from model import checkpoint
+from support.monitor import claim
 from support.script import PATIENCE, InputError
 
 STRICT = ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"}
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, small):
-    path = tmp_path_factory.mktemp("model") / "small.pth"
-    torch.save(checkpoint(small), path)
-    return path
-
-
 def photo(path, size=(64, 48)):
-    path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (90, 80, 70)).save(path)
     return path
-
-
-def found(out):
-    return json.loads((out / "detections.json").read_text())
-
-
-# detect.py
-
-def test_a_drawing_that_cannot_be_written_ends_nothing(tmp_path, model_file, refused):
-    (tmp_path / "out/a.jpg").mkdir(parents=True)  # a folder where the first drawing would go
-    photos = [photo(tmp_path / f"in/{name}.jpg") for name in "abc"]
-    line = refused(detect.main, tmp_path / "in", "--model", model_file, "--out", tmp_path / "out")
-    assert "1 of 3 failed" in line and "a.jpg: is a folder" in line
-    entries = found(tmp_path / "out")
-    assert [entry["file"] for entry in entries] == list(map(str, photos))
-    assert [entry.get("drawn") for entry in entries] == [None, "b.jpg", "c.jpg"]
-
-
-def test_a_good_runs_results_are_not_replaced_by_nothing(tmp_path, model_file, refused):
-    detect.main([str(photo(tmp_path / "a.jpg")), "--model", str(model_file), "--out", str(tmp_path / "out")])
-    before = (tmp_path / "out/detections.json").read_bytes()
-    (tmp_path / "b.jpg").write_bytes(b"no picture")
-    assert "1 of 1 failed" in refused(detect.main, tmp_path / "b.jpg", "--model", model_file,
-                                      "--out", tmp_path / "out")
-    assert (tmp_path / "out/detections.json").read_bytes() == before
-
-
-def test_drawings_lie_flat_under_names_of_their_own(tmp_path, model_file):
-    for name in ("a/x.jpg", "b/x.jpg", "c/X.JPG", "d/x-2.jpg"):
-        photo(tmp_path / "in" / name)
-    detect.main([str(tmp_path / "in"), "--model", str(model_file), "--out", str(tmp_path / "out")])
-    names = [entry["drawn"] for entry in found(tmp_path / "out")]
-    assert len({name.lower() for name in names}) == 4 and names[0] == "x.jpg"
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*names, "detections.json"])
-
-
-def test_results_inside_the_searched_folder_are_not_searched(tmp_path, model_file):
-    photo(tmp_path / "in/a.jpg")
-    for _ in range(2):
-        detect.main([str(tmp_path / "in"), "--model", str(model_file), "--out", str(tmp_path / "in/found")])
-        assert len(found(tmp_path / "in/found")) == 1
-
-
-@pytest.mark.parametrize("suffix", [".jp2", ".avif"])
-def test_newer_kinds_are_found_in_folders(tmp_path, suffix):
-    if suffix == ".avif" and not features.check("avif"):
-        pytest.skip("this Pillow cannot read AVIF")
-    path = photo(tmp_path / f"in/a{suffix}")
-    assert detect.find_inputs([str(tmp_path / "in")], tmp_path / "out") == [path]
-    assert detect.name_outputs([path], tmp_path / "out") == [tmp_path / f"out/a{suffix}.png"]
 
 
 # Names
@@ -159,17 +98,6 @@ def test_a_signal_to_the_group_of_an_evaluation(sample, tmp_path, model_file):
     _, error = process.communicate(timeout=30)
     assert process.returncode == 143 and "Traceback" not in error and "memory" not in error, error
     assert not (tmp_path / "r.json").exists()
-
-
-def test_a_loading_process_says_nothing_of_a_main_process_that_is_gone(monkeypatch):
-    """Its threads end by sys.excepthook. What else goes wrong there is still told."""
-    told = []
-    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: told.append(kind))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    data._outlive_signals(0)
-    for error in (EOFError(), ConnectionResetError(), BrokenPipeError(), OSError(), ValueError()):
-        sys.excepthook(type(error), error, None)
-    assert told == [OSError, ValueError]
 
 
 @pytest.mark.slow
@@ -253,8 +181,6 @@ def test_inputs_that_are_none_of_ours_are_refused(tmp_path, refused, shape):
 def test_true_metadata_is_accepted(tmp_path, capsys):
     path = exported(tmp_path / "x.onnx", GOOD, [(4, 5)])
     detect.main([str(photo(tmp_path / "a.jpg")), "--model", str(path), "--out", str(tmp_path / "out")])
-    assert "0 faces in 1 files" in capsys.readouterr().out
+    assert "0 faces on 1 picture" in capsys.readouterr().out
     with pytest.raises(InputError, match="says itself what it takes"):
-        evaluate.run_model(
-            evaluate.parse_args(["--model", str(path), "--colour", "rgb", "--range", "1"]), None)
-    shutil.rmtree(tmp_path / "out")
+        load_detector(path, colour="rgb", white=1)

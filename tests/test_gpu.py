@@ -63,12 +63,16 @@ def test_newer_losses_follow_the_cpu(sample, tmp_path, whole_floats, words):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.005)
 
 
-@pytest.mark.parametrize("words", [[], ["--matching", "aligned", "--class-loss", "quality-focal", "--box-loss",
-                                        "eiou", "--distill", "0.3", "0.4", "--load-from"]])
+NEWER = ["--matching", "aligned", "--class-loss", "quality-focal", "--box-loss", "eiou", "--distill", "0.3",
+         "0.4", "--load-from"]
+
+
+@pytest.mark.parametrize("words", [[], NEWER])
 def test_the_graph_computes_the_eager_gradients(sample, whole_floats, words):
     """Also for a second batch, and batch norm's statistics are those of one step each."""
     dataset = train.FaceDataset(read_annotations(sample / "train.json"), 300, 300)
-    batches = [collate([dataset[n, (0, n)] for n in range(first, first + 5)]).pin_memory() for first in (0, 5)]
+    batches = [collate([dataset[n, (0, n)] for n in range(first, first + 5)]).pin_memory()
+               for first in (0, 5)]
     found = {}
     for graph in (False, True):
         torch.manual_seed(0)
@@ -78,7 +82,8 @@ def test_the_graph_computes_the_eager_gradients(sample, whole_floats, words):
         trainer.graphs = trainer.graphs if graph else None
         trainer.start_epoch()
         losses = [trainer.update(batch, 0).clone() for batch in batches]
-        found[graph] = [*losses, *(p.grad for p in trainer.raw_model.parameters()), *trainer.raw_model.buffers()]
+        gradients = [parameter.grad for parameter in trainer.raw_model.parameters()]
+        found[graph] = [*losses, *gradients, *trainer.raw_model.buffers()]
     for one, two in zip(found[False], found[True]):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 

@@ -88,7 +88,7 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("flops", "--model tall.pth", "sides of 16 to 8192 pixels expected"),
     ("flops", "--model anchors.pth", "with sides of at least a pixel"),
     ("evaluate", "--data good.json --model nan.pth", "nan.pth: holds weights that are not finite"),
-    ("detect", "e/a.jpg --model text.onnx", "text.onnx: not an ONNX file"),
+    ("detect", "e/a.jpg --model text.onnx", "text.onnx: ONNX Runtime cannot read it"),
     ("detect", "e/a.jpg --model text.xml", "text.xml: OpenVINO cannot read it"),
     ("detect", "e/a.jpg --model alone.xml", "alone.xml: its weights alone.bin are not beside it"),
     ("detect", "e/a.jpg --model relu.onnx", "relu.onnx: was not written by export.py"),

@@ -82,7 +82,7 @@ def test_evaluation_and_detection_with_unreadable_pictures(world, tmp_path, caps
             and "--skip-unreadable" in line and not (tmp_path / "r.json").exists())
     assert f"{len(UNUSUAL)} photos, {len(UNUSUAL)} faces" in accepted(
         capsys, "evaluate", *flags, "--skip-unreadable")
-    names = sorted(p.name for p in (world / "pictures").iterdir())
+    names = sorted(p.name for p in (world / "pictures").iterdir() if not p.is_dir())
     line = refused(importlib.import_module("detect").main, "pictures",
                    "--model", "good.pth", "--out", tmp_path / "d")
     # two of them are readable; only their annotated size is wrong
@@ -188,7 +188,8 @@ def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
 
 def test_two_runs_in_one_folder(world, tmp_path, capsys, refused):
     """A second run is refused; a killed run leaves no lock behind."""
-    code = ("import sys, pathlib; from support.monitor import claim; lock = claim(pathlib.Path(sys.argv[1])); "
+    code = ("import sys, pathlib; from support.monitor import claim\n"
+            "lock = claim(pathlib.Path(sys.argv[1])); "
             "print(flush=True); sys.stdin.read()")
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "r"], env=ENVIRONMENT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -96,7 +96,8 @@ def test_bfloat16_outputs_are_computed_in_float32():
     half = multibox_loss(logits.bfloat16(), offsets.bfloat16(), labels,
                          targets, ANCHORS, torch.zeros(2), batch_divisor(labels == 1))
     assert all(loss.dtype == torch.float32 for loss in half)
-    full = multibox_loss(logits, offsets, labels, targets, ANCHORS, torch.zeros(2), batch_divisor(labels == 1))
+    full = multibox_loss(logits, offsets, labels, targets, ANCHORS, torch.zeros(2),
+                         batch_divisor(labels == 1))
     torch.testing.assert_close(torch.stack(half), torch.stack(full), rtol=0.02, atol=0)
 
 

@@ -1,12 +1,14 @@
 """Tests of pictures.py: all kinds of files load upright as RGB, and boxes are drawn in the right place."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import (BLOCKS, FACE, ORIENTATION, contact_sheet, decode_picture, draw_faces,
+                              hide_faces, load_picture, open_picture, upright_size)
 from support.script import InputError
-from support.pictures import (FACE, ORIENTATION, contact_sheet, decode_picture,
-                      draw_faces, load_picture, open_picture, upright_size)
 
 RAMP = np.add.outer(np.arange(40) * 2, np.arange(60) * 2).astype(np.uint8)  # 60x40, dark at the top left
 
@@ -59,6 +61,32 @@ def test_the_first_frame_of_an_animation(tmp_path):
     assert loaded.getpixel((5, 5)) == (255, 0, 0)
 
 
+def test_exif_that_cannot_be_written_again_and_odd_orientations(tmp_path):
+    """Resolution -1, which Pillow reads but refuses to write; an orientation that is a text, or unknown."""
+    def exif(kind, value):
+        entries = [(0x011A, 10, struct.pack("<I", 38)), (ORIENTATION, kind, value)]
+        rows = b"".join(struct.pack("<HHI", tag, own, 1) + data for tag, own, data in sorted(entries))
+        return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + rows + bytes(4) + struct.pack("<ii", -1, 1)
+    turned, text, unknown = (3, b"\6\0\0\0", (40, 60)), (2, b"6\0\0\0", (60, 40)), (3, b"c\0\0\0", (60, 40))
+    for kind, value, size in (turned, text, unknown):
+        assert save(tmp_path / "x.jpg", Image.fromarray(RAMP), exif=exif(kind, value)).size == size
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_may_lack_its_end_marker_but_no_pixel(tmp_path, progressive):
+    noise = np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8)
+    path = tmp_path / "x.jpg"
+    whole = np.asarray(save(path, Image.fromarray(noise), progressive=progressive, exif=b""))
+    data = path.read_bytes()
+    path.write_bytes(data[:-2])
+    np.testing.assert_array_equal(load_picture(path), whole)
+    assert decode_picture(open_picture(path), 0.5).width in (35, 70)
+    for missing in (12, 100, len(data) // 2):
+        path.write_bytes(data[:-missing])
+        with pytest.raises(InputError, match="truncated"):
+            load_picture(path)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"\xff\xd8\xff\xe0" + b"x" * 50, b"\x89PNG\r\n\x1a\n" + b"\0" * 40]
 )
@@ -67,15 +95,6 @@ def test_broken_files_are_one_clear_line(tmp_path, content):
     with pytest.raises(InputError, match="x.jpg: cannot be read as a picture") as error:
         load_picture(tmp_path / "x.jpg")
     assert "\n" not in str(error.value)
-
-
-def test_a_truncated_jpeg_is_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3),
-                                                      np.uint8)).save(tmp_path / "x.jpg")
-    whole = (tmp_path / "x.jpg").read_bytes()
-    (tmp_path / "x.jpg").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(InputError, match="truncated"):
-        load_picture(tmp_path / "x.jpg")
 
 
 def test_drawn_boxes_are_where_the_faces_are():
@@ -95,6 +114,28 @@ def test_lines_and_labels_scale_with_the_picture_and_stay_inside():
         assert columns[-1] == side - 1 and columns[0] > 0  # its label is wider than the face, and whole
         return np.array([np.ptp(rows), np.ptp(columns), len(line)])
     np.testing.assert_allclose(label(2100) / label(700), 3, rtol=0.12)
+
+
+def test_labels_in_a_crowd_hide_no_neighbour():
+    x, y = np.meshgrid(np.arange(25) * 42 + 20, np.arange(18) * 48 + 30)
+    boxes = np.stack([x, y, x + 25, y + 30], -1).reshape(-1, 4)
+    drawn = np.asarray(draw_faces(Image.new("RGB", (1100, 900)), boxes, [0.88] * len(boxes)))
+    for x1, y1, x2, y2 in boxes:
+        assert not drawn[y1 + 4:y2 - 4, x1 + 4:x2 - 4].any()
+
+
+@pytest.mark.parametrize("side", [12, 40, 400])
+def test_a_hidden_face_is_a_few_blocks_and_the_rest_stays(side):
+    noise = Image.effect_noise((1000, 1000), 80).convert("RGB")
+    box = np.array([500, 500, 500 + side, 500 + side])
+    before, after = np.asarray(noise), np.asarray(hide_faces(noise, [box]))
+    inside = after[500:500 + side, 500:500 + side]
+    assert len(np.unique(inside.reshape(-1, 3), axis=0)) <= BLOCKS ** 2
+    assert (np.ptp(inside, (0, 1)) < np.ptp(before[500:500 + side, 500:500 + side], (0, 1))).all()
+    changed = np.argwhere((before != after).any(2))
+    assert changed.min() >= 500 - side / 4 - 1 and changed.max() <= 500 + 1.25 * side + 1
+    corner = np.asarray(hide_faces(noise, [[-5, -5, 40, 40], [20, 20, 20, 20]]))  # at the border; empty
+    assert corner.shape == before.shape and (corner != before)[:40, :40].any(2).mean() > 0.9
 
 
 def test_a_contact_sheet_holds_every_picture():

@@ -2,6 +2,11 @@
 
 import copy
 import json
+import shutil
+import subprocess
+import sys
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,13 +15,16 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from tools import benchmark
 import detect
 import evaluate
 import export
+from detector import MODEL, load_detector
+from detector import detect as detect_faces
 from model import checkpoint
-from detector import load_detector
 from support.runtimes import open_network, openvino_core
+from tools import benchmark
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +139,10 @@ def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
 def test_batches_of_a_generic_model_go_one_by_one(folder):
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8))
     detector = load_detector(folder / "plain/model.xml", threads=1)
-    for together, alone in zip(detector(pictures),
-                               (detector(picture[None])[0] for picture in pictures), strict=True):
-        np.testing.assert_array_equal(together, alone)
-        assert together.dtype == np.float32 and (np.diff(together[:, 4]) <= 0).all()
+    single = [detector(picture[None])[0] for picture in pictures]
+    for both, alone in zip(detector(pictures), single, strict=True):
+        np.testing.assert_array_equal(both, alone)
+        assert both.dtype == np.float32 and (np.diff(both[:, 4]) <= 0).all()
 
 
 @pytest.mark.slow
@@ -142,6 +150,55 @@ def test_openvino_computes_in_float32(folder):
     compiled = open_network(folder / "plain/model.xml", threads=1).compiled
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+@pytest.mark.slow
+def test_one_detector_serves_several_threads(folder):
+    picture = np.random.default_rng(0).integers(0, 256, (1, 3, 48, 64), np.uint8)
+    for name in ("plain/model.xml", "plain/model.onnx"):
+        detector = load_detector(folder / name)
+        expected, = detector(picture)
+        with ThreadPool(4) as pool:
+            for found, in pool.imap(detector, [picture] * 200):
+                np.testing.assert_array_equal(found, expected)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+from pathlib import Path
+for name in ("torch", "torchvision", "scipy", "onnx", "openvino", "matplotlib"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2:]:
+    sys.argv[:2] = [sys.argv[1] + "/detect.py"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    import numpy
+    from detector import detect, load_detector
+    numpy.savez("faces.npz", detect(load_detector(), "photo.jpg"))
+"""
+
+
+def test_without_torch(tmp_path):
+    """The shipped .onnx: detect.py and the README's lines of Python give what they give with torch."""
+    def run(*words):
+        return subprocess.run([sys.executable, "-c", WITHOUT_TORCH, ROOT, *words], cwd=tmp_path,
+                              capture_output=True, text=True)
+    shutil.copy(ROOT / "docs/photo.jpg", tmp_path / "photo.jpg")
+    for words in ((), ("photo.jpg",)):
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+    own = np.load(tmp_path / "faces.npz")["arr_0"]
+    for path, digits in ((ROOT / "weights/face_ssd300.onnx", 0), (MODEL, 0.01)):
+        expected = detect_faces(load_detector(path, device="cpu"), tmp_path / "photo.jpg")
+        assert (own.dtype, own.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_allclose(own, expected, rtol=0, atol=digits)
+    entry, = json.loads((tmp_path / "detections/detections.json").read_text())
+    likely = own[own[:, 4] >= detect.SHOWN]
+    np.testing.assert_allclose([face["box"] for face in entry["faces"]], likely[:, :4], atol=0.006)
+    for words in (["--model", MODEL], ["--tiles", "300"], ["--size", "640"]):
+        done = run("photo.jpg", *words)
+        assert done.returncode == 2 and "needs PyTorch" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

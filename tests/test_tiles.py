@@ -1,4 +1,4 @@
-"""Tests of tiles.py: tiles cover the picture, and a face on their borders counts once."""
+"""Tests of the tiles of detector.py: they cover the picture, and a face on a border counts once."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
 import evaluate
-from detector import detect, load_detector
+from detector import TiledDetector, cut, detect, load_detector, merge
 from model import checkpoint
-from detector import TiledDetector, cut, merge
+from support.coco import read_annotations
 
 
 class Finder:
@@ -20,7 +20,7 @@ class Finder:
 
     def __call__(self, images):
         self.batches.append(len(images))
-        return [self.find(pixels[0].numpy() > 127) for pixels in images]
+        return [self.find(pixels[0] > 127) for pixels in images]
 
     def find(self, white):
         columns, rows = np.flatnonzero(white.any(0)), np.flatnonzero(white.any(1))
@@ -112,7 +112,6 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
     torch.save(checkpoint(small), tmp_path / "small.pth")
     words = ["--data", str(sample / "val.json"), "--model", str(tmp_path / "small.pth"), "--workers", "0",
              "--device", "cpu"]
-    from support.coco import read_annotations
     annotations = read_annotations(sample / "val.json")
     args = evaluate.parse_args([*words, "--tiles", "160"])
     assert args.tiles == [160, 40] and evaluate.parse_args([*words, "--tiles", "160", "0"]).tiles == [160, 0]

@@ -151,7 +151,8 @@ def test_starting_from_weights(sample, tmp_path, capsys, refused):
         "--epochs", 0, "--anchors", "10x15", "20x30")
     assert "4 tensors did not fit" in capsys.readouterr().out
     assert "is of width 0.25; python -m tools.width" in refused(
-        train.main, *SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--width", 0.125)
+        train.main, *SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth",
+        "--width", 0.125)
 
 
 @pytest.mark.slow
@@ -183,8 +184,8 @@ def test_distillation_forgets_less(sample, tmp_path):
 
 def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
-    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--distill", 0.1, 0.1,
-             "--epochs", 0]
+    flags = [*SMALL, "--data", sample / "train.json", "--load-from", tmp_path / "x.pth", "--epochs", 0,
+             "--distill", 0.1, 0.1]
     nine = [f"{10 + n}x{15 + n}" for n in range(9)]
     assert "same anchors" in refused(train.main, *flags, "--out", tmp_path / "r", "--anchors", *nine)
     assert not (tmp_path / "r/last.pth").exists()

@@ -1,0 +1,86 @@
+"""Write the detector's own labels of photos as COCO: first labels to correct, or photos that fool it.
+
+    python -m tools.prelabel folder pre.json                            # first labels, to correct or train on
+    python -m tools.prelabel no-faces negatives.json --fooled 0.3       # of photos without faces, those that
+                                                                        # have one of score 0.3: to train on
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+from support.script import command, new_parser, write_json
+
+from tqdm import tqdm
+
+from detect import add_model_flags, chosen_detector, count, find_inputs, parse_score, refuse_failed, search
+from support.coco import to_xywh
+
+SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
+
+
+def to_coco(photos, out, labelled):
+    """COCO content of photos, with their faces if `labelled`; names are relative to the file `out`.
+
+    `photos` are (path, (width, height), faces `[K, 5]`). A face has its score. What may be a face (below
+    SURE) is marked iscrowd: neither face nor background.
+    """
+    folder = os.path.realpath(Path(out).parent)
+    images, annotations = [], []
+    for image_id, (path, (width, height), faces) in enumerate(photos, 1):
+        file = os.path.join(os.path.realpath(path.parent), path.name)
+        images.append({"id": image_id, "file_name": Path(os.path.relpath(file, folder)).as_posix(),
+                       "width": width, "height": height})
+        boxes = to_xywh(faces[:, :4]).round(2).tolist()
+        for box, score in zip(boxes, faces[:, 4].tolist()) if labelled else ():
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
+                                "bbox": box, "area": round(box[2] * box[3], 2),
+                                "iscrowd": int(score < SURE), "score": round(score, 5)})
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}
+
+
+@command
+def main(argv=None):
+    """Search all pictures, and write the json."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("inputs", nargs="+", help="pictures, folders, patterns")
+    add("json", help="COCO file to write: a face from score "
+        f"{SURE} on, iscrowd (neither face nor background) from {DOUBTFUL} on")
+    add("--fooled", type=parse_score, metavar="SCORE",
+        help="of photos without faces: write only those with a face of that score, unlabelled")
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    if Path(args.json).suffix != ".json":
+        parser.error(f"{args.json}: the name of a .json is expected")
+    files, left_out = find_inputs(args.inputs, args.json)
+    detector = chosen_detector(args)
+    score = DOUBTFUL if args.fooled is None else args.fooled
+    photos, failed = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
+        found = tqdm(search(detector, files, score), total=len(files), unit="picture", disable=None)
+        for path, (image, faces) in zip(files, found):
+            if faces is None:
+                failed.append(image)
+            else:
+                photos.append((path, image.size, faces))
+    pictures = count(len(photos), "picture")
+    if args.fooled is None:
+        content = to_coco(photos, args.json, labelled=True)
+        doubtful = sum(face["iscrowd"] for face in content["annotations"])
+        sure = len(content["annotations"]) - doubtful
+        said = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {pictures}"
+    else:
+        fooled = [photo for photo in photos if len(photo[2])]
+        content = to_coco(fooled, args.json, labelled=False)
+        said = f"{len(fooled)} of {pictures} have a face of score {score:g} or more"
+    if photos:
+        write_json(args.json, content)
+        said += f"; see {args.json}"
+    print(f"{said}{left_out}")
+    refuse_failed(failed, len(files))
+
+
+if __name__ == "__main__":
+    main()
