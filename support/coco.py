@@ -9,9 +9,9 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from support.script import InputError, read_json
+
+import numpy as np
 
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
