@@ -9,11 +9,14 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from support.script import InputError, read_json
 
+<<<<<<< HEAD
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
+=======
+import numpy as np
+
+>>>>>>> hB
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
