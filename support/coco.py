@@ -11,12 +11,9 @@ from pathlib import Path
 
 from support.script import InputError, read_json
 
-<<<<<<< HEAD
-MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
-=======
 import numpy as np
 
->>>>>>> hB
+MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
