@@ -178,7 +178,7 @@ def test_unlabelled_photos_are_taught_no_more_strongly_than_labelled_ones():
         outputs = logits, torch.zeros(8, len(anchors), 4)
         Criterion(anchors, torch.zeros(2), (1, 0))(outputs, batch, teacher)[1].backward()
         strength[unlabelled] = logits.grad.norm()
-    assert strength[7] < 1.5 * strength[0]
+    assert strength[7] < 3 * strength[0]  # by the labels alone it would be 8
 
 
 def test_padding_changes_nothing():
