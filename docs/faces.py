@@ -1,4 +1,4 @@
-"""Draws docs/faces.jpg, the head of the README: what the shipped network finds on a photo and on synthetic ones.
+"""Draw docs/faces.jpg, the head of the README: what the shipped network finds on five photos.
 
     python -m tools.sample data/sample --train 1 --val 60
     PYTHONPATH=. python docs/faces.py
