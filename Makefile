@@ -1,4 +1,4 @@
-# make demo     the shipped network on a photo, fine-tuned, exported, measured (demo.py)
+# make demo     the shipped network on a photo, fine-tuned, exported, measured (tools.demo)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
 # make weights PHOTOS=folder RELEASED=wider_face_tiny_ssd_075x.pth     weights/face_ssd300.pth anew, see its

@@ -10,7 +10,7 @@ from support.coco import COMPLETE, UNLABELLED
 NEGATIVES_PER_POSITIVE = 3
 MIN_NEGATIVES = 10  # an image without faces still teaches
 FACES = 10  # positive anchors that an image has at least, for the teacher's part: those of one face
-QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # as in weights/TRIALS.md, where no other values were tried
+QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # as in docs/trials.md, where no other values were tried
 
 
 def batch_divisor(positive):
