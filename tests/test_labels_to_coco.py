@@ -15,7 +15,7 @@ from support.coco import InputError, read_annotations
 from tools import look
 from tools.labels import photos_around
 from tools.labels_to_coco import main
-from tools.yolo import _yolo_names
+from tools.yolo import read_names
 
 SAMPLES = Path(__file__).parent / "labels"
 TRUTH = json.loads((SAMPLES / "truth.json").read_text())
@@ -237,7 +237,7 @@ def test_landmarks_are_taken_for_no_polygon(folder, refused, rows):
     "names: [\n  'face',\n  'a b'\n]\n", "# names: [x]\nnames:\n    0: \"face\"  # the first\n    1: a b"])
 def test_names_of_data_yaml(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
-    assert _yolo_names(tmp_path / "data.yaml")[0] == ["face", "a b"]
+    assert read_names(tmp_path / "data.yaml")[0] == ["face", "a b"]
 
 
 @pytest.mark.parametrize("text", ["names: [[face]]", "face.names", "names:", "names:\n  1: face",
@@ -245,7 +245,7 @@ def test_names_of_data_yaml(tmp_path, text):
 def test_other_names_are_refused(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError, match="names are not understood.*write names: "):
-        _yolo_names(tmp_path / "data.yaml")
+        read_names(tmp_path / "data.yaml")
 
 
 @pytest.mark.parametrize("name", ["labels", "Validation", "obj_names", "val", "train.0001", "test.2"])

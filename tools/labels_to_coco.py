@@ -17,16 +17,16 @@ import re
 import time
 import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.script import InputError, command, new_parser, read_json, write_json
+from support.script import command, new_parser, read_json, write_json
 
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
 from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
-                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml)
-from tools.yolo import NAME_FILES, begins_with_a_box, read_yolo, write_yolo
+                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml, require)
+from tools.yolo import begins_with_a_box, find_names, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
 ROUNDING = 0.05  # px that a tool's rounding may move a box out of its photo, not worth a word
@@ -49,55 +49,46 @@ def read_labels(path, own=None):
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, own)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: not labels that are known (unpack archives first); {KNOWN}")
-    return reader(path)
+    require(path.is_file(), f"{path}: no such file or folder")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_yolo(path)
+    if path.suffix.lower() == ".csv":
+        return read_csv(path)
+    if path.suffix.lower() == ".xml":
+        root = read_xml(path)
+        return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
+    if path.suffix.lower() == ".txt":
+        require(read_text(path).startswith("#"),
+                f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
+        return read_retinaface(path)
+    require(path.suffix.lower() == ".json",
+            f"{path}: not labels that are known (unpack archives first); {KNOWN}")
+    return _read_json(path)
 
 
 def _read_folder(folder, own):
     """Read the one kind of labels that is in a folder. A json counts where nothing else is."""
-    files = {kind: find_files(folder, {f".{kind}"}, own) for kind in ("txt", "xml", "csv", "json")}
-    files["json"] = [file for file in files["json"] if file.name != "notes.json"]  # Label Studio's, by YOLO
+    files = {kind: find_files(folder, {f".{kind}"}) for kind in ("txt", "xml", "csv", "json")}
+    files["json"] = [file for file in files["json"] if file.name != "notes.json"  # Label Studio's, by YOLO
+                     and os.path.realpath(file) != os.path.realpath(own)]
     kinds = [kind for kind in ("xml", "csv") if files[kind]]
     if any(map(begins_with_a_box, files["txt"])):
         kinds.insert(0, "txt")
-    if len(kinds) > 1:
-        raise InputError(
-            f"{folder}: holds {' and '.join(kinds)} files, such as {files[kinds[0]][0]} and "
-            f"{files[kinds[1]][0]}; name the file or folder of one kind")
     if not kinds and files["json"]:
         kinds = ["json"]
-    elif not kinds and (files["txt"] or any((folder / name).exists() for name in NAME_FILES)):
+    if not kinds and (files["txt"] or find_names(folder, above=0)):
         kinds = ["txt"]
-    if not kinds:
-        raise InputError(f"{folder}: no labels in it; {KNOWN}")
-    found = files[kinds[0]]
+    require(kinds, f"{folder}: no labels in it; {KNOWN}")
+    found = [file for kind in kinds for file in files[kind][:None if len(kinds) == 1 else 1]]
     if kinds == ["txt"]:
         return read_yolo(folder)
     if kinds == ["xml"] and len(found) > 1:
         return read_voc(found, folder)
-    if len(found) > 1:
-        if kinds == ["json"]:
-            _refuse_other_tools(found[0], read_json(found[0]))
-        raise InputError(
-            f"{folder}: holds {len(found)} {kinds[0]} files, such as {found[0]} and {found[1]}; name one")
+    if kinds == ["json"]:
+        _refuse_other_tools(found[0], read_json(found[0]))
+    require(len(found) == 1, f"{folder}: holds {' and '.join(kinds)} files, such as "
+            f"{' and '.join(map(str, found[:2]))}; name the file or folder of one kind")
     return read_labels(found[0])
-
-
-def _read_xml(path):
-    """Read CVAT's xml, or the Pascal VOC xml of one photo."""
-    root = read_xml(path)
-    return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
-
-
-def _read_txt(path):
-    """Read RetinaFace's text: YOLO has a folder of them."""
-    if read_text(path).startswith("#"):
-        return read_retinaface(path)
-    raise InputError(f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
 
 
 def _refuse_other_tools(path, content):
@@ -105,8 +96,7 @@ def _refuse_other_tools(path, content):
     entries = list(content.values()) if isinstance(content, dict) else content
     for own in (content, *(entries[:1] if isinstance(entries, list) else [])):
         for keys, message in OTHER_TOOLS.items():
-            if isinstance(own, dict) and all(key in own for key in keys):
-                raise InputError(f"{path}: is {message}")
+            require(not isinstance(own, dict) or not {*keys} <= own.keys(), f"{path}: is {message}")
 
 
 def _read_json(path):
@@ -115,15 +105,9 @@ def _read_json(path):
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
     _refuse_other_tools(path, content)
-    if not isinstance(content, list) or not content or not all(isinstance(task, dict) for task in content):
-        raise InputError(
-            f'{path}: neither COCO, with lists "images" and "annotations", nor a list of '
-            "Label Studio's tasks")
+    require(isinstance(content, list) and content and all(isinstance(task, dict) for task in content),
+            f'{path}: neither COCO, with lists "images" and "annotations", nor a list of Label Studio\'s tasks')
     return read_label_studio(path, content)
-
-
-READERS = {".json": _read_json, ".xml": _read_xml, ".csv": read_csv, ".txt": _read_txt,
-           ".yaml": read_yolo, ".yml": read_yolo}
 
 
 def _parts(name):
@@ -173,35 +157,30 @@ def find_photos(labels, root, folder):
     ambiguous, or labelled twice.
     """
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
-    by_form = {}
+    by_form = defaultdict(list)
     for picture in pictures:
         for form in _forms(picture):
-            by_form.setdefault(form, []).append(picture)
+            by_form[form].append(picture)
     found, missing = {}, []
     for photo in labels.photos:
         candidates = _candidates(photo, by_form, root, folder)
         if not candidates:
             missing.append(photo)
             continue
-        if len(candidates) > 1:
-            raise InputError(
-                f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or {candidates[1]!r} below "
-                f"{root}; name a folder that holds one of them")
+        require(len(candidates) == 1, f"{photo.place}: {photo.names[0]!r} may be "
+                f"{' or '.join(map(repr, candidates[:2]))} below {root}; name a folder that holds one of them")
         if photo.problem:
             raise photo.problem
         other = found.setdefault(candidates[0], photo)
         if other is not photo:
-            if not (photo.updated and other.updated):
-                raise InputError(
+            require(photo.updated and other.updated,
                     f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
             found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
             labels.left_out["photos labelled again"] += 1
     absent = [repr(photo.names[0]) for photo in missing if photo.labels or labels.format != "YOLO"]
-    if absent:
-        more = ", ..." if len(absent) > LISTED else ""
-        raise InputError(
-            f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below it "
-            f"({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+    more = ", ..." if len(absent) > LISTED else ""
+    require(not absent, f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below "
+            f"it ({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
     labels.left_out["txt of no photo"] = len(missing)
     return found, [picture for picture in pictures if picture not in found]
 
@@ -212,15 +191,12 @@ def choose_categories(path, counts, wanted):
     `counts` is `{category: labels}`. Raises InputError.
     """
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
-    if wanted:
-        unknown = [name for name in wanted if name not in counts]
-        if unknown:
-            raise InputError(f"{path}: no category {unknown[0]!r}, there are: {listed}")
-        return set(wanted)
+    for name in wanted:
+        require(name in counts, f"{path}: no category {name!r}, there are: {listed}")
     named = [name for name in counts if name.strip().lower() == "face"]
-    if len(named) != 1 and len(counts) > 1:
-        raise InputError(f"{path}: which category is the face? Choose with --category, there are: {listed}")
-    return set(named or counts)
+    require(wanted or len(named) == 1 or len(counts) < 2,
+            f"{path}: which category is the face? Choose with --category, there are: {listed}")
+    return set(wanted or named or counts)
 
 
 def to_coco(labels, names, sizes, faces):
@@ -244,18 +220,18 @@ def to_coco(labels, names, sizes, faces):
                 kind = "inside"
             ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
-                                "bbox": box, "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14),
-                                **label.flags, "iscrowd": int(ignored or kind in ("empty", "outside"))})
-            met.update({**label.flags, kind: 1})
+            face = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
+                    "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14), **label.flags,
+                    "iscrowd": int(ignored or kind in ("empty", "outside"))}
+            annotations.append(face)
+            met.update({**label.flags, kind: 1, "marked iscrowd": face["iscrowd"]})
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
 
 
 def _check_size(photo, size, relative):
     """Refuse labels of a photo that was resized or turned since: their boxes would be somewhere else."""
-    stated = photo.size if photo.size and all(photo.size) else size
-    if tuple(stated) != size and (not relative or tuple(stated) == size[::-1]):
-        raise InputError(
+    stated = tuple(photo.size) if photo.size and all(photo.size) else size
+    require(stated == size or relative and stated != size[::-1],
             f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} is "
             f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
 
@@ -266,50 +242,45 @@ def convert(path, photos, out, wanted=(), to="coco"):
     Returns the format, the folder of the photos, and the counts of what was found. Raises InputError.
     """
     path, out = Path(path), Path(out)
-    if photos and not Path(photos).is_dir():
-        raise InputError(f"{photos}: no such folder of photos")
-    if os.path.realpath(out) == os.path.realpath(path) or out.is_dir():
-        raise InputError(
+    require(not photos or Path(photos).is_dir(), f"{photos}: no such folder of photos")
+    require(os.path.realpath(out) != os.path.realpath(path) and not out.is_dir(),
             f"{out}: is a folder that is there, or the labels themselves; name another for the output")
     labels = read_labels(path, out)
     around = photos_around(path) if path.is_dir() else path.parent
     shown = Path(photos) if photos else photos_around(around)
     root, around = os.path.realpath(shown), os.path.realpath(around)  # ".." after a link leads elsewhere
     found, others = find_photos(labels, Path(root), around)
-    if not found:
-        raise InputError(f"{path}: labels no photos (a text of RetinaFace is to be named itself)")
-    labels.photos, names = list(found.values()), list(found)
+    require(found, f"{path}: labels no photos (a text of RetinaFace is to be named itself)")
     counts = Counter(dict.fromkeys(labels.categories, 0))
-    counts.update(label.category for photo in labels.photos for label in photo.labels)
+    counts.update(label.category for photo in found.values() for label in photo.labels)
     faces = choose_categories(path, counts, wanted)
-    folders = {os.path.dirname(name) for name in names}
+    folders = {os.path.dirname(name) for name in found}
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
-    labels.photos += [Photo([name], name, []) for name in plain]
-    names += plain
+    found |= {name: Photo([name], name, []) for name in plain}
+    labels.photos, names = list(found.values()), list(found)
     sizes = read_sizes([(name, None) for name in names], root, os.cpu_count())
     prefix = os.path.relpath(root, os.path.realpath(out.parent))
     written = [Path(os.path.normpath(os.path.join(prefix, name))).as_posix() for name in names]
     content, met = to_coco(labels, written, sizes, faces)
     annotations = content["annotations"]
-    met = {key: met[key] for key in (*FLAGS[:-1], "empty", "clipped", "outside")}
-    met["marked iscrowd"] = sum(face["iscrowd"] for face in annotations)
     if to == "coco":
         write_json(out, content)
     else:
         annotations = [face for face in annotations if not face["iscrowd"]]
-        labels.left_out["iscrowd"] = met.pop("marked iscrowd")
-        of_photo = {image["id"]: [] for image in content["images"]}
+        labels.left_out["iscrowd"] = met.pop("marked iscrowd", 0)
+        boxes = defaultdict(list)
         for face in annotations:
-            of_photo[face["image_id"]].append(face["bbox"])
+            boxes[face["image_id"]].append(face["bbox"])
         plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
-        files = [Path(root, name) for name in names]
-        write_yolo(out, list(zip(files, plain_names, sizes, of_photo.values())))
+        write_yolo(out, [(Path(root, name), plain_name, size, boxes[n])
+                         for n, (name, plain_name, size) in enumerate(zip(names, plain_names, sizes), 1)])
     if photos:
         labels.left_out["photos without labels"] = len(others) - len(plain)
     with_faces = len({face["image_id"] for face in annotations})
     report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
-    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations)}
-    report |= {"photos without txt": len(plain)} | met
+    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations),
+               "photos without txt": len(plain)}
+    report |= {key: met[key] for key in (*FLAGS[:-1], "empty", "clipped", "outside", "marked iscrowd")}
     report |= {f"left out: {what}": count for what, count in labels.left_out.items()}
     return labels.format, shown, report
 

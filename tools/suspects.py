@@ -21,7 +21,7 @@ from support.script import InputError, csv_cell, whole_file
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.ops import box_iou
 
 from support.coco import Annotations, to_xywh, to_xyxy
@@ -36,6 +36,7 @@ FACE_SHAPE = 0.4, 2         # width / height of faces in general
 LEAST_SIZE = 3              # px, square root of the area: below it nothing can be seen
 NO_BOXES = np.zeros((0, 4))
 SIDE, SHOWN = 320, 100      # px of a photo in the picture of suspects, and how many it has at most
+CAPTION, LETTERS = 36, 50   # below it: px of two lines, letters of one
 
 
 @dataclass
@@ -68,23 +69,11 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     sets = [replace(annotations, sizes=own) for annotations, own in zip(sets, known)]
 
     suspects = []
-    for n, (other, score, mirrored) in partners(*near_duplicates(pixels, place), place).items():
+    for n, (other, score, mirrored) in near_duplicates(pixels, place).items():
         reason = "leak" if place[n] != place[other] else "near-duplicate"
-        suspects.append(Suspect(score, reason, files[n], other=files[other],
-                                detail="mirrored" if mirrored else ""))
+        detail = "mirrored" if mirrored else ""
+        suspects.append(Suspect(score, reason, files[n], other=files[other], detail=detail))
     return suspects, sets, errors
-
-
-def partners(pairs, correlation, mirrored, place) -> dict:
-    """Which earlier photo each near-duplicate resembles most: {index: (index, correlation, mirrored)}.
-
-    A photo of the training set is preferred, so that each leak is found. Arguments are as near_duplicates
-    returns them, and the number of each photo's set.
-    """
-    best = {}
-    for n in np.lexsort((-correlation, place[pairs[:, 0]] == place[pairs[:, 1]])):
-        best.setdefault(pairs[n, 1], (pairs[n, 0], float(min(correlation[n], 1)), mirrored[n]))
-    return best
 
 
 def check_labels(annotations: Annotations) -> list[Suspect]:
@@ -144,40 +133,41 @@ def draw_suspects(suspects: list[Suspect], path) -> None:
 
     A photo that cannot be read is left grey.
     """
-    save_picture(contact_sheet([_tile(suspect) for suspect in suspects[:SHOWN]], 4, SIDE), path)
+    tiles = [_tile(suspect) for suspect in suspects[:SHOWN]]
+    save_picture(contact_sheet(tiles, 4, SIDE + CAPTION), path)
 
 
 def _tile(suspect):
     """One suspect: the part of the photo that matters, enlarged, or two photos side by side; a caption."""
-    tile = Image.new("RGB", (SIDE, SIDE), "#404040")
-    files, boxes = [suspect.file, suspect.other][:1 + bool(suspect.other)], (suspect.labels, suspect.found)
-    room = SIDE // len(files), SIDE - 36
-    for n, file in enumerate(files):
+    files = [file for file in (suspect.file, suspect.other) if file]
+    parts = []
+    for file in files:
         try:
-            part = _part(load_picture(file), boxes, room)
+            parts.append(_part(load_picture(file), (suspect.labels, suspect.found)))
         except InputError:  # named elsewhere
-            continue
-        tile.paste(part, (n * room[0] + (room[0] - part.width) // 2, (room[1] - part.height) // 2))
+            parts.append(Image.new("RGB", (SIDE, SIDE), "#404040"))
+    tile = contact_sheet(parts, len(parts), SIDE // len(parts))
+    tile = ImageOps.expand(tile, (0, 0, 0, CAPTION), "#404040")
     text = f"{suspect.score:.2f} {suspect.reason}, {suspect.detail}".rstrip(", ")
     names = " | ".join(file.name for file in files)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-    for y, line in ((SIDE - 34, text), (SIDE - 18, names)):
-        plain = drawable(line)
-        draw.text((4, y), plain if len(plain) <= 50 else f"{plain[:24]}...{plain[-23:]}", "white", font)
+    for line, above in ((text, 34), (names, 18)):
+        draw.text((4, tile.height - above), drawable(line)[-LETTERS:], "white", font)
     return tile
 
 
-def _part(image, boxes, room):
-    """Cut the boxes with their size around them out of a photo, fit it into `room`, draw them."""
+def _part(image, boxes):
+    """Cut the boxes with their size around them out of a photo, enlarge the part, draw them."""
     view = np.array([0, 0, *image.size], float)
-    together = np.concatenate(boxes)
-    if len(together):
-        low, high = together[:, :2].min(0), together[:, 2:].max(0)
-        centre, half = (low + high) / 2, max(1.5 * (high - low).max(), 20)
+    every = np.concatenate(boxes)
+    if len(every):
+        low, high = every[:, :2].min(0), every[:, 2:].max(0)
+        centre = ((low + high) / 2).clip(0, view[2:])
+        half = max(1.5 * (high - low).max(), 20)
         view = np.concatenate([centre - half, centre + half]).clip(0, view[[2, 3, 2, 3]])
-    scale = min(room / np.maximum(view[2:] - view[:2], 1))
-    target = [max(1, round(side)) for side in (view[2:] - view[:2]) * scale]
-    part = image.resize(target, Image.Resampling.BILINEAR, tuple(view))
+    sides = np.maximum(view[2:] - view[:2], 1)
+    scale = SIDE / sides.max()
+    part = image.resize([max(1, round(side)) for side in sides * scale], Image.Resampling.BILINEAR, tuple(view))
     for own, colour in zip(boxes, (MISSED, FALSE)):
         part = draw_faces(part, (own - np.tile(view[:2], 2)) * scale, colour=colour)
     return part

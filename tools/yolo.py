@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from support.script import InputError
@@ -10,7 +11,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from tools.labels import (Label, Labels, Photo, around, find_files, number, photos_around, read_text,
+                          require)
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
 
@@ -24,6 +26,13 @@ def begins_with_a_box(text):
         return False
 
 
+def find_names(folder, above=2):
+    """The file of class names in a folder, or in one of those `above`; None if there is none."""
+    folders = [folder, *list(folder.resolve().parents)[:above]]
+    files = [own / name for own in folders for name in NAME_FILES]
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_yolo(path):
     """Read YOLO's txt files below a folder, or beside its yaml: boxes, oriented boxes, polygons, keypoints.
 
@@ -33,21 +42,18 @@ def read_yolo(path):
     lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one.
     """
     folder = path if path.is_dir() else path.parent
-    places = [folder, *list(folder.resolve().parents)[:2]]
-    files = [path, *(place / name for place in places for name in NAME_FILES)]
-    file = next((file for file in files if file.is_file()), None)
-    names, keypoints = _yolo_names(file) if file else ([], None)
-    base, lines, by_length = photos_around(folder), [], {}
+    file = path if path.is_file() else find_names(folder)
+    names, keypoints = read_names(file) if file else ([], None)
+    base, lines, by_length = photos_around(folder), [], defaultdict(list)
     for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
         photo = Photo([Path(os.path.relpath(text, base)).as_posix()], str(text), [])
-        own = []
         try:
-            own = _read_lines(text, names, file)
+            lines.append((photo, _read_lines(text, names, file)))
         except InputError as error:
             photo.problem = error
-        lines.append((photo, own))
-        for _, _, values in own:
-            by_length.setdefault(len(values), []).append(values)
+            lines.append((photo, []))
+        for _, _, values in lines[-1][1]:
+            by_length[len(values)].append(values)
     corners = _count_corners({count: np.array(rows) for count, rows in by_length.items()}, keypoints, folder)
     for photo, own in lines:
         try:
@@ -65,9 +71,9 @@ def _read_lines(text, names, file):
             continue
         place = f"{text}:{n}"
         category, *values = [number(place, "a value", token) for token in line.split()]
-        if not category.is_integer() or category < 0 or names and category >= len(names):
-            expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
-            raise InputError(f"{place}: class {line.split()[0]!r}; {expected}")
+        expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
+        require(category.is_integer() and 0 <= category < (len(names) or np.inf),
+                f"{place}: class {line.split()[0]!r}; {expected}")
         lines.append((place, names[int(category)] if names else str(int(category)), values))
     return lines
 
@@ -90,10 +96,9 @@ def _count_corners(rows, keypoints, folder):
             corners[length] = length - 1 if length % 2 else length - 2 * (tracks and length > 7)
     long = [length for length, count in corners.items() if count > 7]
     alike = keypoints is None and long and max(long) - min(long) <= 2  # polygons are of any length
-    if alike and all(_holds_the_rest(rows[length], corners[length]) for length in long):
-        raise InputError(
-            f"{folder}: lines have {long[0] + 1} numbers: a box and its landmarks, or a polygon? Write "
-            "kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
+    require(not alike or not all(_holds_the_rest(rows[length], corners[length]) for length in long),
+            f"{folder}: lines have {max(rows, default=0) + 1} numbers: a box and its landmarks, or a polygon? "
+            "Write kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
     return corners
 
 
@@ -117,22 +122,20 @@ def _holds_the_rest(rows, count):
 
 
 def _box(place, values, corners):
-    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's. Raises InputError."""
+    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's."""
     count = corners.get(len(values))
-    if count is None:
-        raise InputError(
-            f"{place}: {len(values) + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
+    require(count is not None, f"{place}: {len(values) + 1} numbers; class cx cy w h, or "
+            "class x1 y1 x2 y2 x3 y3 ... expected")
     shape = values[:count or 4]
-    if max(map(abs, shape)) > 2:
-        raise InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-                         "YOLO's numbers are from 0 to 1")
+    require(max(map(abs, shape)) <= 2, f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
+            "YOLO's numbers are from 0 to 1")
     if count:
-        return around(zip(shape[::2], shape[1::2]))
+        return around(list(zip(shape[::2], shape[1::2])))
     cx, cy, w, h = shape
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
 
-def _yolo_names(file):
+def read_names(file):
     """The class names, and how many numbers the keypoints of data.yaml take: (names, number or None)."""
     text = read_text(file)
     if file.suffix not in (".yaml", ".yml"):
@@ -145,11 +148,11 @@ def _yolo_names(file):
     names, shape = content.get("names", ["0"]), content.get("kpt_shape", ["0", "0"])
     if isinstance(names, dict) and list(names) == [str(n) for n in range(len(names))]:
         names = list(names.values())
-    if not names or not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(str(side).isdecimal() for side in shape):
-        raise InputError(f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
-                         "write kpt_shape: [5, 2] for 5 landmarks of x and y")
+    require(names and isinstance(names, list) and all(isinstance(name, str) and name for name in names),
+            f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
+    require(isinstance(shape, list) and len(shape) == 2 and all(str(side).isdecimal() for side in shape),
+            f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
+            "write kpt_shape: [5, 2] for 5 landmarks of x and y")
     keypoints = int(shape[0]) * int(shape[1]) if "kpt_shape" in content else None
     return names if "names" in content else [], keypoints
 
@@ -163,8 +166,8 @@ def write_yolo(folder, photos):
     folder, texts = Path(folder), {}
     for path, name, _, _ in photos:
         text = PurePosixPath(name).with_suffix(".txt")
-        if texts.setdefault(text, path) != path:
-            raise InputError(f"{path}: would share the label {text} with {texts[text]}; rename one")
+        require(texts.setdefault(text, path) == path,
+                f"{path}: would share the label {text} with {texts[text]}; rename one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for path, name, (width, height), faces in tqdm(photos, "copying", disable=None):
