@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.script import InputError, read_json
+from support.script import InputError, read_json, require
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
@@ -70,10 +70,6 @@ class Annotations:
     # [I] uint8: MADE somehow, COMPLETE (every face is labelled, by hand), or UNLABELLED (nobody looked)
     labels: np.ndarray | None = None
 
-    def __post_init__(self):
-        if self.labels is None:
-            self.labels = np.full(len(self.ids), MADE, np.uint8)
-
     def file(self, index: int) -> Path:
         """The path of photo `index`."""
         return self.path.parent / self.names[index]
@@ -85,9 +81,9 @@ class Annotations:
         """
         count = len(self.names)
         files = [self.file(n) for n in range(0, count, max(1, count // 20))]
-        if files and not any(os.path.isfile(file) for file in files):
-            raise InputError(f"{self.path}: its photos are not there, such as {files[0]}; python -m "
-                             f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
+        require(not files or any(os.path.isfile(file) for file in files),
+                f"{self.path}: its photos are not there, such as {files and files[0]}; python -m "
+                f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
 
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
@@ -135,19 +131,18 @@ def read_annotations(path: str | Path) -> Annotations:
     images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
         name = entry.get("file_name")
-        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            raise InputError(
+        require(isinstance(name, str) and FILE_NAME.fullmatch(name),
                 f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's")
     category = _face_category(path, categories, annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}
     for face in faces:
-        if not isinstance(face.get("image_id"), int) or face["image_id"] not in index_of:
-            raise InputError(f"{path}: annotation {face['id']} belongs to image {face.get('image_id')!r}, "
-                             "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
-        if face.get("iscrowd", 0) not in (0, 1):  # as text, "0" would count as yes
-            raise InputError(f"{path}: annotation {face['id']}: iscrowd is {repr(face['iscrowd'])[:60]}, "
-                             "0 or 1 expected")
+        number, crowd = face.get("image_id"), face.get("iscrowd", 0)
+        if not isinstance(number, int) or number not in index_of:
+            raise InputError(f"{path}: annotation {face['id']} belongs to image {number!r}, which is not in "
+                             "\"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
+        if crowd not in (0, 1):  # as text, "0" would count as yes
+            raise InputError(f"{path}: annotation {face['id']}: iscrowd is {repr(crowd)[:60]}, 0 or 1 expected")
     image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
     ids = [face["id"] for face in faces]
     xywh = _numbers(path, "bbox", [face.get("bbox") for face in faces], ids, (4,))
@@ -168,20 +163,20 @@ def read_annotations(path: str | Path) -> Annotations:
               "of other categories": len(annotations) - len(faces)}
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
                        [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
-                       (crowd | empty | outside)[order], crowd[order], counts)
+                       (crowd | empty | outside)[order], crowd[order], counts,
+                       np.full(len(images), MADE, np.uint8))
 
 
 def _read_lists(path):
     """The lists of images and annotations in a COCO file, with ids that differ, and its categories."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
-                         "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
-    if path.is_dir() or path.suffix.lower() in FOREIGN:
-        raise InputError(f"{path}: a COCO json is expected; {CONVERT}")
+    require(path.exists(), f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
+            "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
+    require(not path.is_dir() and path.suffix.lower() not in FOREIGN,
+            f"{path}: a COCO json is expected; {CONVERT}")
     content = read_json(path)
     for kind in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(kind), list):
-            raise InputError(f"{path}: not COCO annotations, no list \"{kind}\"; {CONVERT}")
+        require(isinstance(content, dict) and isinstance(content.get(kind), list),
+                f"{path}: not COCO annotations, no list \"{kind}\"; {CONVERT}")
         seen = set()
         for index, entry in enumerate(content[kind]):
             number = entry.get("id") if isinstance(entry, dict) else None
@@ -222,8 +217,7 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     categories, for numbers that are not finite, and for boxes in fractions of the photo.
     """
     entries = read_json(path)
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise InputError(
+    require(isinstance(entries, list) and all(isinstance(e, dict) for e in entries),
             f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
     face = annotations.category
     categories = {face}
@@ -240,8 +234,8 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
             raise InputError(f"{path}: entry {n} is of image {image!r}, which is not in {annotations.path}")
         if category == face:
             numbers.append(n)
-    if entries and not numbers:
-        raise InputError(f"{path}: none of its {len(entries)} entries is of category_id {face}, the face")
+    require(numbers or not entries,
+            f"{path}: none of its {len(entries)} entries is of category_id {face}, the face")
     entries = [entries[n] for n in numbers]
     image = np.array([index_of[entry["image_id"]] for entry in entries], np.int64)
     xywh = _numbers(path, "bbox", [entry.get("bbox") for entry in entries], numbers, (4,))
@@ -254,9 +248,8 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
 
 def require_pixels(path, xywh):
     """Raise InputError if all boxes `[D, 4]` on photos of hundreds of pixels lie within about 0 to 1."""
-    if len(xywh) and 0 < np.abs(xywh).max() <= 1.5:
-        raise InputError(f"{path}: all boxes lie within 0-1, as fractions of the photo do; pixels are "
-                         "expected, so multiply by the photo's width and height")
+    require(not 0 < np.abs(xywh).max(initial=0) <= 1.5, f"{path}: all boxes lie within 0-1, as fractions of "
+            "the photo do; pixels are expected, so multiply by the photo's width and height")
 
 
 def face_entries(annotations: Annotations) -> tuple[dict, list[dict]]:
@@ -280,20 +273,19 @@ def _face_category(path, categories, annotations):
     """Choose the id of the category `face`, or of the only one. Without `categories` those in use count."""
     if categories is None:
         categories = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
-    if not isinstance(categories, list) or any(
-            not isinstance(c, dict) or not isinstance(c.get("id"), int) for c in categories):
-        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
-                         "python -m tools.labels_to_coco gives them")
+    require(isinstance(categories, list) and all(
+        isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories),
+        f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
+        "python -m tools.labels_to_coco gives them")
     names = {c["id"]: str(c.get("name")) for c in categories}
     faces = [number for number, name in names.items() if name.strip().lower() == "face"]
-    if len(faces) != 1 and len(names) != 1:
-        raise InputError(f"{path}: which category is the face? One must be named \"face\", there are: "
-                         f"{', '.join(names.values()) or 'none'}; "
-                         "python -m tools.labels_to_coco --category chooses")
+    require(len(faces) == 1 or len(names) == 1, f"{path}: which category is the face? One must be named "
+            f"\"face\", there are: {', '.join(names.values()) or 'none'}; "
+            "python -m tools.labels_to_coco --category chooses")
     for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
-        if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in names:
-            number = str(entry.get("category_id"))[:60]
-            raise InputError(f"{path}: annotation {entry['id']} is of category {number}, "
+        number = entry.get("category_id")
+        if not isinstance(number, int) or number not in names:
+            raise InputError(f"{path}: annotation {entry['id']} is of category {str(number)[:60]}, "
                              "which is not in \"categories\"")
     return (faces or list(names))[0]
 
@@ -321,6 +313,6 @@ def _as_numbers(values, shape):
 def _size(path, entry, key):
     """A side of the photo `entry`, 0 where the file does not say."""
     value = entry.get(key) or 0
-    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise InputError(f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
+    require(isinstance(value, (int, float)) and 0 <= value < 1e9,
+            f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
     return int(value)

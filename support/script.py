@@ -45,6 +45,12 @@ class InputError(Exception):
         self.reported = reported
 
 
+def require(condition, message):
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
 def one_line(error):
     """What an InputError or OSError says, without "[Errno 28]" but with the file."""
     if isinstance(error, OSError) and error.strerror:

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.script import InputError
+from support.script import InputError, require
 
 import numpy as np
 from tqdm import tqdm
@@ -57,12 +57,6 @@ class Labels:
     categories: list = field(default_factory=list)  # all that are declared, used or not
     relative: bool = False  # boxes are fractions of the photo's sides
     left_out: Counter = field(default_factory=Counter)  # what is no box, or on no photo that was labelled
-
-
-def require(condition, message):
-    """Raise InputError(message) unless the condition holds."""
-    if not condition:
-        raise InputError(message)
 
 
 def find_files(folder, suffixes):

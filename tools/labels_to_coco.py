@@ -20,12 +20,12 @@ import urllib.parse
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.script import command, new_parser, read_json, write_json
+from support.script import command, new_parser, read_json, require, write_json
 
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
 from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
-                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml, require)
+                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml)
 from tools.yolo import begins_with_a_box, find_names, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos

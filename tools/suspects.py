@@ -1,7 +1,6 @@
 """What a person should look at before training: suspect labels and photos, found without a model.
 
-tools.look runs these checks. Each gives Suspects with a score from 0 to 1, and a reason, the likeliest to be
-a fault first:
+tools.look runs these checks. Each suspect has a score from 0 to 1 and a reason, the likeliest faults first:
 
     leak              a photo of the validation set that is in the training set too
     doubled           two boxes on one face
@@ -60,14 +59,16 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     files = [annotations.file(index) for annotations in sets for index in range(len(annotations.ids))]
     place = np.repeat(np.arange(len(sets)), [len(annotations.ids) for annotations in sets])
     read, pixels = thumbnails(files)
-    errors = [str(size) for size in read if isinstance(size, Exception)]
-    sizes = np.array([(0, 0) if isinstance(size, Exception) else size for size in read]).reshape(-1, 2)
     written = np.concatenate([annotations.sizes for annotations in sets])
-    for n in np.flatnonzero((written > 0).all(1) & (sizes > 0).all(1) & (written != sizes).any(1)):
-        errors.append("{}: is {}x{}, but its json says {}x{}".format(files[n], *sizes[n], *written[n]))
-    known = [np.where(written > 0, written, sizes)[place == n] for n in range(len(sets))]
-    sets = [replace(annotations, sizes=own) for annotations, own in zip(sets, known)]
-
+    errors = []
+    for n, size in enumerate(read):
+        if isinstance(size, Exception):
+            errors.append(str(size))
+        elif not written[n].all():
+            written[n] = size
+        elif tuple(written[n]) != size:
+            errors.append("{}: is {}x{}, but its json says {}x{}".format(files[n], *size, *written[n]))
+    sets = [replace(annotations, sizes=written[place == n]) for n, annotations in enumerate(sets)]
     suspects = []
     for n, (other, score, mirrored) in near_duplicates(pixels, place).items():
         reason = "leak" if place[n] != place[other] else "near-duplicate"
@@ -105,13 +106,11 @@ def doubled(image: np.ndarray, xyxy: np.ndarray) -> list[tuple]:
 def oddness(shapes: np.ndarray) -> np.ndarray:
     """How far `shapes` `[M]`, width / height, are out: above 1 beyond 4 spreads of the set, or FACE_SHAPE.
 
-    Measured in logarithms, against the median and the median absolute deviation, which a few errors do not
-    move (Hampel 1974).
+    In logarithms, by the median and the median absolute deviation, which few errors do not move (Hampel 1974).
     """
     if not len(shapes):
         return np.zeros(0)
-    logs = np.log(shapes)
-    off = np.abs(logs - np.median(logs))
+    off = np.abs(np.log(shapes) - np.median(np.log(shapes)))
     spread = max(1.4826 * np.median(off), LEAST_SPREAD)  # 1.4826: the standard deviation of a normal one
     return np.maximum.reduce([off / (FAR * spread), FACE_SHAPE[0] / shapes, shapes / FACE_SHAPE[1]])
 
@@ -129,10 +128,7 @@ def write_csv(suspects: list[Suspect], path: Path) -> None:
 
 
 def draw_suspects(suspects: list[Suspect], path) -> None:
-    """Draw the first 100: labels in question red, a model's boxes yellow, with reason and file name.
-
-    A photo that cannot be read is left grey.
-    """
+    """Draw the first 100: labels in question red, a model's boxes yellow; unreadable photos are grey."""
     tiles = [_tile(suspect) for suspect in suspects[:SHOWN]]
     save_picture(contact_sheet(tiles, 4, SIDE + CAPTION), path)
 
@@ -181,12 +177,9 @@ def report(sets: list[Annotations], folder: Path) -> list[str]:
     suspects, sets, errors = check_photos(sets)
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
     suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))
-    lines = []
-    if errors:
-        lines.append(f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5]))
     counts = Counter(suspect.reason for suspect in suspects)
-    counted = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-    lines.append(f"suspects: {counted or 'none'}")
+    lines = [f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5])] if errors else []
+    lines.append("suspects: " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "none"))
     if suspects:
         draw_suspects(suspects, folder / "suspects.png")
         write_csv(suspects, folder / "suspects.csv")

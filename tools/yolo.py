@@ -5,14 +5,13 @@ import shutil
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from support.script import InputError
+from support.script import InputError, require
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
-from tools.labels import (Label, Labels, Photo, around, find_files, number, photos_around, read_text,
-                          require)
+from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
 
