@@ -14,7 +14,6 @@ the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. 
 
 import os
 import re
-import time
 import unicodedata
 import urllib.parse
 from collections import Counter, defaultdict
@@ -71,41 +70,34 @@ def _read_folder(folder, own):
     files = {kind: find_files(folder, {f".{kind}"}) for kind in ("txt", "xml", "csv", "json")}
     files["json"] = [file for file in files["json"] if file.name != "notes.json"  # Label Studio's, by YOLO
                      and os.path.realpath(file) != os.path.realpath(own)]
-    kinds = [kind for kind in ("xml", "csv") if files[kind]]
+    found = {kind: files[kind] for kind in ("xml", "csv") if files[kind]}
     if any(map(begins_with_a_box, files["txt"])):
-        kinds.insert(0, "txt")
-    if not kinds and files["json"]:
-        kinds = ["json"]
-    if not kinds and (files["txt"] or find_names(folder, above=0)):
-        kinds = ["txt"]
-    require(kinds, f"{folder}: no labels in it; {KNOWN}")
-    found = [file for kind in kinds for file in files[kind][:None if len(kinds) == 1 else 1]]
-    if kinds == ["txt"]:
+        found["txt"] = files["txt"]
+    if not found and files["json"]:
+        found["json"] = files["json"]
+    if found.keys() == {"txt"} or not found and (files["txt"] or find_names(folder, above=0)):
         return read_yolo(folder)
-    if kinds == ["xml"] and len(found) > 1:
-        return read_voc(found, folder)
-    if kinds == ["json"]:
-        _refuse_other_tools(found[0], read_json(found[0]))
-    require(len(found) == 1, f"{folder}: holds {' and '.join(kinds)} files, such as "
-            f"{' and '.join(map(str, found[:2]))}; name the file or folder of one kind")
-    return read_labels(found[0])
-
-
-def _refuse_other_tools(path, content):
-    """Refuse the json of a tool that is known, and name what it can export instead."""
-    entries = list(content.values()) if isinstance(content, dict) else content
-    for own in (content, *(entries[:1] if isinstance(entries, list) else [])):
-        for keys, message in OTHER_TOOLS.items():
-            require(not isinstance(own, dict) or not {*keys} <= own.keys(), f"{path}: is {message}")
+    first = [file for same in found.values() for file in same]
+    require(first, f"{folder}: no labels in it; {KNOWN}")
+    if found.keys() == {"xml"} and len(first) > 1:
+        return read_voc(first, folder)
+    labels = _read_json(first[0]) if found.keys() == {"json"} else None  # of another tool it is refused
+    require(len(first) == 1, f"{folder}: holds {' and '.join(sorted(found))} files, such as {first[0]} and "
+            f"{first[-1]}; name the file or folder of one kind")
+    return labels or read_labels(first[0])
 
 
 def _read_json(path):
-    """Read Label Studio's json, full or JSON-MIN, or a COCO file."""
+    """Read Label Studio's json, full or JSON-MIN, or a COCO file; other tools' is refused."""
     content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
-    _refuse_other_tools(path, content)
-    require(isinstance(content, list) and content and all(isinstance(task, dict) for task in content),
+    entries = list(content.values()) if isinstance(content, dict) else content
+    entries = entries if isinstance(entries, list) else []
+    for own in (content, *entries[:1]):
+        for keys, message in OTHER_TOOLS.items():
+            require(not isinstance(own, dict) or not {*keys} <= own.keys(), f"{path}: is {message}")
+    require(isinstance(content, list) and entries and all(isinstance(task, dict) for task in entries),
             f'{path}: neither COCO, with lists "images" and "annotations", nor a list of Label Studio\'s tasks')
     return read_label_studio(path, content)
 
@@ -134,18 +126,16 @@ def _candidates(photo, by_form, root, folder):
     Of several of a like name those whose folders agree best.
     """
     for name in photo.names:
-        for start in (folder, root):
-            file = os.path.join(start, name)
+        for file in (os.path.join(folder, name), os.path.join(root, name)):
             if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
                 return [Path(os.path.relpath(file, root)).as_posix()]
     named = [(name, by_form[form]) for name in photo.names for form in _forms(name) if form in by_form]
-    if not named:
-        return []
-    name, pictures = named[0]
-    own = _parts(name)
-    agreement = {picture: (len(os.path.commonprefix([own, _parts(picture)])), own == _parts(picture))
-                 for picture in pictures}
-    return [picture for picture in pictures if agreement[picture] == max(agreement.values())]
+    agreement = defaultdict(list)
+    for name, pictures in named[:1]:
+        for picture in pictures:
+            shared = os.path.commonprefix([_parts(name), _parts(picture)])
+            agreement[len(shared), _parts(name) == _parts(picture)].append(picture)
+    return agreement[max(agreement)] if agreement else []
 
 
 def find_photos(labels, root, folder):
@@ -177,7 +167,8 @@ def find_photos(labels, root, folder):
                     f"{photo.place}: labels {candidates[0]!r} a second time, first {other.place}")
             found[candidates[0]] = max(photo, other, key=lambda one: one.updated)
             labels.left_out["photos labelled again"] += 1
-    absent = [repr(photo.names[0]) for photo in missing if photo.labels or labels.format != "YOLO"]
+    absent = [repr(photo.names[0]) for photo in missing
+              if labels.format != "YOLO" or photo.labels and not photo.problem]
     more = ", ..." if len(absent) > LISTED else ""
     require(not absent, f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below "
             f"it ({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
@@ -297,7 +288,6 @@ def main(argv=None):
         help="what is a face (default: face, or the only one)")
     add("--to", choices=("coco", "yolo"), default="coco", help="what to write (default %(default)s)")
     args = parser.parse_intermixed_args(argv)
-    start = time.perf_counter()
     kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to)
     print(f"{kind} labels, photos in {root}")
     for what, count in counts.items():
@@ -307,7 +297,7 @@ def main(argv=None):
         print("Photos without txt are kept as photos without faces, as YOLO means it. Are they all labelled?")
     if counts.get("left out: iscrowd"):
         print("YOLO has no regions to ignore: what is iscrowd is left out, so it is background there.")
-    print(f"wrote {args.out} in {time.perf_counter() - start:.1f} s")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

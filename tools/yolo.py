@@ -43,37 +43,35 @@ def read_yolo(path):
     folder = path if path.is_dir() else path.parent
     file = path if path.is_file() else find_names(folder)
     names, keypoints = read_names(file) if file else ([], None)
-    base, lines, by_length = photos_around(folder), [], defaultdict(list)
+    base, photos, lines, by_length = photos_around(folder), [], [], defaultdict(list)
     for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
         photo = Photo([Path(os.path.relpath(text, base)).as_posix()], str(text), [])
+        photos.append(photo)
         try:
-            lines.append((photo, _read_lines(text, names, file)))
+            lines += [(photo, *line) for line in _read_lines(text, names, file)]
         except InputError as error:
             photo.problem = error
-            lines.append((photo, []))
-        for _, _, values in lines[-1][1]:
-            by_length[len(values)].append(values)
+    for _, _, _, values in lines:
+        by_length[len(values)].append(values)
     corners = _count_corners({count: np.array(rows) for count, rows in by_length.items()}, keypoints, folder)
-    for photo, own in lines:
+    for photo, place, category, values in lines:
         try:
-            photo.labels = [Label(category, _box(place, values, corners)) for place, category, values in own]
+            photo.labels.append(Label(category, _box(place, values, corners)))
         except InputError as error:
-            photo.problem = error
-    return Labels("YOLO", [photo for photo, _ in lines], names, relative=True)
+            photo.problem = photo.problem or error
+    return Labels("YOLO", photos, names, relative=True)
 
 
 def _read_lines(text, names, file):
     """The lines of a txt: [(place, category, numbers after the class)]. Raises InputError."""
     lines = []
+    expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
     for n, line in enumerate(read_text(text).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{text}:{n}"
-        category, *values = [number(place, "a value", token) for token in line.split()]
-        expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
-        require(category.is_integer() and 0 <= category < (len(names) or np.inf),
-                f"{place}: class {line.split()[0]!r}; {expected}")
-        lines.append((place, names[int(category)] if names else str(int(category)), values))
+        if line.strip():
+            category, *values = [number(f"{text}:{n}", "a value", token) for token in line.split()]
+            require(category.is_integer() and 0 <= category < (len(names) or np.inf),
+                    f"{text}:{n}: class {line.split()[0]!r}; {expected}")
+            lines.append((f"{text}:{n}", names[int(category)] if names else str(int(category)), values))
     return lines
 
 
@@ -170,13 +168,11 @@ def write_yolo(folder, photos):
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for path, name, (width, height), faces in tqdm(photos, "copying", disable=None):
-            picture = temporary / "images" / name
-            text = (temporary / "labels" / name).with_suffix(".txt")
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            text.parent.mkdir(parents=True, exist_ok=True)
+            picture, text = temporary / "images" / name, (temporary / "labels" / name).with_suffix(".txt")
+            for file in (picture, text):
+                file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, picture)
-            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-                    for x, y, w, h in faces]
+            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height) for x, y, w, h in faces]
             text.write_text("".join("0 {:.8f} {:.8f} {:.8f} {:.8f}\n".format(*row) for row in rows))
         (temporary / "data.yaml").write_text(
             "train: images\nval: images  # train on one folder, validate on another\nnames: [face]\n")
