@@ -7,7 +7,7 @@ defined on it, to the last digit.
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,6 @@ class Annotations:
     area: np.ndarray          # [M] float64, width x height where the file gives none
     ignored: np.ndarray       # [M] bool: crowds, and what cannot be learned (empty, or outside its photo)
     crowd: np.ndarray         # [M] bool: iscrowd, a region to ignore: unclear faces, or a crowd
-    counts: dict = field(default_factory=dict)  # what the file holds, for the reports
     # [I] uint8: MADE somehow, COMPLETE (every face is labelled, by hand), or UNLABELLED (nobody looked)
     labels: np.ndarray | None = None
 
@@ -142,7 +141,8 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}: annotation {face['id']} belongs to image {number!r}, which is not in "
                              "\"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
         if crowd not in (0, 1):  # as text, "0" would count as yes
-            raise InputError(f"{path}: annotation {face['id']}: iscrowd is {repr(crowd)[:60]}, 0 or 1 expected")
+            raise InputError(
+                f"{path}: annotation {face['id']}: iscrowd is {repr(crowd)[:60]}, 0 or 1 expected")
     image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
     ids = [face["id"] for face in faces]
     xywh = _numbers(path, "bbox", [face.get("bbox") for face in faces], ids, (4,))
@@ -157,13 +157,9 @@ def read_annotations(path: str | Path) -> Annotations:
     known = (size > 0).all(1)
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
     order = np.argsort(image, kind="stable")
-    counts = {"images": len(images), "faces": len(faces),
-              "images without faces": len(images) - len(np.unique(image)),
-              "crowd": int(crowd.sum()), "empty boxes": int(empty.sum()), "boxes outside": int(outside.sum()),
-              "of other categories": len(annotations) - len(faces)}
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
                        [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
-                       (crowd | empty | outside)[order], crowd[order], counts,
+                       (crowd | empty | outside)[order], crowd[order],
                        np.full(len(images), MADE, np.uint8))
 
 
@@ -198,10 +194,9 @@ def join(parts: list[Annotations]) -> Annotations:
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts])
               for name in ("sizes", "xywh", "area", "ignored", "crowd", "labels")}
-    counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
     image = np.concatenate([part.image + before for part, before in zip(parts, start)])
     ids = np.arange(1, start[-1] + 1)
-    return Annotations(first.path, first.category, ids, names, image=image, counts=counts, **arrays)
+    return Annotations(first.path, first.category, ids, names, image=image, **arrays)
 
 
 def arrays(annotations: Annotations, detections: Detections) -> tuple:

@@ -14,7 +14,6 @@ with a doubt from 0 to 1:
 The scores are ObjectLab's (Tkachenko, Thyagarajan and Mueller 2023), beside what the model usually does.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from support.script import command, new_parser, write_json
@@ -39,14 +38,7 @@ TO_IGNORE = "doubled", "not found"  # a person must say whether these are faces
 ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
 
 
-@dataclass
-class Doubt(Suspect):
-    """A suspect that a model points at."""
-    photo: int = -1     # its index in the Annotations
-    label: int = -1     # the index of the label in question, -1 for an unlabelled face
-
-
-def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Doubt]:
+def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Suspect]:
     """The `count` most doubtful labels and unlabelled faces of LEAST and more, the most doubtful first."""
     kept = np.flatnonzero(~annotations.ignored)
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
@@ -77,7 +69,7 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
     for doubt, reason, photo, shown, found_too, detail in sorted(rows, key=lambda row: -row[0]):
         if doubt >= LEAST and not seen & {*shown[:1]}:  # one for each label
             seen.update(shown[:1])
-            doubts.append(Doubt(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown],
+            doubts.append(Suspect(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown],
                                 found[found_too], None, detail, int(photo), int(shown[0]) if shown else -1))
     return doubts[:count]
 
@@ -124,7 +116,7 @@ def mean_of_alike(size: np.ndarray, values: np.ndarray) -> np.ndarray:
     return result
 
 
-def corrected(annotations: Annotations, doubts: list[Doubt], path: str) -> dict:
+def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dict:
     """The COCO content of the whole set with all corrections made, the most doubtful photos first.
 
     Changed annotations say `"doubt"`, `"reason"` and, if their box is another now, `"bbox_before"`. An

@@ -68,13 +68,13 @@ def near_duplicates(pixels: np.ndarray, place: np.ndarray) -> dict:
         same = torch.stack([(hashed[0][rows] @ view[:end].T + BITS) / 2 for view in hashed]).amax(0)  # [R, I]
         same[(same < BITS - MOST_BITS) | (torch.arange(end) >= rows[:, None])] = 0
         same[(same > 0) & (places[:end] != places[rows, None])] += BITS
-        nearest = same.topk(min(NEAREST, end))
-        for n, alike, others in zip(rows.tolist(), *(part.tolist() for part in nearest)):
-            candidates = [(place[other] != place[n], correlate(pixels[n], view[other]), other, mirrored)
-                          for mirrored, view in enumerate(views) for other, bits in zip(others, alike) if bits]
-            candidates = [candidate for candidate in candidates if candidate[1] >= LEAST]
-            if candidates:
-                _, correlation, other, mirrored = max(candidates)
+        for n, others in zip(rows.tolist(), same.topk(min(NEAREST, end)).indices):
+            alike = [(place[other] != place[n], correlate(pixels[n], view[other]), other, mirrored)
+                     for other in others[same[n - rows[0], others] > 0].tolist()
+                     for mirrored, view in enumerate(views)]
+            alike = [one for one in alike if one[1] >= LEAST]
+            if alike:
+                _, correlation, other, mirrored = max(alike)
                 found[n] = other, min(correlation, 1.0), bool(mirrored)
     return found
 

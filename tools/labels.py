@@ -1,7 +1,6 @@
 """Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of any categories, CSV, RetinaFace's text.
 
-Nothing is opened but the labels. yolo.py reads YOLO; labels_to_coco.py recognises the format and finds the
-photos. Whatever cannot be read raises InputError.
+Nothing is opened but the labels: labels_to_coco.py finds the photos. What cannot be read raises InputError.
 """
 
 import csv
@@ -14,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.script import InputError, require
+from support.script import InputError, read_text, require
 
 import numpy as np
 from tqdm import tqdm
@@ -25,12 +24,14 @@ FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
 LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations
 LABEL_FOLDERS = {"labels", "annotations"}  # photos may be beside these
 UNNAMED = "(no label)"
+COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
+           "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
+           "label": "label class class_name category name"}
 
 
 @dataclass
 class Label:
     """One labelled object."""
-
     category: str
     box: tuple | list  # xyxy, in pixels, or in fractions of the photo
     flags: dict = field(default_factory=dict)  # those of FLAGS that the file has: 0 or 1
@@ -39,7 +40,6 @@ class Label:
 @dataclass
 class Photo:
     """One labelled photo."""
-
     names: list  # what it may be called, best first
     place: str  # where the labels name it, for messages
     labels: list
@@ -51,7 +51,6 @@ class Photo:
 @dataclass
 class Labels:
     """What a file or a folder of labels holds."""
-
     format: str
     photos: list
     categories: list = field(default_factory=list)  # all that are declared, used or not
@@ -73,14 +72,6 @@ def photos_around(folder):
         if inside.lower() in LABEL_FOLDERS:
             return Path(os.path.normpath(folder / os.path.relpath(above, folder)))
     return folder
-
-
-def read_text(path):
-    """Read a text file as UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def number(place, what, value):
@@ -139,9 +130,6 @@ def read_polygon(place, points):
         require(isinstance(point, (list, tuple)) and len(point) == 2,
                 f"{place}: {str(point)[:60]!r} is no point x, y")
     return around([[number(place, "points", value) for value in point] for point in points])
-
-
-# Pascal VOC and CVAT
 
 
 def read_xml(path):
@@ -216,9 +204,6 @@ def _cvat_box(place, shape):
     return None
 
 
-# Label Studio and COCO
-
-
 def read_label_studio(path, tasks):
     """Read Label Studio's tasks, of the full json or of JSON-MIN. Boxes are given in percent.
 
@@ -244,16 +229,16 @@ def read_label_studio(path, tasks):
         result.left_out["older annotations"] += len(done) - 1
         newest = max(reversed(done), key=_last_change)
         photo = Photo([name], place, [], updated=str(task.get("updated_at") or _last_change(newest)))
+        result.photos.append(photo)
         for region in _dicts(newest.get("result")):
-            value = region.get("value")
-            box, size = _region_box(place, region, value if isinstance(value, dict) else {})
+            value = region.get("value") if isinstance(region.get("value"), dict) else {}
+            box, size = _region_box(place, region, value)
             if box is None:
                 result.left_out["regions without a box"] += 1
                 continue
             photo.size = size
             lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
             photo.labels += [Label(str(category), box) for category in sum(lists, []) or [UNNAMED]]
-        result.photos.append(photo)
     return result
 
 
@@ -342,11 +327,6 @@ def _coco_box(place, entry):
     return read_polygon(place, [point for own in polygons for point in zip(own[::2], own[1::2])])
 
 
-# CSV and text
-
-COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
-           "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
-           "label": "label class class_name category name"}
 def read_csv(path):
     """Read `file,x1,y1,x2,y2` and maybe a label, in pixels: in this order, or by the names in a first line.
 
@@ -388,15 +368,17 @@ def read_retinaface(path):
     RetinaFace writes x y w h. SCRFD adds the photo's width and height to its name, and writes x1 y1 x2 y2
     (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped.
     """
-    photos = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):
+    photos, text = [], read_text(path)
+    require(text.startswith("#"),
+            f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
+    for n, line in enumerate(text.split("\n"), 1):
         place = f"{path}:{n}"
         if line.startswith("#"):
             name, *size = re.fullmatch(r"#\s*(.*?)(?:\s+(\d+)\s+(\d+))?\s*", line).groups()
             photos.append(Photo([name], place, [], tuple(map(int, size)) if all(size) else None))
         elif line.strip():
             tokens = line.split()
-            require(photos and len(tokens) >= 4,
+            require(len(tokens) >= 4,
                     f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face in one")
             x, y, right, bottom = (number(place, "a value", token) for token in tokens[:4])
             if not photos[-1].size:

@@ -24,11 +24,10 @@ from support.script import command, new_parser, read_json, require, write_json
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
 from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
-                          read_cvat, read_label_studio, read_retinaface, read_text, read_voc, read_xml)
-from tools.yolo import begins_with_a_box, find_names, read_yolo, write_yolo
+                          read_cvat, read_label_studio, read_retinaface, read_voc, read_xml)
+from tools.yolo import begins_with_a_box, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
-ROUNDING = 0.05  # px that a tool's rounding may move a box out of its photo, not worth a word
 KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, csv, "
          "or RetinaFace's text is expected")
 OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
@@ -49,20 +48,17 @@ def read_labels(path, own=None):
     if path.is_dir():
         return _read_folder(path, own)
     require(path.is_file(), f"{path}: no such file or folder")
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return read_yolo(path)
-    if path.suffix.lower() == ".csv":
-        return read_csv(path)
-    if path.suffix.lower() == ".xml":
-        root = read_xml(path)
-        return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
-    if path.suffix.lower() == ".txt":
-        require(read_text(path).startswith("#"),
-                f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
-        return read_retinaface(path)
-    require(path.suffix.lower() == ".json",
-            f"{path}: not labels that are known (unpack archives first); {KNOWN}")
-    return _read_json(path)
+    kind = path.suffix.lower()
+    readers = {".yaml": read_yolo, ".yml": read_yolo, ".csv": read_csv, ".json": _read_json,
+               ".xml": _read_xml, ".txt": read_retinaface}
+    require(kind in readers, f"{path}: not labels that are known (unpack archives first); {KNOWN}")
+    return readers[kind](path)
+
+
+def _read_xml(path):
+    """Read CVAT's xml, or the Pascal VOC xml of one photo."""
+    root = read_xml(path)
+    return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
 
 
 def _read_folder(folder, own):
@@ -75,7 +71,7 @@ def _read_folder(folder, own):
         found["txt"] = files["txt"]
     if not found and files["json"]:
         found["json"] = files["json"]
-    if found.keys() == {"txt"} or not found and (files["txt"] or find_names(folder, above=0)):
+    if found.keys() == {"txt"} or not found and files["txt"]:
         return read_yolo(folder)
     first = [file for same in found.values() for file in same]
     require(first, f"{folder}: no labels in it; {KNOWN}")
@@ -98,7 +94,7 @@ def _read_json(path):
         for keys, message in OTHER_TOOLS.items():
             require(not isinstance(own, dict) or not {*keys} <= own.keys(), f"{path}: is {message}")
     require(isinstance(content, list) and entries and all(isinstance(task, dict) for task in entries),
-            f'{path}: neither COCO, with lists "images" and "annotations", nor a list of Label Studio\'s tasks')
+            f'{path}: neither COCO, with lists "images" and "annotations", nor Label Studio\'s list of tasks')
     return read_label_studio(path, content)
 
 
@@ -115,8 +111,7 @@ def _forms(name):
     URL; a Mac takes accents off their letters.
     """
     base, plain = (re.split(r"[\\/]", own)[-1] for own in (name, urllib.parse.unquote(name)))
-    plain = unicodedata.normalize("NFC", plain).replace(" ", "_")
-    plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", plain)
+    plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", unicodedata.normalize("NFC", plain).replace(" ", "_"))
     return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
 
 
@@ -157,8 +152,8 @@ def find_photos(labels, root, folder):
         if not candidates:
             missing.append(photo)
             continue
-        require(len(candidates) == 1, f"{photo.place}: {photo.names[0]!r} may be "
-                f"{' or '.join(map(repr, candidates[:2]))} below {root}; name a folder that holds one of them")
+        require(len(candidates) == 1, f"{photo.place}: {photo.names[0]!r} may be {candidates[0]!r} or "
+                f"{candidates[-1]!r} below {root}; name a folder that holds one of them")
         if photo.problem:
             raise photo.problem
         other = found.setdefault(candidates[0], photo)
@@ -170,8 +165,8 @@ def find_photos(labels, root, folder):
     absent = [repr(photo.names[0]) for photo in missing
               if labels.format != "YOLO" or photo.labels and not photo.problem]
     more = ", ..." if len(absent) > LISTED else ""
-    require(not absent, f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not below "
-            f"it ({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+    require(not absent, f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not "
+            f"below it ({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
     labels.left_out["txt of no photo"] = len(missing)
     return found, [picture for picture in pictures if picture not in found]
 
@@ -198,17 +193,17 @@ def to_coco(labels, names, sizes, faces):
     images, annotations = [], []
     met = Counter()
     for image_id, (photo, name, (width, height)) in enumerate(zip(labels.photos, names, sizes), 1):
-        _check_size(photo, (width, height), labels.relative)
+        stated = tuple(photo.size) if photo.size and all(photo.size) else (width, height)
+        require(stated == (width, height) or labels.relative and stated != (height, width),
+                f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} "
+                f"is {width}x{height}, upright; was it resized or turned since?")
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         scale = (width, height) if labels.relative else (1, 1)
         for label in photo.labels:
             if label.category not in faces:
                 continue
             x1, y1, x2, y2 = (round(value * scale[n % 2], 4) for n, value in enumerate(label.box))
-            whole = [x1, y1, x2 - x1, y2 - y1]
-            box, kind = clip(whole, width, height)
-            if kind == "clipped" and max(abs(a - b) for a, b in zip(box, whole)) < ROUNDING:
-                kind = "inside"
+            box, kind = clip([x1, y1, x2 - x1, y2 - y1], width, height)
             ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
             face = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
@@ -217,14 +212,6 @@ def to_coco(labels, names, sizes, faces):
             annotations.append(face)
             met.update({**label.flags, kind: 1, "marked iscrowd": face["iscrowd"]})
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
-
-
-def _check_size(photo, size, relative):
-    """Refuse labels of a photo that was resized or turned since: their boxes would be somewhere else."""
-    stated = tuple(photo.size) if photo.size and all(photo.size) else size
-    require(stated == size or relative and stated != size[::-1],
-            f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} is "
-            f"{size[0]}x{size[1]}, upright; was it resized or turned since?")
 
 
 def convert(path, photos, out, wanted=(), to="coco"):

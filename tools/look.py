@@ -13,7 +13,6 @@ from support.script import (InputError, command, new_parser, parse_picture, pars
                             write_json)
 
 import numpy as np
-from PIL import Image
 
 from data import FaceDataset, to_image
 from support.coco import Annotations, moved_images, read_annotations
@@ -23,13 +22,14 @@ from tools.suspects import report
 
 def describe(annotations: Annotations, min_face: int) -> list[str]:
     """Counts and face sizes as lines of text."""
-    sides = annotations.xywh[~annotations.ignored, 2:].min(1) if (~annotations.ignored).any() else np.zeros(0)
-    counts = annotations.counts.items()
-    lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
+    kept, photos = ~annotations.ignored, len(annotations.ids)
+    lines = [f"{photos:,} photos, {photos - len(np.unique(annotations.image)):,} of them without faces; "
+             f"{kept.sum():,} faces, {(~kept).sum():,} more to ignore: crowds, empty boxes, boxes outside"]
+    sides = annotations.xywh[kept, 2:].min(1, initial=np.inf)
     if len(sides):
-        quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
         text = "smaller side of faces, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
-        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
+        lines.append(text.format(*np.quantile(sides, (0, 0.1, 0.5, 0.9, 1)))
+                     + f"; below {min_face} px: {(sides < min_face).sum():,}")
     return lines
 
 

@@ -1,14 +1,8 @@
-"""What a person should look at before training: suspect labels and photos, found without a model.
+"""What a person should look at before training: suspect labels and photos (tools.look).
 
-tools.look runs these checks. Each suspect has a score from 0 to 1 and a reason, the likeliest faults first:
-
-    leak              a photo of the validation set that is in the training set too
-    doubled           two boxes on one face
-    odd shape         a box of a shape unlike the others of its set, or unlike any face
-    odd size          a box too small to see a face in
-    near-duplicate    a photo that is twice in one set
-
-What varies among good photos is no suspect: their sizes, and large and small faces.
+Reasons, the likeliest faults first: leak (a photo of the validation set is in the training set too), doubled
+(two boxes on one face), odd shape and odd size (a box that can hardly be a face's), near-duplicate (a photo
+is twice in one set). What varies among good photos is no suspect: their sizes, and large and small faces.
 """
 
 import csv
@@ -29,9 +23,7 @@ from tools.duplicates import near_duplicates, thumbnails
 
 RANKS = ("leak", "doubled", "odd shape", "odd size", "near-duplicate")
 DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
-FAR = 4                     # robust standard deviations from the median
-LEAST_SPREAD = 0.15         # of a logarithm: where all are alike, a factor below 1.8 still passes
-FACE_SHAPE = 0.4, 2         # width / height of faces in general
+FACE_SHAPE = 0.4, 2         # width / height: faces lie between
 LEAST_SIZE = 3              # px, square root of the area: below it nothing can be seen
 NO_BOXES = np.zeros((0, 4))
 SIDE, SHOWN = 320, 100      # px of a photo in the picture of suspects, and how many it has at most
@@ -48,6 +40,8 @@ class Suspect:
     found: np.ndarray = field(default_factory=lambda: NO_BOXES)   # [K, 4] what a model sees instead
     other: Path | None = None                             # the photo it resembles
     detail: str = ""
+    photo: int = -1     # where a model points at it: the index of the photo in the Annotations
+    label: int = -1     # and that of the label, -1 for an unlabelled face
 
 
 def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotations], list[str]]:
@@ -84,9 +78,10 @@ def check_labels(annotations: Annotations) -> list[Suspect]:
     suspects = [Suspect(float(iou), "doubled", annotations.file(image[one]), xyxy[[one, other]])
                 for one, other, iou in doubled(image, xyxy)]
     width, height = annotations.xywh[kept, 2:].T
+    shape = width / height
     whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
-    far = {"odd shape": oddness(width / height) * whole, "odd size": LEAST_SIZE / np.sqrt(width * height)}
-    for reason, values in far.items():
+    odd_shape = np.maximum(FACE_SHAPE[0] / shape, shape / FACE_SHAPE[1]) * whole
+    for reason, values in (("odd shape", odd_shape), ("odd size", LEAST_SIZE / np.sqrt(width * height))):
         for n in np.flatnonzero(values > 1):
             suspects.append(Suspect(float(1 - 0.5 / values[n]), reason, annotations.file(image[n]), xyxy[[n]],
                                     detail=f"{width[n]:.0f}x{height[n]:.0f} px"))
@@ -101,18 +96,6 @@ def doubled(image: np.ndarray, xyxy: np.ndarray) -> list[tuple]:
         iou = box_iou(own, own).triu(1).numpy()
         pairs += [(first + a, first + b, iou[a, b]) for a, b in np.argwhere(iou >= DOUBLED_IOU)]
     return pairs
-
-
-def oddness(shapes: np.ndarray) -> np.ndarray:
-    """How far `shapes` `[M]`, width / height, are out: above 1 beyond 4 spreads of the set, or FACE_SHAPE.
-
-    In logarithms, by the median and the median absolute deviation, which few errors do not move (Hampel 1974).
-    """
-    if not len(shapes):
-        return np.zeros(0)
-    off = np.abs(np.log(shapes) - np.median(np.log(shapes)))
-    spread = max(1.4826 * np.median(off), LEAST_SPREAD)  # 1.4826: the standard deviation of a normal one
-    return np.maximum.reduce([off / (FAR * spread), FACE_SHAPE[0] / shapes, shapes / FACE_SHAPE[1]])
 
 
 def write_csv(suspects: list[Suspect], path: Path) -> None:
@@ -163,7 +146,8 @@ def _part(image, boxes):
         view = np.concatenate([centre - half, centre + half]).clip(0, view[[2, 3, 2, 3]])
     sides = np.maximum(view[2:] - view[:2], 1)
     scale = SIDE / sides.max()
-    part = image.resize([max(1, round(side)) for side in sides * scale], Image.Resampling.BILINEAR, tuple(view))
+    target = [max(1, round(side)) for side in sides * scale]
+    part = image.resize(target, Image.Resampling.BILINEAR, tuple(view))
     for own, colour in zip(boxes, (MISSED, FALSE)):
         part = draw_faces(part, (own - np.tile(view[:2], 2)) * scale, colour=colour)
     return part
@@ -178,8 +162,9 @@ def report(sets: list[Annotations], folder: Path) -> list[str]:
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
     suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))
     counts = Counter(suspect.reason for suspect in suspects)
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     lines = [f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5])] if errors else []
-    lines.append("suspects: " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "none"))
+    lines.append(f"suspects: {counted or 'none'}")
     if suspects:
         draw_suspects(suspects, folder / "suspects.png")
         write_csv(suspects, folder / "suspects.csv")

@@ -5,13 +5,13 @@ import shutil
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from support.script import InputError, require
+from support.script import InputError, read_text, require
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
-from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
 
@@ -25,13 +25,6 @@ def begins_with_a_box(text):
         return False
 
 
-def find_names(folder, above=2):
-    """The file of class names in a folder, or in one of those `above`; None if there is none."""
-    folders = [folder, *list(folder.resolve().parents)[:above]]
-    files = [own / name for own in folders for name in NAME_FILES]
-    return next((file for file in files if file.is_file()), None)
-
-
 def read_yolo(path):
     """Read YOLO's txt files below a folder, or beside its yaml: boxes, oriented boxes, polygons, keypoints.
 
@@ -41,7 +34,9 @@ def read_yolo(path):
     lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one.
     """
     folder = path if path.is_dir() else path.parent
-    file = path if path.is_file() else find_names(folder)
+    places = [folder, *list(folder.resolve().parents)[:2]]
+    files = [path, *(place / name for place in places for name in NAME_FILES)]
+    file = next((file for file in files if file.is_file()), None)
     names, keypoints = read_names(file) if file else ([], None)
     base, photos, lines, by_length = photos_around(folder), [], [], defaultdict(list)
     for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
@@ -94,8 +89,9 @@ def _count_corners(rows, keypoints, folder):
     long = [length for length, count in corners.items() if count > 7]
     alike = keypoints is None and long and max(long) - min(long) <= 2  # polygons are of any length
     require(not alike or not all(_holds_the_rest(rows[length], corners[length]) for length in long),
-            f"{folder}: lines have {max(rows, default=0) + 1} numbers: a box and its landmarks, or a polygon? "
-            "Write kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
+            f"{folder}: lines have {max(long, default=0) + 1} numbers: "
+            "a box and its landmarks, or a polygon? Write kpt_shape: [5, 2] for 5 landmarks, "
+            "or kpt_shape: [0, 0] for polygons, into data.yaml")
     return corners
 
 
@@ -172,7 +168,8 @@ def write_yolo(folder, photos):
             for file in (picture, text):
                 file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, picture)
-            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height) for x, y, w, h in faces]
+            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                    for x, y, w, h in faces]
             text.write_text("".join("0 {:.8f} {:.8f} {:.8f} {:.8f}\n".format(*row) for row in rows))
         (temporary / "data.yaml").write_text(
             "train: images\nval: images  # train on one folder, validate on another\nnames: [face]\n")
