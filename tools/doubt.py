@@ -66,11 +66,11 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
         pair = sorted((kept[first], kept[second]), key=lambda n: iou[n] * score[n])  # the worse first
         rows.append((shared, "doubled", image[pair[0]], pair, [], f"IoU {shared:.2f}"))
     doubts, seen = [], set()
-    for doubt, reason, photo, shown, found_too, detail in sorted(rows, key=lambda row: -row[0]):
+    for doubt, reason, photo, shown, other, detail in sorted(rows, key=lambda row: -row[0]):
         if doubt >= LEAST and not seen & {*shown[:1]}:  # one for each label
             seen.update(shown[:1])
             doubts.append(Suspect(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown],
-                                found[found_too], None, detail, int(photo), int(shown[0]) if shown else -1))
+                                found[other], None, detail, int(photo), int(shown[0]) if shown else -1))
     return doubts[:count]
 
 
@@ -92,9 +92,10 @@ def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray,
         value = np.where(iou >= PARTNER_IOU, iou * detections.score[seen], 0)
         while value.any():
             n, k = np.unravel_index(value.argmax(), value.shape)
-            partner[own[n]], ious[own[n]] = seen[k], iou[n, k]
+            partner[own[n]] = seen[k]
+            ious[own[n]] = iou[n, k]
             near[k] = True
-            value[n], value[:, k] = 0, 0
+            value[n] = value[:, k] = 0
         free.append(seen[~near])
     return partner, ious, np.concatenate(free)
 
