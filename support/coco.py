@@ -10,9 +10,15 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+<<<<<<< HEAD
 import numpy as np
 
 from support.script import InputError, read_json, require
+=======
+from support.script import InputError, read_json
+>>>>>>> main
+
+import numpy as np
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")

@@ -8,13 +8,14 @@ pairs of hashes are compared, as one product of matrices: seconds for 10,000 pho
 import os
 from multiprocessing.pool import ThreadPool
 
+from support.script import InputError
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from support.pictures import decode_picture, open_picture, upright_size
-from support.script import InputError
 
 SIDE = 32           # of a thumbnail, pixels
 BITS = 112          # of a hash: 56 across, 56 down
