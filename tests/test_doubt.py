@@ -72,16 +72,6 @@ def test_half_sure_detections_and_those_near_labels_are_no_doubts(planted):
         assert len(doubt.find_doubts(annotations, more, 100)) == 4 + count
 
 
-def test_usual_is_what_labels_of_about_the_same_size_have():
-    """20 of 40: the small ones are found with 0.2, the large ones with 0.8, one of them not at all."""
-    size = np.concatenate([np.arange(20), np.arange(100, 120)])
-    values = np.repeat([0.2, 0.8], 20)
-    usual = doubt.mean_of_alike(size, values)
-    assert usual[0] == pytest.approx(0.2) and usual[39] == pytest.approx(0.8) and 0.2 < usual[20] < 0.8
-    many = doubt.mean_of_alike(np.arange(1000), np.repeat([0.0, 1.0], 500))
-    assert (many[:470] == 0).all() and (many[530:] == 1).all()  # 50 of 1,000
-
-
 def test_corrections_mend_the_set(planted, tmp_path):
     annotations, detections = planted
     doubts = doubt.find_doubts(annotations, detections, 4)

@@ -442,17 +442,13 @@ def test_nothing_is_written_over(folder, refused):
     assert "is a folder that is there" in refused(main, folder / "x.json", folder / "images", "--to", "yolo")
     for _ in range(2):  # the output in the labels' folder is no input the second time
         run(folder, folder / "o.json")
-    (folder / "images/a.jpg").write_text("no picture")
     before = (folder / "o.json").read_bytes()
-    assert "1 unreadable ('images/a.jpg')" in refused(main, folder / "x.json", folder / "o.json")
-    assert (folder / "o.json").read_bytes() == before
-
-
-def test_two_photos_cannot_share_a_yolo_label(folder, refused):
     Image.new("L", (9, 9)).save(folder / "images/a.png")
     (folder / "x.csv").write_text("a.jpg,1,2,30,40\na.png,1,2,3,4\n")
     assert "would share the label a.txt" in refused(main, folder / "x.csv", folder / "new", "--to", "yolo")
-    assert sorted(path.name for path in folder.iterdir()) == ["images", "x.csv"]
+    (folder / "images/a.jpg").write_text("no picture")
+    assert "1 unreadable ('images/a.jpg')" in refused(main, folder / "x.json", folder / "o.json")
+    assert (folder / "o.json").read_bytes() == before and not (folder / "new").exists()
 
 
 @pytest.mark.parametrize("name, content", [
