@@ -10,13 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-<<<<<<< HEAD
-import numpy as np
-
 from support.script import InputError, read_json, require
-=======
-from support.script import InputError, read_json
->>>>>>> main
 
 import numpy as np
 
