@@ -13,7 +13,7 @@ goes on from there: threshold, worst, doubt, compare. Scoring predictions does n
 
 import os
 import platform
-from dataclasses import asdict
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
@@ -40,7 +40,7 @@ def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
     by_size = metrics.size_ap(*truth, *found, sizes)
     scores = {"coco": numbers,
               "AP50_by_size": {f"> {size} px" if size else "all faces": ap for size, ap in by_size.items()},
-              "operating_points": [asdict(point) for point in metrics.operating_points(outcomes)]}
+              "operating_points": metrics.operating_points(outcomes)}
     return scores, {f"IoU {iou}": curve for iou, curve in curves.items()}
 
 
@@ -53,23 +53,21 @@ def score_wider(truth, detections):
 
 def table(scores):
     """Set the numbers as text that can be pasted anywhere."""
-    lines = []
     if "wider" in scores:
-        lines += ["WIDER FACE val AP", *(f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items())]
-    if "coco" in scores:
-        left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()]
-                       for part in ("coco", "AP50_by_size"))
-        lines += ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
-        for pair in zip_longest(left, right, fillvalue=("", "")):
-            lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
-        lines.append("score >=   precision   recall   false per photo   with faces   without faces")
-        for point in scores["operating_points"]:
-            apart = [f"{point[key]:.2f}" if point[key] >= 0 else "-"
-                     for key in ("false_with_faces", "false_without_faces")]
-            lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
-                         f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
-        lines[-1] += f"   best F1 {point['f1']:.3f}"
-    return "\n".join(lines)
+        lines = [f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items()]
+        return "\n".join(["WIDER FACE val AP", *lines])
+    left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()]
+                   for part in ("coco", "AP50_by_size"))
+    lines = ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
+    for pair in zip_longest(left, right, fillvalue=("", "")):
+        lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
+    lines.append("score >=   precision   recall   false per photo   with faces   without faces")
+    for point in scores["operating_points"]:
+        apart = [f"{point[key]:.2f}" if point[key] >= 0 else "-"
+                 for key in ("false_with_faces", "false_without_faces")]
+        lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
+                     f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
+    return "\n".join(lines) + f"   best F1 {point['f1']:.3f}"
 
 
 def hashes(model, **more):
@@ -84,10 +82,8 @@ def settings(args):
     """What produced the numbers: model and data with their hashes, flags, versions, git commit."""
     versions = {"python": platform.python_version()}
     for package in ("numpy", "pillow", "torch", "torchvision", "onnxruntime", "openvino"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
             "sha256": hashes(args.model, data=args.data, predictions=args.predictions),
             "versions": versions, "commit": git_commit()}
@@ -98,15 +94,14 @@ def parse_args(argv):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", help=f"COCO json (default {DATA})")
-    add("--predictions", metavar="PATH", help="score these instead of running a model: COCO results json, or "
-        "with --wider a folder in WIDER's format")
+    add("--predictions", metavar="PATH",
+        help="run no model: score this COCO results json or, with --wider, folder in WIDER's format")
     add("--wider", nargs="?", const=str(wider.GROUND_TRUTH), metavar="FOLDER",
         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
     add("--wider-part", action="store_true",
         help="on the photos of --data alone; without it WIDER's other photos count as without detections")
     add("--face-sizes", type=int, nargs="+", metavar="PX",
         help="AP50 of faces larger than these (default 0 30 60 100)")
-    add = parser.add_argument_group("running the model").add_argument
     add("--model", help="a checkpoint, .onnx or .xml (default: the shipped network)")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--tiles", action=TilesFlag)
@@ -117,7 +112,6 @@ def parse_args(argv):
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--skip-unreadable", action="store_true", default=None,
         help="leave photos out that cannot be read, with their faces")
-    add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")

@@ -18,7 +18,7 @@ from support.script import InputError, command, new_parser
 import numpy as np
 
 from evaluate import read_detections
-from metrics import RECALLS, coco_matches, match_faces
+from metrics import coco_matches, coco_precision, match_faces
 from support.coco import Annotations, Detections, arrays, face_entries, read_annotations
 
 INPUT = 300                                   # px, the sides of the network's input that sizes refer to
@@ -45,22 +45,14 @@ class Matched:
         weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces.
         """
         faces = weights[self.face_image] * self.asked
-        ap = [average_precision(weights[self.image], hit, counted, faces.sum())
+        ap = [coco_precision(hit, counted, faces.sum(), weights[self.image]).mean()
               for hit, counted in zip(self.hit, self.counted)]
         too_many = np.cumsum(weights[self.false_image]) > rate * weights.sum()
         threshold = self.false_score[too_many.argmax()] if too_many.any() else -np.inf
         with np.errstate(invalid="ignore"):
             recall = groups @ (faces * (self.face_score > threshold)) / (groups @ faces)
-        return np.array([np.mean(ap), ap[0], *recall])
-
-
-def average_precision(weights, hit, counted, faces):
-    """COCO's AP of detections, best first, that count `weights` `[D]` times each. NaN without faces."""
-    if not faces:
-        return np.nan
-    found, shown = np.cumsum(weights[hit]), np.cumsum(weights * counted)[hit]
-    precision = np.maximum.accumulate((found / (shown + np.spacing(1)))[::-1])[::-1]
-    return np.append(precision, 0)[np.searchsorted(found / faces, RECALLS)].mean()
+        measured = np.array([np.mean(ap), ap[0], *recall])
+        return measured if faces.any() else np.full(len(measured), np.nan)
 
 
 def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from support.script import InputError, bad_values, command, new_parser
 import numpy as np
 
 from evaluate import hashes, made_path, read_detections
-from metrics import MEASURES, Outcomes, ScoreCurve, measure, outcomes, score_curve
+from metrics import Outcomes, outcomes, rates, score_curve
 from support.coco import arrays, read_annotations
 
 RESAMPLES, SEED = 1000, 0
@@ -32,16 +32,17 @@ MOST = 100_000           # photos; more are not advised
 
 
 class Target(NamedTuple):
-    """Precision or recall of at least `value`, or at most `value` false detections a photo."""
-    measure: str    # of metrics.MEASURES
+    """Precision or recall of at least `value`, or at most `value` false detections a picture."""
+    measure: str    # of metrics.rates
     value: float
 
     def __str__(self):
-        return f"{self.measure.removesuffix('_per_photo')}={self.value:g}"
+        return f"{self.measure.removesuffix('_per_picture')}={self.value:g}"
 
-    def met(self, value):
-        """Whether a value of the measure meets the target."""
-        return value <= self.value if self.measure == "false_per_photo" else value >= self.value
+    def met(self, measured):
+        """Whether the `metrics.rates` meet the target."""
+        value = measured[self.measure]
+        return value <= self.value if self.measure == "false_per_picture" else value >= self.value
 
 
 def parse_target(text):
@@ -54,7 +55,7 @@ def parse_target(text):
     if not (name in ("precision", "recall") and 0 < value < 1 or name == "false" and 0 < value < 1e9):
         raise argparse.ArgumentTypeError(
             f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
-    return Target("false_per_photo" if name == "false" else name, value)
+    return Target("false_per_picture" if name == "false" else name, value)
 
 
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
@@ -64,36 +65,35 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
     would be chosen if there were so many times as many photos such as these.
     """
     every = score_curve(found)
-    curve = thin(every)
-    hits = shown_by_photo(found, found.hit, curve.score)
-    false = shown_by_photo(found, found.false, curve.score)
-    share = np.zeros(len(curve.score))
+    kept = thin(every)
+    curve = {name: values[kept] for name, values in every.items()}
+    hits = shown_by_photo(found, found.hit, curve["score"])
+    false = shown_by_photo(found, found.false, curve["score"])
+    share = np.zeros(len(curve["score"]))
     for weights in _resamples(len(found.faces), times):  # [b, I]
-        counts = weights @ hits, weights @ false, (weights @ found.faces)[:, None], times * len(found.faces)
-        values = measure(target.measure, *counts, spare=1)
-        share += target.met(values).sum(0) / RESAMPLES
-    here = target.met(getattr(curve, target.measure))
+        faces = (weights @ found.faces)[:, None]
+        resampled = rates(weights @ hits, weights @ false, faces, times * len(found.faces), spare=1)
+        share += target.met(resampled).sum(0) / RESAMPLES
+    here = target.met(curve)
     scores = []
     for met in (here, here & (share > SURE - 1e-9)):
         if met.any():
-            score = curve.score[met][0 if target.measure == "recall" else -1]
-            scores.append(_round_down(score, every.score[every.score < score].max(initial=-np.inf)))
+            score = curve["score"][met][0 if target.measure == "recall" else -1]
+            scores.append(_round_down(score, every["score"][every["score"] < score].max(initial=-np.inf)))
         else:
             scores.append(None)
     return tuple(scores)
 
 
-def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
-    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
+def thin(curve: dict[str, np.ndarray], points: int = 1000) -> np.ndarray:
+    """Choose about `points` points of a `score_curve`: bool `[T]`. The first and the last are among them.
 
-    The first and the last stay: each step of the curve has a hit or a false detection more.
+    They are even steps of recall, and of log(1 + false detections): each point has a hit or a false more.
     """
-    if len(curve.score) <= points:
-        return curve
-    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
-    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
-    kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
-    return ScoreCurve(*(values[kept] for values in vars(curve).values()))
+    false = curve["false_per_picture"]
+    logs = np.log1p(false / (false.max(initial=0) or 1) * len(false))
+    steps = sum(values / values.max(initial=1e-9) for values in (curve["recall"], logs))
+    return (len(false) <= points) | (np.diff(np.floor(steps * points / 2), prepend=-1) > 0)
 
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -109,20 +109,18 @@ def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np
 
 def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     """Say in one line why `choose` found no score for others."""
-    if not found.faces.sum() and target.measure != "false_per_photo":
-        return f"{target}: there are no faces to measure it on"
     if here is not None:
         needed = photos_needed(found, target)
         advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
         return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
                 f"to say so of others; {advice} enough")
     curve = score_curve(found)
-    values = getattr(curve, target.measure)
-    if not len(values):
-        return f"{target}: there are no detections to choose from"
-    best = (np.argmin if target.measure == "false_per_photo" else np.argmax)(values)
+    values = curve[target.measure]
+    if not len(values) or not found.faces.sum():
+        return f"{target}: there are no detections to choose from, or no faces"
+    best = (np.argmin if target.measure == "false_per_picture" else np.argmax)(values)
     return (f"{target}: no score meets it; the best is {Target(target.measure, values[best].round(3))} "
-            f"at score {curve.score[best]:.3g}")
+            f"at score {curve['score'][best]:.3g}")
 
 
 def photos_needed(found: Outcomes, target: Target) -> int | None:
@@ -140,16 +138,13 @@ def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, fl
     From `low` to `high` lie 95 % of the resamples of the photos.
     """
     photos, shown = len(found.faces), found.score >= score
-    hits = np.bincount(found.image[shown & found.hit], minlength=photos)
-    false = np.bincount(found.image[shown & found.false], minlength=photos)
-    counts = np.stack([hits, false, found.faces])                                          # [3, I]
+    counts = np.stack([np.bincount(found.image[shown & found.hit], minlength=photos),
+                       np.bincount(found.image[shown & found.false], minlength=photos), found.faces])  # [3, I]
     resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
-    result = {}
-    for name in MEASURES:
-        value = measure(name, *counts.sum(1), photos)
-        low, high = np.quantile(measure(name, *resampled, photos), INTERVAL)
-        result[name] = float(value), float(low), float(high)
-    return result
+    low, high = ({name: np.quantile(values, q) for name, values in rates(*resampled, photos).items()}
+                 for q in INTERVAL)
+    return {name: (float(value), float(low[name]), float(high[name]))
+            for name, value in rates(*counts.sum(1), photos).items()}
 
 
 def _resamples(photos, times=1):

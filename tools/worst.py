@@ -108,19 +108,20 @@ def write_per_photo(judged: Judged, detections: Detections, path):
     threshold above the first would show nothing false on the photo, one up to the second finds all that can
     be found. They are empty where there is none.
     """
-    photos = len(judged.annotations.ids)
     every = judge(judged.annotations, detections, -math.inf)
-    best_false, lowest_found = np.full(photos, -np.inf), np.full(photos, np.inf)
-    np.maximum.at(best_false, detections.image[every.false], detections.score[every.false])
-    np.minimum.at(lowest_found, detections.image[every.hit], detections.score[every.hit])
+    best_false, lowest_found = {}, {}
+    for n in np.argsort(detections.score):
+        if every.false[n]:
+            best_false[detections.image[n]] = f"{detections.score[n]:.5f}"
+        elif every.hit[n]:
+            lowest_found.setdefault(detections.image[n], f"{detections.score[n]:.5f}")
     with whole_file(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["file", *judged.counts, "best_false", "lowest_found"])
             for index, name in enumerate(judged.annotations.names):
-                scores = (f"{score:.5f}" if math.isfinite(score) else ""
-                          for score in (best_false[index], lowest_found[index]))
-                rows.writerow([csv_cell(name), *(own[index] for own in judged.counts.values()), *scores])
+                counts = [own[index] for own in judged.counts.values()]
+                rows.writerow([csv_cell(name), *counts, best_false.get(index), lowest_found.get(index)])
 
 
 @command
