@@ -175,42 +175,46 @@ def run_model(args, annotations):
 
 
 def load_detections(args, truth):
-    """Read the detections of --predictions, or run the model: (Annotations, Detections, made).
+    """Read the detections of --predictions, or run the model: (Annotations, names, Detections, made).
 
-    truth is the wider.GroundTruth or None. `made` says what made the detections of a model, else it is None.
+    truth is the wider.GroundTruth or None, `names` are the photos' for it, and `made` says what made the
+    detections of a model. Without --data the photos are those of `truth`, and there are no Annotations.
     """
-    annotations = read_annotations(args.data) if args.data else wider.only_photos(truth, args.wider)
+    annotations, names, made = None, truth and truth.names, None
+    if args.data:
+        annotations = read_annotations(args.data)
     if not args.predictions:
-        return run_model(args, annotations)
-    if not os.path.isdir(args.predictions):
-        return annotations, read_results(args.predictions, annotations), None
-    names = wider.wider_names(annotations.path, annotations.names)
-    detections, missing = wider.read_predictions(args.predictions, names)
-    if missing:
-        print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
-              f"the first is {missing[0]}")
-    return annotations, detections, None
+        annotations, detections, made = run_model(args, annotations)
+    if annotations and (truth or args.wider_out):
+        names = wider.wider_names(args.data, annotations.names)
+    if args.predictions and os.path.isdir(args.predictions):
+        detections, missing = wider.read_predictions(args.predictions, names)
+        if missing:
+            print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
+                  f"the first is {missing[0]}")
+    elif args.predictions:
+        detections = read_results(args.predictions, annotations)
+    return annotations, names, detections, made
 
 
-def score(args, truth, annotations, detections):
+def score(args, truth, annotations, names, detections):
     """Score Detections on Annotations or on WIDER's ground truth: the numbers, and the curves by name."""
     if truth is None:
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
         return score_faces(annotations, detections, args.face_sizes)
-    names, all_names = wider.wider_names(annotations.path, annotations.names), truth.names
+    there, every = len(set(names) & set(truth.names)), len(truth.names)
     if args.wider_part:
         truth = truth.part(names)
-    absent = len(all_names) - len(set(names) & set(all_names))
-    if absent and args.wider_part:
-        print(f"{len(truth.names):,} of {len(all_names):,} photos, not comparable with published figures")
-    elif absent:
-        print(f"{absent:,} images of the ground truth are not in {args.data} and count as without "
+        if there < every:
+            print(f"{there:,} of {every:,} photos, not comparable with published figures")
+    elif there < every:
+        print(f"{every - there:,} images of the ground truth are not in {args.data} and count as without "
               "detections; --wider-part leaves them out")
-    return score_wider(truth, wider.renumber(detections, names, truth.names, args.wider))
+    return score_wider(truth, wider.renumber(detections, names, truth, args.wider))
 
 
-def write_outputs(args, scores, curves, annotations, detections, made):
+def write_outputs(args, scores, curves, annotations, names, detections, made):
     """Write the files that were asked for."""
     if args.out:
         write_json(args.out, to_results(annotations, detections))
@@ -218,7 +222,6 @@ def write_outputs(args, scores, curves, annotations, detections, made):
             write_json(made_path(args.out), made | {"detections": file_hash(args.out),
                                                     "photos": photo_list(annotations)})
     if args.wider_out:
-        names = wider.wider_names(annotations.path, annotations.names)
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
         write_json(args.json, scores | settings(args))
@@ -270,15 +273,13 @@ def main(argv=None):
     """Read or detect, score, print, write."""
     args = parse_args(argv)
     other = int(os.environ.get("RANK", 0)) > 0  # under torchrun one process scores
-    if other and args.predictions:
-        return
     truth = wider.read_ground_truth(args.wider) if args.wider else None
-    annotations, detections, made = load_detections(args, truth)
+    annotations, names, detections, made = load_detections(args, truth)
     if other:
         return
-    scores, curves = score(args, truth, annotations, detections)
+    scores, curves = score(args, truth, annotations, names, detections)
     print(table(scores))
-    write_outputs(args, scores, curves, annotations, detections, made)
+    write_outputs(args, scores, curves, annotations, names, detections, made)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ Pure functions over arrays, in float64; nothing is rounded. Each takes the M fac
     gt_xywh `[M, 4]`, dt_xywh `[D, 4]`   boxes: x, y, width, height in pixels of the original image
     dt_score `[D]`                       finite
 
-The order of the rows matters only for ties. Equal scores are sorted by image id, then by input order.
-
-How it works: first find the P pairs of a face and a detection of the same image that overlap with IoU 0.5
-or more. No protocol here uses a lower threshold. There are few such pairs, so every later step handles all
-images at once. A metric over no faces is -1.
+The order of the rows matters only for ties. Equal scores are sorted by image id, then by input order. First
+all pairs are found of a face and a detection of the same image with IoU 0.5 or more. There are few, so every
+later step handles all images at once. A metric over no faces is -1.
 """
 
 from dataclasses import dataclass
@@ -91,8 +89,8 @@ def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarr
 def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: float | np.ndarray = 1.0):
     """Read the precision envelope at COCO's 101 recalls: `[101]`, all -1 if there are no faces.
 
-    hit `[D]` marks detections that find a face, counted `[D]` those that count at all; best first. `weights`
-    `[D]` is how many times each counts.
+    hit `[D]` marks detections that find a face, counted `[D]` those that count at all, best first; each counts
+    `weights` `[D]` times.
     """
     if not faces:
         return np.full(len(RECALLS), -1.0)
@@ -149,9 +147,8 @@ def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, 
 
 
 def rates(found, false, faces, photos: int, spare: int = 0) -> dict:
-    """Precision, recall, false detections a picture and F1 by name, of counts (numbers or arrays). 0/0 is 0.
-
-    `spare` mistakes more than counted are taken into account.
+    """Precision, recall, false detections a picture and F1 by name, of counts (numbers or arrays) and as many
+    `spare` mistakes. 0/0 is 0.
     """
     return {"precision": found / np.maximum(found + false + spare, 1),
             "recall": found / np.maximum(faces + spare, 1),
@@ -284,25 +281,24 @@ def _corners(xywh, pixel):
     return start, end, width * height
 
 
-def _coco_match(d, g, iou, rank, ignored, crowd):
-    """Match detections to faces as COCO does: the index of each detection's face `[10, D]`, -1 for none.
+def _coco_hits(pairs, rank, ignored, crowd, outside):
+    """Which detections find a face, and which count at all, at each IoU threshold: bool `[10, D]` each.
 
-    There is a row for each IoU threshold. d, g, iou `[P]` are from `_overlaps`, rank `[D]` from `_coco_pairs`.
-    Within one image detections choose in order of score. Each takes the free face with the highest IoU, if
-    that reaches the threshold; of equal ones the later in the file; an ignored face only if no other is free.
-    A face can be taken once, a crowd region any number of times.
+    pairs are from `_overlaps`, rank `[D]` from `_coco_pairs`; outside `[D]` marks detections that do not count
+    where they find nothing. Within one image detections choose in order of score. Each takes the free face
+    with the highest IoU, if that reaches the threshold; of equal ones the later in the file; an ignored face
+    only if no other is free. A face can be taken once, a crowd region any number of times.
 
     The loop runs over the rank: first the best detection of every image, then every second best, and so on.
     Those of one step lie on different images, so none can take a face from another.
     """
+    d, g, iou = pairs
     order = np.lexsort((-g, -iou, ignored[g], d, rank[d]))
     d, g, iou = d[order], g[order], iou[order]
     match = np.full((len(IOUS), len(rank)), -1)
     taken = np.zeros((len(IOUS), len(ignored)), bool)
-    steps = np.searchsorted(rank[d], np.arange(MAX_DETECTIONS[-1] + 1))
-    for start, end in zip(steps[:-1], steps[1:]):
-        if start == end:
-            continue
+    steps = np.unique(rank[d], return_index=True)[1]
+    for start, end in zip(steps, [*steps[1:], len(d)]):
         face = g[start:end]
         detection, first = np.unique(d[start:end], return_index=True)
         free = (iou[start:end] >= IOUS[:, None]) & (crowd[face] | ~taken[:, face])
@@ -311,15 +307,6 @@ def _coco_match(d, g, iou, rank, ignored, crowd):
         chosen = face[choice[threshold, which]]
         match[threshold, detection[which]] = chosen
         taken[threshold, chosen] = True
-    return match
-
-
-def _coco_hits(pairs, rank, ignored, crowd, outside):
-    """Which detections find a face, and which count at all, at each IoU threshold: bool `[10, D]` each.
-
-    outside `[D]` marks detections that do not count where they find nothing.
-    """
-    match = _coco_match(*pairs, rank, ignored, crowd)
     dropped = np.where(match < 0, outside, np.append(ignored, False)[match])
     return (match >= 0) & ~dropped, ~dropped
 

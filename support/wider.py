@@ -7,13 +7,13 @@ in the files. This file does not import torch.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
-from support.coco import Annotations, Detections, require_pixels
+from support.coco import Detections, require_pixels
 from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
@@ -29,14 +29,13 @@ class GroundTruth:
     kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
 
     def part(self, names):
-        """The ground truth of those images alone that are in `names`. Raises InputError if none is."""
+        """The same without the faces of images that are not in `names`. Raises InputError if none is there."""
         given = np.isin(self.names, list(names))  # [I]
         if not given.any():
             raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
         kept = given[self.image]
-        place = np.cumsum(given) - 1
-        return GroundTruth([name for name, there in zip(self.names, given) if there], place[self.image[kept]],
-                           self.xywh[kept], {level: own[kept] for level, own in self.kept.items()})
+        levels = {level: own[kept] for level, own in self.kept.items()}
+        return replace(self, image=self.image[kept], xywh=self.xywh[kept], kept=levels)
 
 
 def read_ground_truth(folder=GROUND_TRUTH):
@@ -62,17 +61,9 @@ def read_ground_truth(folder=GROUND_TRUTH):
     return GroundTruth(names, np.repeat(np.arange(len(names)), faces), np.concatenate(boxes), kept)
 
 
-def only_photos(ground_truth, folder):
-    """The images of a GroundTruth as Annotations without faces, whose photos nobody reads."""
-    count = len(ground_truth.names)
-    no_boxes, nothing = np.zeros((0, 4)), np.zeros(0, bool)
-    return Annotations(Path(folder), 1, np.arange(count), ground_truth.names, np.zeros((count, 2), np.int64),
-                       np.zeros(0, np.int64), no_boxes, np.zeros(0), nothing, nothing)
-
-
-def renumber(detections, names, target, where):
-    """Move Detections from the images called `names` to those called `target`, which `where` has."""
-    place = {name: index for index, name in enumerate(target)}
+def renumber(detections, names, ground_truth, where):
+    """Move Detections from the images called `names` to those of a GroundTruth, which is read from `where`."""
+    place = {name: index for index, name in enumerate(ground_truth.names)}
     image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
     if (image < 0).any():
         name = names[detections.image[image < 0][0]]
@@ -83,8 +74,7 @@ def renumber(detections, names, target, where):
 def wider_names(path, file_names):
     """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
 
-    `path` is the COCO file, for error messages. Raises InputError if a name has fewer than two parts, or if
-    two names are equal.
+    Raises InputError, naming the file `path`, if a name has fewer than two parts, or if two are equal.
     """
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
              for name in file_names]
@@ -95,9 +85,8 @@ def wider_names(path, file_names):
 def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`.
-    As in the official code, a file's path tells its image; the first line of the file is not used. Raises
-    InputError, with file and line, if a row is not five finite numbers.
+    The images of the Detections, sorted by image, best first, are indices into `names`. As in the official
+    code, the first line of a file is not used. Raises InputError, with file and line.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -124,9 +113,8 @@ def read_predictions(folder, names):
 def write_predictions(folder, names, detections):
     """Write predictions as the official evaluation expects them: `<folder>/<event>/<image>.txt`.
 
-    names `[I]` are all images; one without detections gets a file too. The image numbers of the Detections
-    are indices into `names`. All digits are written, so predictions score the same when read back. Raises
-    InputError for names that would lead out of `folder`, before anything is written.
+    The images of the Detections are indices into `names`; one without detections gets a file too. All digits
+    are written. Raises InputError for names that would lead out of `folder`, before anything is written.
     """
     _check_names(folder, names)
     image, score = detections.image, detections.score
@@ -142,10 +130,8 @@ def write_predictions(folder, names, detections):
 
 
 def _kept(gt_list, faces):
-    """Convert a level's lists of face numbers to a bool array `[M]` over all faces.
-
-    The lists count the faces of each image from 1. faces `[I]` is the number of faces per image. Raises
-    ValueError if the lists do not fit.
+    """Make a bool array `[M]` of a level's lists, which count the faces of each image from 1. Images have
+    `faces` `[I]` faces; raises ValueError if the lists do not fit.
     """
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
     image = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
@@ -160,18 +146,13 @@ def _kept(gt_list, faces):
 def _check_names(source, names):
     """Check that every name is `<event>/<image>`, cannot lead out of a folder, and occurs once."""
     for name, times in Counter(names).items():
-        parts = name.split("/")
-        if len(parts) != 2 or not all(map(_plain, parts)):
+        parts = [part.strip(". ") for part in name.split("/")]
+        if (len(parts) != 2 or not all(parts) or not name.isprintable() or set(name) & set("\\:")
+                or len(name.encode()) > 250):
             raise InputError(
                 f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>")
         if times > 1:
             raise InputError(f"{source}: {name!r} is there twice")
-
-
-def _plain(part):
-    """Whether `part` is a safe name for one file or folder: printable, not special anywhere, not too long."""
-    return (part.isprintable() and not set(part) & set("\\:")
-            and bool(part.strip(". ")) and len(part.encode()) < 200)
 
 
 def _load_mat(path, *keys):
@@ -190,11 +171,7 @@ def _load_mat(path, *keys):
 
 
 def _boxes(path, content):
-    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes; an empty file has none.
-
-    They follow the image's name and the number of boxes. Raises InputError if a row is not five finite
-    numbers, or if there are more or fewer rows than that.
-    """
+    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes: the image's name, their number, rows."""
     lines = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     if not lines:
         return np.zeros((0, 5))

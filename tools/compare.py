@@ -45,14 +45,15 @@ class Matched:
         weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces.
         """
         faces = weights[self.face_image] * self.asked
+        if not faces.any():
+            return np.full(2 + len(groups), np.nan)
         ap = [coco_precision(hit, counted, faces.sum(), weights[self.image]).mean()
               for hit, counted in zip(self.hit, self.counted)]
         too_many = np.cumsum(weights[self.false_image]) > rate * weights.sum()
         threshold = self.false_score[too_many.argmax()] if too_many.any() else -np.inf
         with np.errstate(invalid="ignore"):
             recall = groups @ (faces * (self.face_score > threshold)) / (groups @ faces)
-        measured = np.array([np.mean(ap), ap[0], *recall])
-        return measured if faces.any() else np.full(len(measured), np.nan)
+        return np.array([np.mean(ap), ap[0], *recall])
 
 
 def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:

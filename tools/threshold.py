@@ -6,14 +6,13 @@
 A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
 lowest score that meets it on the photos at hand meets it on only about half of all others: it was chosen for
 them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979),
-each with one mistake more than it has. Without that one, photos that happen to have no mistake would meet any
-target, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it
-for the same reason.)
+each with one mistake more than it has (conformal risk control, Angelopoulos et al. 2022): otherwise photos
+that happen to have no mistake would meet any target.
 """
 
 import argparse
-import math
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from support.script import InputError, bad_values, command, new_parser
@@ -24,6 +23,7 @@ from evaluate import hashes, made_path, read_detections
 from metrics import Outcomes, outcomes, rates, score_curve
 from support.coco import arrays, read_annotations
 
+STEPS = 1000             # thresholds between 0 and 1: three decimals are easy to write down
 RESAMPLES, SEED = 1000, 0
 BLOCK = 100              # resamples computed at once; limits the memory
 SURE = 0.9               # the share of resamples in which the target has to be met
@@ -48,14 +48,12 @@ class Target(NamedTuple):
 def parse_target(text):
     """Parse `precision=0.95`, `recall=0.9` or `false=0.1` to a Target, for argparse."""
     name, _, value = text.partition("=")
-    try:
-        value = float(value)
-    except ValueError:
-        value = math.nan
-    if not (name in ("precision", "recall") and 0 < value < 1 or name == "false" and 0 < value < 1e9):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
-    return Target("false_per_picture" if name == "false" else name, value)
+    with suppress(ValueError):
+        most = {"precision": 1, "recall": 1, "false": 1e9}.get(name, 0)
+        if 0 < float(value) < most:
+            return Target(name.replace("false", "false_per_picture"), float(value))
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
 
 
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
@@ -64,42 +62,23 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
     Cheapest is the lowest for precision and false detections, and the highest for recall. `times` asks what
     would be chosen if there were so many times as many photos such as these.
     """
-    every = score_curve(found)
-    kept = thin(every)
-    curve = {name: values[kept] for name, values in every.items()}
-    hits = shown_by_photo(found, found.hit, curve["score"])
-    false = shown_by_photo(found, found.false, curve["score"])
-    share = np.zeros(len(curve["score"]))
+    scores = np.unique(np.floor(found.score[found.hit | found.false] * STEPS) / STEPS)[::-1]
+    hits = shown_by_photo(found, found.hit, scores)
+    false = shown_by_photo(found, found.false, scores)
+    share = np.zeros(len(scores))
     for weights in _resamples(len(found.faces), times):  # [b, I]
         faces = (weights @ found.faces)[:, None]
         resampled = rates(weights @ hits, weights @ false, faces, times * len(found.faces), spare=1)
         share += target.met(resampled).sum(0) / RESAMPLES
-    here = target.met(curve)
-    scores = []
-    for met in (here, here & (share > SURE - 1e-9)):
-        if met.any():
-            score = curve["score"][met][0 if target.measure == "recall" else -1]
-            scores.append(_round_down(score, every["score"][every["score"] < score].max(initial=-np.inf)))
-        else:
-            scores.append(None)
-    return tuple(scores)
-
-
-def thin(curve: dict[str, np.ndarray], points: int = 1000) -> np.ndarray:
-    """Choose about `points` points of a `score_curve`: bool `[T]`. The first and the last are among them.
-
-    They are even steps of recall, and of log(1 + false detections): each point has a hit or a false more.
-    """
-    false = curve["false_per_picture"]
-    logs = np.log1p(false / (false.max(initial=0) or 1) * len(false))
-    steps = sum(values / values.max(initial=1e-9) for values in (curve["recall"], logs))
-    return (len(false) <= points) | (np.diff(np.floor(steps * points / 2), prepend=-1) > 0)
+    here = target.met(score_curve(found, scores))
+    best = 0 if target.measure == "recall" else -1
+    return tuple(float(scores[met][best]) if met.any() else None
+                 for met in (here, here & (share > SURE - 1e-9)))
 
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How many of the detections in `flags` `[D]` each threshold shows on each photo: float64 `[I, T]`.
-
-    scores `[T]` are thresholds, highest first, the last of which shows them all.
+    """How many of the detections in `flags` `[D]` each of the thresholds `scores` `[T]`, highest first, shows
+    on each photo: float64 `[I, T]`. The last one shows them all.
     """
     first = np.searchsorted(-scores, -found.score[flags])  # the highest threshold that shows each
     cells = found.image[flags] * len(scores) + first
@@ -147,6 +126,12 @@ def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, fl
             for name, value in rates(*counts.sum(1), photos).items()}
 
 
+def said(values):
+    """The `intervals` as text."""
+    return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *own)
+                     for name, own in values.items())
+
+
 def _resamples(photos, times=1):
     """Yield in blocks `[b, I]` how often each of I photos is drawn: RESAMPLES draws of times x I photos."""
     generator = np.random.default_rng(SEED)
@@ -154,24 +139,13 @@ def _resamples(photos, times=1):
         yield generator.multinomial(times * photos, np.full(photos, 1 / photos), BLOCK).astype(np.float64)
 
 
-def _round_down(score, below):
-    """`score` with as few decimals as leave it above `below`, at least 3: easy to write down, same effect."""
-    for digits in range(3, 8):
-        rounded = math.floor(score * 10 ** digits) / 10 ** digits
-        if below < rounded <= score:
-            return rounded
-    return float(score)
-
-
 def read_model(args, made):
     """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
     from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    if not model.endswith(".pth") or not new.endswith(".pth"):
+    if not model.endswith(".pth") or not new.endswith(".pth") or os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
                          "the threshold into .onnx and .xml")
-    if os.path.realpath(new) == os.path.realpath(model):
-        raise InputError(f"--save {new}: is the model itself, name a new file")
     with bad_values():
         content = read_checkpoint(model)
     if not made:
@@ -180,6 +154,17 @@ def read_model(args, made):
     if made["sha256"] != hashes(model):
         raise InputError(f"{args.detections}: was made by another model ({made['model']}), not by {model}")
     return content
+
+
+def save(args, content, made, annotations, score, values):
+    """Write the checkpoint `content` with the threshold in it."""
+    from checkpoints import write_content
+    data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
+            "faces": int((~annotations.ignored).sum()), "fingerprint": annotations.fingerprint()}
+    entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
+             "data": data, "measured": {name: value for name, (value, _, _) in values.items()}}
+    write_content(args.save[1], content | {"threshold": entry})
+    print(f"wrote {args.save[1]}")
 
 
 @command
@@ -199,24 +184,15 @@ def main(argv=None):
               "on others it does worse than what follows")
     found = outcomes(*arrays(annotations, detections), len(annotations.ids))
     here, score = choose(found, args.target)
-
-    def costs(at):
-        return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *values)
-                         for name, values in intervals(found, at).items())
     if here is not None:
-        print(f"{args.target}: score {here:g} meets it on these photos alone: {costs(here)}")
+        print(f"{args.target}: score {here:g} meets it on these photos alone: {said(intervals(found, here))}")
     if score is None:
         raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
+    values = intervals(found, score)
     print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
-          f"{RESAMPLES:,} resamples of these photos: {costs(score)}")
+          f"{RESAMPLES:,} resamples of these photos: {said(values)}")
     if args.save:
-        from checkpoints import write_content
-        data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
-                "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
-        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
-                 "data": data, "measured": {name: own[0] for name, own in intervals(found, score).items()}}
-        write_content(args.save[1], content | {"threshold": entry})
-        print(f"wrote {args.save[1]}")
+        save(args, content, made, annotations, score, values)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from support.script import command, csv_cell, new_parser, parse_picture, whole_file
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import read_detections
 from metrics import match_faces, operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
-from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture, save_picture
+from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
+                              load_picture, save_picture)
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels
-TILE, COLUMNS = 640, 3               # the sides of a photo on the sheet of the worst, and photos in a row
-CAPTION, LETTERS = 56, 66            # below each: pixels for two lines, letters of one
+TILE, CAPTION = 640, 56              # pixels of a photo with its caption on the sheet, and of that alone
+LETTERS = 66                         # of a line of the caption
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Judged:
     """The detections of at least `score`, compared with the annotated faces."""
     annotations: Annotations
     score: float
-    found: Detections       # the D detections of at least `score`
+    found: Detections       # the D detections shown
     hit: np.ndarray         # [D] bool: finds a face
     false: np.ndarray       # [D] bool; neither are those on regions to ignore
     asked: np.ndarray       # [M] bool: the faces that are to be found
@@ -84,19 +85,16 @@ def draw_legend(sheet, text):
 
 def worst_sheet(judged: Judged, count: int) -> Image.Image:
     """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
-    counts = judged.counts
-    worst = np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]
-    photos = [draw_judged(judged, index, TILE, TILE) for index in worst]
-    height = max(photo.height for photo in photos) + CAPTION
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), math.ceil(len(worst) / COLUMNS) * height + LINE), "black")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    for n, (index, photo) in enumerate(zip(worst, photos)):
-        x, y = n % COLUMNS * (TILE + 8) + 4, n // COLUMNS * height
-        sheet.paste(photo, (x, y))
-        y += photo.height
-        draw.text((x, y + 6), drawable(judged.annotations.names[index])[-LETTERS:], "white", font)
-        draw.text((x, y + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
-                  f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
+    counts, font = judged.counts, ImageFont.load_default(18)
+    tiles = []
+    for index in np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]:
+        photo = draw_judged(judged, index, TILE, TILE - CAPTION)
+        text = (f"{drawable(judged.annotations.names[index])[-LETTERS:]}\n{counts['missed'][index]} missed, "
+                f"{counts['false'][index]} false, {counts['found'][index]} of {counts['faces'][index]} found")
+        tiles.append(Image.new("RGB", (TILE, TILE)))
+        tiles[-1].paste(photo)
+        ImageDraw.Draw(tiles[-1]).text((0, photo.height + 6), text, "white", font)
+    sheet = ImageOps.expand(contact_sheet(tiles, 3, TILE), (0, 0, 0, LINE))
     draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
     return sheet
 
