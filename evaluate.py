@@ -115,8 +115,7 @@ def parse_args(argv):
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
-    add("--plot", type=parse_picture, metavar="PNG",
-        help="precision-recall curves; precision, recall and false per photo against the score")
+    add("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -146,30 +145,27 @@ def run_model(args, annotations):
     """Run --model: (Annotations of the photos it could read, Detections, what the .made.json holds)."""
     import torch
 
-    from detector import MODEL, TiledDetector, detect_all, load_detector
+    from detector import MODEL, detect_all, load_detector
     from support.distributed import join_processes, leave_processes
     annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
-    detector = load_detector(args.model, args.size, device, args.colour, args.range)
-    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "size": detector.size,
-            "tiles": args.tiles}
+    detector = load_detector(args.model, args.size, device, args.colour, args.range, tiles=args.tiles)
+    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "tiles": args.tiles,
+            "size": (detector.detector if args.tiles else detector).size}
     if not args.model.endswith(SUFFIXES):
         from model import read_checkpoint
         made["trained_on"] = read_checkpoint(args.model).get("photos")
-    if args.tiles:
-        detector = TiledDetector(detector, *args.tiles)
     workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
     detections, errors = detect_all(detector, annotations, args.batch_size, workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
-        lines = "; ".join(list(errors.values())[:5])
+        lines = f"{len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}"
         if not args.skip_unreadable:
-            raise InputError(f"{args.data}: {len(errors)} photos could not be used: {lines}; "
-                             "mend them or leave them out with --skip-unreadable")
+            raise InputError(f"{args.data}: {lines}; mend them or leave them out with --skip-unreadable")
         if rank == 0:
-            print(f"left out, with their faces: {len(errors)} photos that could not be used: {lines}")
+            print(f"left out, with their faces: {lines}")
         annotations, detections = annotations.without(errors, detections)
     return annotations, detections, made
 
@@ -180,20 +176,20 @@ def load_detections(args, truth):
     truth is the wider.GroundTruth or None, `names` are the photos' for it, and `made` says what made the
     detections of a model. Without --data the photos are those of `truth`, and there are no Annotations.
     """
-    annotations, names, made = None, truth and truth.names, None
-    if args.data:
-        annotations = read_annotations(args.data)
+    annotations = read_annotations(args.data) if args.data else None
+    made = None
     if not args.predictions:
         annotations, detections, made = run_model(args, annotations)
-    if annotations and (truth or args.wider_out):
+    elif not os.path.isdir(args.predictions):
+        detections = read_results(args.predictions, annotations)
+    names = truth.names if truth and not args.data else None
+    if args.data and (truth or args.wider_out):
         names = wider.wider_names(args.data, annotations.names)
     if args.predictions and os.path.isdir(args.predictions):
         detections, missing = wider.read_predictions(args.predictions, names)
         if missing:
             print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
                   f"the first is {missing[0]}")
-    elif args.predictions:
-        detections = read_results(args.predictions, annotations)
     return annotations, names, detections, made
 
 
@@ -226,11 +222,7 @@ def write_outputs(args, scores, curves, annotations, names, detections, made):
     if args.json:
         write_json(args.json, scores | settings(args))
     if args.plot:
-        by_score = None
-        if not args.wider:
-            outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
-            by_score = metrics.score_curve(outcomes)
-        plot_curves(curves, args.plot, by_score)
+        plot_curves(curves, args.plot)
     for path in (args.out, args.wider_out, args.json, args.plot):
         if path:
             print(f"wrote {path}")
@@ -272,10 +264,9 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
 def main(argv=None):
     """Read or detect, score, print, write."""
     args = parse_args(argv)
-    other = int(os.environ.get("RANK", 0)) > 0  # under torchrun one process scores
     truth = wider.read_ground_truth(args.wider) if args.wider else None
     annotations, names, detections, made = load_detections(args, truth)
-    if other:
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun one process scores
         return
     scores, curves = score(args, truth, annotations, names, detections)
     print(table(scores))

@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from support.script import InputError, command, new_parser, write_json
+from support.script import InputError, command, new_parser, read_text, write_json
 
 from support.coco import clip
 from support.pictures import read_sizes
@@ -26,21 +26,14 @@ LARGEST = 10 ** 15  # coordinates and areas must be smaller, also for read_annot
 
 
 def read_wider(path):
-    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order.
+    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order, a row the ten numbers of `COLUMNS`.
 
-    A row is the ten numbers of `COLUMNS`. A byte order mark, CRLF and blank lines are accepted. A picture
-    without faces has the count 0; the row of zeros that follows it in the official files may be missing.
-    Raises InputError with `file:line` for any other format.
+    Blank lines are accepted. A picture without faces has the count 0; the row of zeros that follows it in the
+    official files may be missing. Raises InputError with `file:line` for any other format.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # universal newlines: CRLF becomes LF
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     # Not str.splitlines(): it also splits at characters that may be part of a name.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise InputError(f"{path}: lists no pictures")
 
@@ -96,10 +89,7 @@ def _row(place, text, said):
 
 
 def to_coco(pictures, sizes, prefix):
-    """Make the COCO content of `pictures` and their `sizes`: (content, counts of what was found).
-
-    `prefix` is the folder to put before each name.
-    """
+    """Make the COCO content of `pictures` in the folder `prefix` and their `sizes`: (content, counts)."""
     images, annotations = [], []
     met = dict.fromkeys(("invalid", "empty", "rows of zeros", "clipped", "outside"), 0)
     for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures, sizes), 1):
@@ -122,10 +112,7 @@ def to_coco(pictures, sizes, prefix):
 
 
 def convert(annotation, images, out, skip_missing=False):
-    """Convert the text file `annotation` and the folder `images` to the COCO file `out`.
-
-    Returns the counts of what was found. Raises InputError.
-    """
+    """Convert the text `annotation` and the folder `images` to the COCO file `out`: counts. Or InputError."""
     annotation, images, out = Path(annotation), Path(images), Path(out)
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures")

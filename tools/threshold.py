@@ -13,6 +13,7 @@ that happen to have no mistake would meet any target.
 import argparse
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from support.script import InputError, bad_values, command, new_parser
@@ -93,13 +94,11 @@ def refusal(found: Outcomes, target: Target, here: float | None) -> str:
         advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
         return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
                 f"to say so of others; {advice} enough")
-    curve = score_curve(found)
-    values = curve[target.measure]
-    if not len(values) or not found.faces.sum():
+    if not found.faces.sum() or not (found.hit | found.false).any():
         return f"{target}: there are no detections to choose from, or no faces"
-    best = (np.argmin if target.measure == "false_per_picture" else np.argmax)(values)
-    return (f"{target}: no score meets it; the best is {Target(target.measure, values[best].round(3))} "
-            f"at score {curve['score'][best]:.3g}")
+    best = score_curve(found)[target.measure]
+    best = best.min() if target.measure == "false_per_picture" else best.max()
+    return f"{target}: no score meets it; the best is {best:.3g}"
 
 
 def photos_needed(found: Outcomes, target: Target) -> int | None:
@@ -112,18 +111,16 @@ def photos_needed(found: Outcomes, target: Target) -> int | None:
 
 
 def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
-    """Precision, recall and false detections a photo at a threshold: {name: (value, low, high)}.
-
-    From `low` to `high` lie 95 % of the resamples of the photos.
+    """The `metrics.rates` at a threshold, and between what values lie 95 % of the resamples of the photos:
+    {name: (value, low, high)}.
     """
     photos, shown = len(found.faces), found.score >= score
-    counts = np.stack([np.bincount(found.image[shown & found.hit], minlength=photos),
-                       np.bincount(found.image[shown & found.false], minlength=photos), found.faces])  # [3, I]
+    hits, false = (np.bincount(found.image[shown & kind], minlength=photos) for kind in (found.hit, found.false))
+    counts = np.stack([hits, false, found.faces])                                          # [3, I]
     resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
-    low, high = ({name: np.quantile(values, q) for name, values in rates(*resampled, photos).items()}
-                 for q in INTERVAL)
-    return {name: (float(value), float(low[name]), float(high[name]))
-            for name, value in rates(*counts.sum(1), photos).items()}
+    values, spread = rates(*counts.sum(1), photos), rates(*resampled, photos)
+    return {name: (float(value), *np.quantile(spread[name], INTERVAL).tolist())
+            for name, value in values.items()}
 
 
 def said(values):
@@ -143,7 +140,8 @@ def read_model(args, made):
     """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
     from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    if not model.endswith(".pth") or not new.endswith(".pth") or os.path.realpath(new) == os.path.realpath(model):
+    ends = {Path(path).suffix for path in args.save}
+    if ends != {".pth"} or os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
                          "the threshold into .onnx and .xml")
     with bad_values():
@@ -154,17 +152,6 @@ def read_model(args, made):
     if made["sha256"] != hashes(model):
         raise InputError(f"{args.detections}: was made by another model ({made['model']}), not by {model}")
     return content
-
-
-def save(args, content, made, annotations, score, values):
-    """Write the checkpoint `content` with the threshold in it."""
-    from checkpoints import write_content
-    data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
-            "faces": int((~annotations.ignored).sum()), "fingerprint": annotations.fingerprint()}
-    entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
-             "data": data, "measured": {name: value for name, (value, _, _) in values.items()}}
-    write_content(args.save[1], content | {"threshold": entry})
-    print(f"wrote {args.save[1]}")
 
 
 @command
@@ -188,11 +175,16 @@ def main(argv=None):
         print(f"{args.target}: score {here:g} meets it on these photos alone: {said(intervals(found, here))}")
     if score is None:
         raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
-    values = intervals(found, score)
     print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
-          f"{RESAMPLES:,} resamples of these photos: {said(values)}")
+          f"{RESAMPLES:,} resamples of these photos: {said(intervals(found, score))}")
     if args.save:
-        save(args, content, made, annotations, score, values)
+        from checkpoints import write_content
+        data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
+                "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
+        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
+                 "data": data}
+        write_content(args.save[1], content | {"threshold": entry})
+        print(f"wrote {args.save[1]}")
 
 
 if __name__ == "__main__":
