@@ -35,22 +35,28 @@ class Curve:
 
 @dataclass
 class Outcomes:
-    """What D detections on I photos are: faces, false, or neither (on regions to ignore). In any order."""
+    """What D detections on I photos with M faces are: faces, false, or neither (on regions to ignore)."""
     image: np.ndarray   # [D] int64, the index of each detection's photo
     score: np.ndarray   # [D] float64
-    hit: np.ndarray     # [D] bool: finds a face
+    face: np.ndarray    # [D] int64, the index of the face that it finds, -1 for none
     false: np.ndarray   # [D] bool
+    asked: np.ndarray   # [M] bool: the face is to be found
     faces: np.ndarray   # [I] int64, the faces to be found on each photo
     empty: np.ndarray   # [I] bool: the photo has neither faces nor regions to ignore
+
+    @property
+    def hit(self):
+        """Which detections find a face: bool `[D]`."""
+        return self.face >= 0
 
 
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
             dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[dict, dict]:
     """Compute the 12 COCO numbers of one class, as pycocotools does (Lin et al. 2014; COCOeval.py, bbox).
 
-    gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels. Returns two dicts:
-    the numbers by name (AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large),
-    and the curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}.
+    gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels. Returns the numbers
+    by name (AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large), and the
+    curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}.
     """
     gt_area = np.asarray(gt_area, np.float64)
     crowd, rank, _, dt_xywh, pairs = _coco_pairs(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
@@ -79,8 +85,8 @@ def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarr
                  dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match detections to faces of all sizes as in `coco_ap`, for who computes its AP on resampled images.
 
-    Returns, for the 100 best detections of each image, best first: their image `[D]`, which find a face
-    `[10, D]` and which count at all `[10, D]`, a row for each IoU threshold.
+    Returns, for the 100 best detections of each image, best first: their image `[D]`, and at each IoU
+    threshold which find a face `[10, D]` and which count at all `[10, D]`.
     """
     crowd, rank, image, _, pairs = _coco_pairs(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     return image, *_coco_hits(pairs, rank, crowd, crowd, np.zeros(len(rank), bool))
@@ -89,8 +95,8 @@ def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarr
 def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: float | np.ndarray = 1.0):
     """Read the precision envelope at COCO's 101 recalls: `[101]`, all -1 if there are no faces.
 
-    hit `[D]` marks detections that find a face, counted `[D]` those that count at all, best first; each counts
-    `weights` `[D]` times.
+    hit `[D]` marks detections that find a face, counted `[D]` those that count at all, best first; each is
+    there `weights` `[D]` times.
     """
     if not faces:
         return np.full(len(RECALLS), -1.0)
@@ -102,12 +108,11 @@ def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: 
 
 def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
             dt_xywh: np.ndarray, dt_score: np.ndarray, sizes: tuple = FACE_SIZES) -> dict[int, float]:
-    """Compute VOC AP at IoU 0.5 over the faces larger than each of `sizes`: {size: AP}.
+    """Compute VOC AP at IoU 0.5 over the faces larger than each of `sizes`: {size: AP}, as in the
+    reference's accuracy table.
 
-    The size of a box is its shorter side, in pixels. AP is the area under the precision envelope, over all
-    points, as in the reference's accuracy table. Smaller faces and crowd regions are ignored: they count
-    neither as found nor as missed. Detections matched to them do not count either, nor do unmatched
-    detections that are not larger than `size`.
+    The size of a box is its shorter side, in pixels. Smaller faces and crowd regions count neither as found
+    nor as missed, nor do detections matched to them, nor unmatched ones that are not larger than `size`.
     """
     _, by_size = _by_size(sizes, gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     result = {}
@@ -119,37 +124,24 @@ def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, d
     return result
 
 
-def match_faces(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-                dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes. Three arrays, in input order:
+def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
+             dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
+    """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes, whatever score is shown.
 
-    - face `[D]` int64: the index of the face that a detection finds, -1 if it finds none;
-    - false `[D]` bool: the false detections (those on regions to ignore are not);
-    - asked `[M]` bool: the faces that are to be found.
-
-    A score threshold changes nothing of this for the detections that it leaves.
+    Here images are indices below `photos`. The Outcomes are in input order.
     """
     order, by_size = _by_size((0,), gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     found, counted, asked = by_size[0]
     face, false = np.empty(len(order), np.int64), np.empty(len(order), bool)
     face[order], false[order] = found, counted & (found < 0)
-    return face, false, asked
-
-
-def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
-    """Match detections to faces as `match_faces` does. Here images are indices below `photos`."""
-    face, false, asked = match_faces(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     gt_image = np.asarray(gt_image, np.int64)
-    return Outcomes(np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64), face >= 0, false,
+    return Outcomes(np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64), face, false, asked,
                     np.bincount(gt_image[asked], minlength=photos),
                     np.bincount(gt_image, minlength=photos) == 0)
 
 
 def rates(found, false, faces, photos: int, spare: int = 0) -> dict:
-    """Precision, recall, false detections a picture and F1 by name, of counts (numbers or arrays) and as many
-    `spare` mistakes. 0/0 is 0.
-    """
+    """Precision, recall, false detections a picture and F1 of counts and `spare` mistakes more. 0/0 is 0."""
     return {"precision": found / np.maximum(found + false + spare, 1),
             "recall": found / np.maximum(faces + spare, 1),
             "false_per_picture": (false + spare) / max(photos, 1),
@@ -160,8 +152,8 @@ def score_curve(found: Outcomes, scores: np.ndarray | None = None) -> dict[str, 
     """How a detector performs at IoU 0.5 if only detections of at least each of `scores` `[T]` are shown.
 
     Without `scores` it is each that makes a difference, highest first. Returns arrays `[T]` by name: "score",
-    the `rates`, and the false detections a picture that has faces or regions to ignore, "false_with_faces",
-    and a picture that has neither, "false_without_faces"; -1 where there is no such picture.
+    the `rates`, and the false detections a picture with faces or regions to ignore, "false_with_faces", and a
+    picture with neither, "false_without_faces"; -1 where there is no such picture.
     """
     if scores is None:
         scores = np.unique(found.score[found.hit | found.false])[::-1]
@@ -190,8 +182,7 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
     """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
 
     A curve has 1,000 points, one per score threshold. kept {level: `[M]` bool} marks the faces of each level.
-    All other faces are ignored, and so are the detections on them. Images without any annotated box, of
-    whatever level, are left out with all their detections. In the other images every false detection counts.
+    All other faces are ignored, and so are the detections on them, and images without any annotated box.
     """
     gt_image, gt_xywh, none, _, dt_image, dt_xywh, dt_score = _sorted(
         gt_image, gt_xywh, np.zeros(len(gt_image)), dt_image, dt_xywh, dt_score)
@@ -216,8 +207,8 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
 def _sorted(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
     """Faces and detections, given as any sequences, as int64, float64 and bool arrays.
 
-    Detections are sorted by score, best first; equal scores by image id, then by input order. Returns the
-    three arrays of the faces, the order of the detections, and the three arrays of these in that order.
+    Returns the three of the faces, the order of the detections (by score, best first; equal ones by image id,
+    then by input order), and the three of the detections in that order.
     """
     dt_image, dt_score = np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64)
     gt_xywh, dt_xywh = (np.asarray(xywh, np.float64).reshape(-1, 4) for xywh in (gt_xywh, dt_xywh))
@@ -235,7 +226,7 @@ def _by_image(image):
 
 def _coco_pairs(*faces_and_detections):
     """What `_coco_hits` needs: crowd `[M]`; of the 100 best detections of each image, best first, the rank
-    in their image, 0 for the best, `[D]`, image `[D]` and xywh `[D, 4]`; the pairs from `_overlaps`.
+    in their image from 0, image and xywh; the pairs from `_overlaps`.
     """
     gt_image, gt_xywh, crowd, _, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     rank = np.empty(len(dt_image), np.int64)
@@ -247,12 +238,11 @@ def _coco_pairs(*faces_and_detections):
 
 
 def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
-    """Find all pairs of a detection and a face of the same image with IoU >= 0.5.
+    """Find all pairs of a detection and a face of the same image with IoU >= 0.5: their indices, IoU; `[P]`.
 
-    Returns three arrays `[P]`: detection indices, face indices, IoU. For a crowd region the union is the area
-    of the detection alone (COCO). `pixel=1` makes boxes pixel-inclusive, one pixel wider and higher (WIDER).
-    The arithmetic has the same order of operations as pycocotools and the official WIDER code, so that the
-    results are equal to the last bit.
+    For a crowd region the union is the area of the detection alone (COCO). `pixel=1` makes boxes one pixel
+    wider and higher (WIDER). The order of operations is that of pycocotools and the official WIDER code, so
+    that the results are equal to the last bit.
     """
     gt_start, gt_end, gt_areas = _corners(gt_xywh, pixel)
     dt_start, dt_end, dt_areas = _corners(dt_xywh, pixel)
@@ -284,10 +274,10 @@ def _corners(xywh, pixel):
 def _coco_hits(pairs, rank, ignored, crowd, outside):
     """Which detections find a face, and which count at all, at each IoU threshold: bool `[10, D]` each.
 
-    pairs are from `_overlaps`, rank `[D]` from `_coco_pairs`; outside `[D]` marks detections that do not count
-    where they find nothing. Within one image detections choose in order of score. Each takes the free face
-    with the highest IoU, if that reaches the threshold; of equal ones the later in the file; an ignored face
-    only if no other is free. A face can be taken once, a crowd region any number of times.
+    outside `[D]` marks detections that do not count where they find nothing. Within one image detections
+    choose in order of score. Each takes the free face with the highest IoU, if that reaches the threshold; of
+    equal ones the later in the file; an ignored face only if no other is free. A face can be taken once, a
+    crowd region any number of times.
 
     The loop runs over the rank: first the best detection of every image, then every second best, and so on.
     Those of one step lie on different images, so none can take a face from another.
@@ -314,10 +304,9 @@ def _coco_hits(pairs, rank, ignored, crowd, outside):
 def _by_size(sizes, *faces_and_detections):
     """Match detections to faces as VOC does at IoU 0.5, for each of `sizes`.
 
-    Returns the order of the detections, best first, and {size: (face, counted, asked)}, detections in it:
-    - face `[D]`: the index of the face that a detection finds, -1 if it finds none;
-    - counted `[D]`: whether the detection counts at all, as true or false;
-    - asked `[M]`: whether the face is to be found: no crowd region, and larger than `size`.
+    Returns the order of the detections, best first, and {size: (face, counted, asked)} in it: the face that a
+    detection finds, -1 for none, `[D]`; whether it counts at all, as true or false, `[D]`; whether a face is
+    to be found, being no crowd region and larger than `size`, `[M]`.
     """
     gt_image, gt_xywh, crowd, order, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     d, g, iou = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
@@ -335,10 +324,7 @@ def _by_size(sizes, *faces_and_detections):
 
 
 def _best_face(d, g, iou, detections):
-    """Choose for each detection the face with the highest IoU: `[D]`, -1 if it overlaps with none.
-
-    d, g, iou `[P]` are the pairs from `_overlaps`. Of two faces with equal IoU, the first is chosen.
-    """
+    """The face with the highest IoU for each detection: `[D]`, -1 for none; of equal ones the first."""
     order = np.lexsort((g, -iou, d))
     d, first = np.unique(d[order], return_index=True)
     face = np.full(detections, -1)
@@ -347,10 +333,9 @@ def _best_face(d, g, iou, detections):
 
 
 def _first_on_face(face, asked):
-    """Mark the detections that find a face: `[D]`, for detections sorted best first.
+    """Which detections, best first, find a face: `[D]`. Of several on one `face` `[D]` only the best does.
 
-    face `[D]` is from `_best_face`, asked `[M]` marks the faces to be found. Of several on a face only the
-    best finds it; the others are repetitions.
+    asked `[M]` marks the faces to be found.
     """
     candidates = np.flatnonzero(np.append(asked, False)[face])
     _, first = np.unique(face[candidates], return_index=True)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import read_detections
-from metrics import match_faces, operating_points, outcomes
+from metrics import operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
 from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
                               load_picture, save_picture)
@@ -34,7 +34,6 @@ class Judged:
     found: Detections       # the D detections shown
     hit: np.ndarray         # [D] bool: finds a face
     false: np.ndarray       # [D] bool; neither are those on regions to ignore
-    asked: np.ndarray       # [M] bool: the faces that are to be found
     missed: np.ndarray      # [M] bool
     counts: dict            # {"faces", "ignored", "found", "missed", "false"}: [I] int64 each, by photo
 
@@ -43,14 +42,13 @@ def judge(annotations: Annotations, detections: Detections, score: float) -> Jud
     """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
     shown = detections.score >= score
     found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
-    face, false, asked = match_faces(*arrays(annotations, found))
-    missed = asked.copy()
-    missed[face[face >= 0]] = False
-    images = {"faces": annotations.image[asked], "ignored": annotations.image[~asked],
-              "found": annotations.image[asked & ~missed], "missed": annotations.image[missed],
-              "false": found.image[false]}
+    own = outcomes(*arrays(annotations, found), len(annotations.ids))
+    missed = own.asked & ~np.isin(np.arange(len(own.asked)), own.face)
+    images = {"faces": annotations.image[own.asked], "ignored": annotations.image[~own.asked],
+              "found": found.image[own.hit], "missed": annotations.image[missed],
+              "false": found.image[own.false]}
     counts = {name: np.bincount(image, minlength=len(annotations.ids)) for name, image in images.items()}
-    return Judged(annotations, score, found, face >= 0, false, asked, missed, counts)
+    return Judged(annotations, score, found, own.hit, own.false, missed, counts)
 
 
 def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf) -> Image.Image:
@@ -62,8 +60,8 @@ def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf
     faces, own = annotations.image == index, found.image == index
     right, false = own & judged.hit, own & judged.false
     for boxes, scores, colour in (
-            (annotations.xywh[faces & ~judged.asked], None, IGNORED),
-            (annotations.xywh[faces & judged.asked & ~judged.missed], None, TRUTH),
+            (annotations.xywh[faces & annotations.ignored], None, IGNORED),
+            (annotations.xywh[faces & ~annotations.ignored & ~judged.missed], None, TRUTH),
             (found.xywh[right], found.score[right], FACE),
             (found.xywh[false], found.score[false], FALSE),
             (annotations.xywh[faces & judged.missed], None, MISSED)):
