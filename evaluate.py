@@ -61,13 +61,11 @@ def table(scores):
     lines = ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
     for pair in zip_longest(left, right, fillvalue=("", "")):
         lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
-    lines.append("score >=   precision   recall   false per photo   with faces   without faces")
+    lines.append("score >=   precision   recall   false per photo")
     for point in scores["operating_points"]:
-        apart = [f"{point[key]:.2f}" if point[key] >= 0 else "-"
-                 for key in ("false_with_faces", "false_without_faces")]
         lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
-                     f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
-    return "\n".join(lines) + f"   best F1 {point['f1']:.3f}"
+                     f"{point['false_per_picture']:10.2f}")
+    return "\n".join(lines) + f"           best F1 {point['f1']:.3f}"
 
 
 def hashes(model, **more):

@@ -42,7 +42,6 @@ class Outcomes:
     false: np.ndarray   # [D] bool
     asked: np.ndarray   # [M] bool: the face is to be found
     faces: np.ndarray   # [I] int64, the faces to be found on each photo
-    empty: np.ndarray   # [I] bool: the photo has neither faces nor regions to ignore
 
     @property
     def hit(self):
@@ -134,10 +133,8 @@ def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, 
     found, counted, asked = by_size[0]
     face, false = np.empty(len(order), np.int64), np.empty(len(order), bool)
     face[order], false[order] = found, counted & (found < 0)
-    gt_image = np.asarray(gt_image, np.int64)
     return Outcomes(np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64), face, false, asked,
-                    np.bincount(gt_image[asked], minlength=photos),
-                    np.bincount(gt_image, minlength=photos) == 0)
+                    np.bincount(np.asarray(gt_image, np.int64)[asked], minlength=photos))
 
 
 def rates(found, false, faces, photos: int, spare: int = 0) -> dict:
@@ -149,24 +146,15 @@ def rates(found, false, faces, photos: int, spare: int = 0) -> dict:
 
 
 def score_curve(found: Outcomes, scores: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """How a detector performs at IoU 0.5 if only detections of at least each of `scores` `[T]` are shown.
+    """The `rates` at IoU 0.5 if only detections of at least each of `scores` `[T]` are shown: arrays `[T]`.
 
-    Without `scores` it is each that makes a difference, highest first. Returns arrays `[T]` by name: "score",
-    the `rates`, and the false detections a picture with faces or regions to ignore, "false_with_faces", and a
-    picture with neither, "false_without_faces"; -1 where there is no such picture.
+    Without `scores` it is each that makes a difference, highest first. They are returned as "score".
     """
     if scores is None:
         scores = np.unique(found.score[found.hit | found.false])[::-1]
-
-    def shown(flags):
-        return np.searchsorted(np.sort(-found.score[flags]), -scores, side="right")
-    hits, false = shown(found.hit), shown(found.false)
-    on_empty = shown(found.false & found.empty[found.image])
-    empty = np.count_nonzero(found.empty)
-    full = len(found.empty) - empty
-    return {"score": scores, **rates(hits, false, found.faces.sum(), len(found.faces)),
-            "false_with_faces": (false - on_empty) / full if full else -np.ones(len(scores)),
-            "false_without_faces": on_empty / empty if empty else -np.ones(len(scores))}
+    hits, false = (np.searchsorted(np.sort(-found.score[flags]), -scores, side="right")
+                   for flags in (found.hit, found.false))
+    return {"score": scores, **rates(hits, false, found.faces.sum(), len(found.faces))}
 
 
 def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[dict[str, float]]:

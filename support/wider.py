@@ -29,7 +29,7 @@ class GroundTruth:
     kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
 
     def part(self, names):
-        """The same without the faces of images that are not in `names`. Raises InputError if none is there."""
+        """The same without the faces of images that are not in `names`, or InputError if none is."""
         given = np.isin(self.names, list(names))  # [I]
         if not given.any():
             raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
@@ -62,7 +62,7 @@ def read_ground_truth(folder=GROUND_TRUTH):
 
 
 def renumber(detections, names, ground_truth, where):
-    """Move Detections from the images called `names` to those of a GroundTruth, which is read from `where`."""
+    """Move Detections from the images called `names` to those of a GroundTruth, read from `where`."""
     place = {name: index for index, name in enumerate(ground_truth.names)}
     image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
     if (image < 0).any():
@@ -103,8 +103,7 @@ def read_predictions(folder, names):
         image += [index] * len(boxes)
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
     if len(missing) == len(names):
-        first = f"{folder}/{names[0]}.txt"
-        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {first} are expected")
+        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {path} are expected")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing
@@ -162,16 +161,14 @@ def _load_mat(path, *keys):
             content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
-            f"and unpack it under data, which gives {GROUND_TRUTH}") from None
+        raise InputError(f"{path}: no such file; download eval_tools from http://shuoyang1213.me/WIDERFACE "
+                         f"and unpack it under data, which gives {GROUND_TRUTH}") from None
     except Exception as error:  # scipy raises all kinds of errors for a damaged file
-        raise InputError(
-            f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
+        raise InputError(f"{path}: not a MATLAB file with {keys} ({type(error).__name__})") from None
 
 
 def _boxes(path, content):
-    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes: the image's name, their number, rows."""
+    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes: a name, their number, the rows."""
     lines = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     if not lines:
         return np.zeros((0, 5))

@@ -98,7 +98,8 @@ def find(path: str, annotations: Annotations) -> Detections:
     from detector import detect_all, load_detector  # torch takes seconds
     detections, errors = detect_all(load_detector(path), annotations)
     if errors:
-        raise InputError(f"{annotations.path}: {len(errors)} photos could not be used: {[*errors.values()][0]}")
+        raise InputError(f"{annotations.path}: {len(errors)} photos could not be used: "
+                         + next(iter(errors.values())))
     return detections
 
 

@@ -115,7 +115,8 @@ def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, fl
     {name: (value, low, high)}.
     """
     photos, shown = len(found.faces), found.score >= score
-    hits, false = (np.bincount(found.image[shown & kind], minlength=photos) for kind in (found.hit, found.false))
+    hits = np.bincount(found.image[shown & found.hit], minlength=photos)
+    false = np.bincount(found.image[shown & found.false], minlength=photos)
     counts = np.stack([hits, false, found.faces])                                          # [3, I]
     resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
     values, spread = rates(*counts.sum(1), photos), rates(*resampled, photos)
