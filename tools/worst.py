@@ -137,7 +137,7 @@ def main(argv=None):
     annotations, detections, _ = read_detections(args.data, args.detections)
     if args.score is None:
         found = outcomes(*arrays(annotations, detections), len(annotations.ids))
-        args.score = operating_points(found)[-1].score
+        args.score = operating_points(found)[-1]["score"]
     judged = judge(annotations, detections, args.score)
     save_picture(worst_sheet(judged, args.count), args.out)
     print(f"wrote {args.out}")
