@@ -7,8 +7,8 @@
     python evaluate.py --wider --wider-part --data part.json           # only on the photos of part.json
     torchrun --nproc_per_node 4 evaluate.py --data data/val.json       # the same digits, from 4 processes
 
-Beside the detections FILE.json that --out writes, FILE.made.json says what made them. `python -m tools.NAME`
-goes on from there: threshold, worst, doubt, compare. Scoring predictions does not import torch.
+Beside the detections FILE.json that --out writes, FILE.made.json says what made them; tools.threshold, worst,
+doubt and compare read both. Scoring predictions does not import torch.
 """
 
 import os
@@ -46,8 +46,8 @@ def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
 
 def score_wider(truth, detections):
     """Score Detections on the photos of a wider.GroundTruth: {level: AP}, and the curves by level."""
-    curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, detections.image, detections.xywh,
-                              detections.score)
+    found = detections.image, detections.xywh, detections.score
+    curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, *found)
     return {"wider": {level: curve.ap for level, curve in curves.items()}}, curves
 
 
@@ -56,11 +56,10 @@ def table(scores):
     if "wider" in scores:
         lines = [f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items()]
         return "\n".join(["WIDER FACE val AP", *lines])
-    left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()]
-                   for part in ("coco", "AP50_by_size"))
+    columns = [[f"{name:<12}{f'{ap:.4f}' if ap >= 0 else '-':>8}" for name, ap in scores[part].items()]
+               for part in ("coco", "AP50_by_size")]
     lines = ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
-    for pair in zip_longest(left, right, fillvalue=("", "")):
-        lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
+    lines += [f"  {left:<20}    {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")]
     lines.append("score >=   precision   recall   false per photo")
     for point in scores["operating_points"]:
         lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
@@ -178,9 +177,7 @@ def load_detections(args, truth):
     made = None
     if not args.predictions:
         annotations, detections, made = run_model(args, annotations)
-    elif not os.path.isdir(args.predictions):
-        detections = read_results(args.predictions, annotations)
-    names = truth.names if truth and not args.data else None
+    names = truth.names if truth else None
     if args.data and (truth or args.wider_out):
         names = wider.wider_names(args.data, annotations.names)
     if args.predictions and os.path.isdir(args.predictions):
@@ -188,6 +185,8 @@ def load_detections(args, truth):
         if missing:
             print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
                   f"the first is {missing[0]}")
+    elif args.predictions:
+        detections = read_results(args.predictions, annotations)
     return annotations, names, detections, made
 
 
@@ -212,18 +211,17 @@ def write_outputs(args, scores, curves, annotations, names, detections, made):
     """Write the files that were asked for."""
     if args.out:
         write_json(args.out, to_results(annotations, detections))
-        if made:
-            write_json(made_path(args.out), made | {"detections": file_hash(args.out),
-                                                    "photos": photo_list(annotations)})
+    if args.out and made:
+        made |= {"detections": file_hash(args.out), "photos": photo_list(annotations)}
+        write_json(made_path(args.out), made)
     if args.wider_out:
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
         write_json(args.json, scores | settings(args))
     if args.plot:
         plot_curves(curves, args.plot)
-    for path in (args.out, args.wider_out, args.json, args.plot):
-        if path:
-            print(f"wrote {path}")
+    for path in filter(None, (args.out, args.wider_out, args.json, args.plot)):
+        print(f"wrote {path}")
 
 
 def made_path(path):
@@ -233,15 +231,15 @@ def made_path(path):
 
 def photo_list(annotations):
     """What tells the photos of Annotations from others: ids, and names without their folders."""
-    return [(number, PurePosixPath(name).name)
-            for number, name in zip(annotations.ids.tolist(), annotations.names)]
+    names = [PurePosixPath(name).name for name in annotations.names]
+    return list(zip(annotations.ids.tolist(), names))
 
 
 def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict | None]:
     """Read the COCO json `data` and detections on its photos, for tools: (Annotations, Detections, made).
 
-    `made` is what the .made.json beside `path` holds, None without such a file. Photos that the model did not
-    look at (--skip-unreadable) are left out. Raises InputError if the photos are others.
+    `made` is what the .made.json beside `path` holds, if there is one. Photos that the model did not look at
+    are left out. Raises InputError if the photos are others.
     """
     annotations = read_annotations(data)
     detections = read_results(path, annotations)
@@ -249,9 +247,8 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
         return annotations, detections, None
     made = read_json(made_path(path))
     if not isinstance(made, dict) or made.get("detections") != file_hash(path):
-        raise InputError(f"{made_path(path)}: is not of {path} as it is now; "
-                         "write both again with evaluate.py --out")
-    own, seen = photo_list(annotations), {tuple(photo) for photo in made["photos"]}
+        raise InputError(f"{made_path(path)}: is not of {path} as it is now; write both again, with --out")
+    own, seen = photo_list(annotations), set(map(tuple, made["photos"]))
     if not seen <= set(own):
         raise InputError(f"{path}: is of other photos than {data}")
     unseen = [index for index, photo in enumerate(own) if photo not in seen]

@@ -61,7 +61,7 @@ def test_per_photo(world, tmp_path):
     annotations.names[2] = "b\udcff.png"  # bytes that are no text
     annotations.names[0] = "=1+1.png"      # what a spreadsheet would compute
     detections.score[4] = 0.05             # at no threshold that one would choose, and yet it finds a face
-    write_per_photo(judge(annotations, detections, 0.5), detections, tmp_path / "p.csv")
+    write_per_photo(judge(annotations, detections, 0.5), tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["'=1+1.png", *annotations.names[1:]]

@@ -4,10 +4,9 @@
     python -m tools.threshold val.json detections.json false=0.1 --save runs/face/best.pth runs/face/sure.pth
 
 A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
-lowest score that meets it on the photos at hand meets it on only about half of all others: it was chosen for
-them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979),
-each with one mistake more than it has (conformal risk control, Angelopoulos et al. 2022): otherwise photos
-that happen to have no mistake would meet any target.
+lowest score that meets it on some photos meets it on only about half of all others: it has their luck. So it
+has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979), each with one mistake more than
+it has (conformal risk control, Angelopoulos et al. 2022): photos without any would meet every target.
 """
 
 import argparse
@@ -58,10 +57,9 @@ def parse_target(text):
 
 
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
-    """The cheapest thresholds that meet a target: on these photos alone, and on others too; None: no score.
+    """The lowest (of a recall the highest) thresholds that meet a target: on these photos, on others too.
 
-    Cheapest is the lowest for precision and false detections, and the highest for recall. `times` asks what
-    would be chosen if there were so many times as many photos such as these.
+    None: no score. `times` asks what would be chosen of so many times as many photos such as these.
     """
     scores = np.unique(np.floor(found.score[found.hit | found.false] * STEPS) / STEPS)[::-1]
     hits = shown_by_photo(found, found.hit, scores)
@@ -94,10 +92,10 @@ def refusal(found: Outcomes, target: Target, here: float | None) -> str:
         advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
         return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
                 f"to say so of others; {advice} enough")
-    if not found.faces.sum() or not (found.hit | found.false).any():
+    reached = score_curve(found)[target.measure]
+    if not len(reached) or not found.faces.sum():
         return f"{target}: there are no detections to choose from, or no faces"
-    best = score_curve(found)[target.measure]
-    best = best.min() if target.measure == "false_per_picture" else best.max()
+    best = reached.min() if target.measure == "false_per_picture" else reached.max()
     return f"{target}: no score meets it; the best is {best:.3g}"
 
 
@@ -124,10 +122,10 @@ def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, fl
             for name, value in values.items()}
 
 
-def said(values):
+def said(found, score):
     """The `intervals` as text."""
     return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *own)
-                     for name, own in values.items())
+                     for name, own in intervals(found, score).items())
 
 
 def _resamples(photos, times=1):
@@ -141,8 +139,7 @@ def read_model(args, made):
     """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
     from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    ends = {Path(path).suffix for path in args.save}
-    if ends != {".pth"} or os.path.realpath(new) == os.path.realpath(model):
+    if {Path(model).suffix, Path(new).suffix} != {".pth"} or os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
                          "the threshold into .onnx and .xml")
     with bad_values():
@@ -173,17 +170,17 @@ def main(argv=None):
     found = outcomes(*arrays(annotations, detections), len(annotations.ids))
     here, score = choose(found, args.target)
     if here is not None:
-        print(f"{args.target}: score {here:g} meets it on these photos alone: {said(intervals(found, here))}")
+        print(f"{args.target}: score {here:g} meets it on these photos alone: {said(found, here)}")
     if score is None:
         raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
     print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
-          f"{RESAMPLES:,} resamples of these photos: {said(intervals(found, score))}")
+          f"{RESAMPLES:,} resamples of these photos: {said(found, score)}")
     if args.save:
         from checkpoints import write_content
         data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
                 "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
-        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
-                 "data": data}
+        entry = {"score": score, "target": str(args.target), "data": data}
+        entry |= {key: made[key] for key in ("size", "tiles")}
         write_content(args.save[1], content | {"threshold": entry})
         print(f"wrote {args.save[1]}")
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import read_detections
-from metrics import operating_points, outcomes
+from metrics import Outcomes, operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
 from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
                               load_picture, save_picture)
@@ -28,32 +28,32 @@ LETTERS = 66                         # of a line of the caption
 
 @dataclass
 class Judged:
-    """The detections of at least `score`, compared with the annotated faces."""
+    """The D detections on M annotated faces, and what is to be seen of them from `score` on."""
     annotations: Annotations
+    detections: Detections
+    outcomes: Outcomes      # of all detections
     score: float
-    found: Detections       # the D detections shown
-    hit: np.ndarray         # [D] bool: finds a face
-    false: np.ndarray       # [D] bool; neither are those on regions to ignore
+    hit: np.ndarray         # [D] bool: is shown and finds a face
+    false: np.ndarray       # [D] bool: is shown and false; those on regions to ignore are neither
     missed: np.ndarray      # [M] bool
     counts: dict            # {"faces", "ignored", "found", "missed", "false"}: [I] int64 each, by photo
 
 
-def judge(annotations: Annotations, detections: Detections, score: float) -> Judged:
-    """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
-    shown = detections.score >= score
-    found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
-    own = outcomes(*arrays(annotations, found), len(annotations.ids))
-    missed = own.asked & ~np.isin(np.arange(len(own.asked)), own.face)
-    images = {"faces": annotations.image[own.asked], "ignored": annotations.image[~own.asked],
-              "found": found.image[own.hit], "missed": annotations.image[missed],
-              "false": found.image[own.false]}
+def judge(annotations: Annotations, detections: Detections, score: float | None = None) -> Judged:
+    """Compare the detections of at least `score`, or of the score with the best F1, with the annotated faces."""
+    every = outcomes(*arrays(annotations, detections), len(annotations.ids))
+    score = operating_points(every)[-1]["score"] if score is None else score
+    hit, false = every.hit & (every.score >= score), every.false & (every.score >= score)
+    missed = every.asked & ~np.isin(np.arange(len(every.asked)), every.face[hit])
+    images = {"faces": annotations.image[every.asked], "ignored": annotations.image[~every.asked],
+              "found": every.image[hit], "missed": annotations.image[missed], "false": every.image[false]}
     counts = {name: np.bincount(image, minlength=len(annotations.ids)) for name, image in images.items()}
-    return Judged(annotations, score, found, own.hit, own.false, missed, counts)
+    return Judged(annotations, detections, every, score, hit, false, missed, counts)
 
 
 def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf) -> Image.Image:
     """Photo `index`, fitted into `width` x `height` pixels, faces and detections in the legend's colours."""
-    annotations, found = judged.annotations, judged.found
+    annotations, found = judged.annotations, judged.detections
     photo = load_picture(annotations.file(index))
     scale = min(width / photo.width, height / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
@@ -97,20 +97,16 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
     return sheet
 
 
-def write_per_photo(judged: Judged, detections: Detections, path):
-    """Write a CSV with a row for each photo, in the order of the annotations.
-
-    Counts are at the threshold. `best_false` and `lowest_found` are scores, among all Detections: a
-    threshold above the first would show nothing false on the photo, one up to the second finds all that can
-    be found. They are empty where there is none.
+def write_per_photo(judged: Judged, path):
+    """Write a CSV with a row for each photo: the counts, and of all detections, shown or not, the scores of
+    the best false one and of the lowest that finds a face.
     """
-    every = judge(judged.annotations, detections, -math.inf)
-    best_false, lowest_found = {}, {}
-    for n in np.argsort(detections.score):
+    every, best_false, lowest_found = judged.outcomes, {}, {}
+    for n in np.argsort(every.score):
         if every.false[n]:
-            best_false[detections.image[n]] = f"{detections.score[n]:.5f}"
+            best_false[every.image[n]] = f"{every.score[n]:.5f}"
         elif every.hit[n]:
-            lowest_found.setdefault(detections.image[n], f"{detections.score[n]:.5f}")
+            lowest_found.setdefault(every.image[n], f"{every.score[n]:.5f}")
     with whole_file(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
@@ -135,14 +131,11 @@ def main(argv=None):
     if args.count < 1:
         parser.error("--count must be at least 1")
     annotations, detections, _ = read_detections(args.data, args.detections)
-    if args.score is None:
-        found = outcomes(*arrays(annotations, detections), len(annotations.ids))
-        args.score = operating_points(found)[-1]["score"]
     judged = judge(annotations, detections, args.score)
     save_picture(worst_sheet(judged, args.count), args.out)
     print(f"wrote {args.out}")
     if args.csv:
-        write_per_photo(judged, detections, args.csv)
+        write_per_photo(judged, args.csv)
         print(f"wrote {args.csv}")
 
 
