@@ -12,9 +12,6 @@ doubt and compare read both. Scoring predictions does not import torch.
 """
 
 import os
-import platform
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
@@ -76,14 +73,10 @@ def hashes(model, **more):
 
 
 def settings(args):
-    """What produced the numbers: model and data with their hashes, flags, versions, git commit."""
-    versions = {"python": platform.python_version()}
-    for package in ("numpy", "pillow", "torch", "torchvision", "onnxruntime", "openvino"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    """What produced the numbers: flags, the files' hashes, the git commit."""
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
             "sha256": hashes(args.model, data=args.data, predictions=args.predictions),
-            "versions": versions, "commit": git_commit()}
+            "commit": git_commit()}
 
 
 def parse_args(argv):

@@ -88,9 +88,6 @@ def read_predictions(folder, names):
     The images of the Detections, sorted by image, best first, are indices into `names`. As in the official
     code, the first line of a file is not used. Raises InputError, with file and line.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     image, values, missing = [], [np.zeros((0, 5))], []
     for index, name in enumerate(names):
         path = f"{folder}/{name}.txt"  # a string: 3,226 Path objects take longer than reading the files
@@ -129,17 +126,14 @@ def write_predictions(folder, names, detections):
 
 
 def _kept(gt_list, faces):
-    """Make a bool array `[M]` of a level's lists, which count the faces of each image from 1. Images have
-    `faces` `[I]` faces; raises ValueError if the lists do not fit.
-    """
+    """The faces bool `[M]` of a level's lists, which count those of each image from 1; `faces` `[I]` it has."""
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
-    image = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
-    index = np.concatenate(numbers) - 1
-    if len(numbers) != len(faces) or (index < 0).any() or (index >= faces[image]).any():
-        raise ValueError("the lists are of other images or faces")
-    kept = np.zeros(faces.sum(), bool)
-    kept[(np.cumsum(faces) - faces)[image] + index] = True
-    return kept
+    kept = [np.zeros(count, bool) for count in faces]
+    for own, number in zip(kept, numbers, strict=True):
+        if (number < 1).any():
+            raise ValueError("a face's number is below 1")
+        own[number - 1] = True
+    return np.concatenate(kept)
 
 
 def _check_names(source, names):

@@ -62,7 +62,7 @@ def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch
     assert all(word in ran for word in words)
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert len(numbers["coco"]) == 12 and len(numbers["sha256"]["model"]) == 64
-    assert numbers["versions"]["torch"] and "commit" in numbers
+    assert "commit" in numbers and numbers["flags"]["data"] == data
     assert Image.open("p.png").width > 500
     evaluate.main(["--data", data, "--predictions", "out/r.json", "--json", "again.json"])
     again = json.loads((tmp_path / "again.json").read_text())
