@@ -126,7 +126,7 @@ def write_predictions(folder, names, detections):
 
 
 def _kept(gt_list, faces):
-    """The faces bool `[M]` of a level's lists, which count those of each image from 1; `faces` `[I]` it has."""
+    """The faces of a level, bool `[M]`, by lists that count from 1 the `faces` `[I]` of each image."""
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
     kept = [np.zeros(count, bool) for count in faces]
     for own, number in zip(kept, numbers, strict=True):

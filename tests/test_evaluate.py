@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from detector import detect_all, load_detector
+from detector import detect_all
 from evaluate import score_faces
 from model import checkpoint, read_checkpoint
 from support import wider

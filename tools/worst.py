@@ -40,7 +40,7 @@ class Judged:
 
 
 def judge(annotations: Annotations, detections: Detections, score: float | None = None) -> Judged:
-    """Compare the detections of at least `score`, or of the score with the best F1, with the annotated faces."""
+    """Compare the detections of at least `score` (default: that of the best F1) with the annotated faces."""
     every = outcomes(*arrays(annotations, detections), len(annotations.ids))
     score = operating_points(every)[-1]["score"] if score is None else score
     hit, false = every.hit & (every.score >= score), every.false & (every.score >= score)
