@@ -270,9 +270,9 @@ def write_json(path, content):
 
 
 def read_text(path):
-    """Read a text file as UTF-8; a byte order mark is accepted. Raises InputError."""
+    """Read a UTF-8 text file, with a byte order mark or without. Raises InputError."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")  # universal newlines: CRLF becomes LF
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -299,12 +299,12 @@ def test_metrics(truth, detections, copies):
     with np.errstate(divide="raise", invalid="raise"):
         numbers, _ = metrics.coco_ap(*gt, gt[1][:, 2] * gt[1][:, 3], *dt)
         by_size = metrics.size_ap(*gt, *dt)
-        points = metrics.operating_points(metrics.outcomes(*gt, *dt, photos=4))
+        found = metrics.outcomes(*gt, *dt, photos=4)
+        points = metrics.operating_points(found)
         levels = metrics.wider_ap(*gt[:2], {"easy": gt[2]}, *dt)
-        face, false, asked = metrics.match_faces(*gt, *dt)
     assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
-    assert all(0 <= value <= 1 for point in points for value in (point.precision, point.recall, point.f1))
-    assert len(asked) == len(truth) and len(face) == len(false) == len(detections)
+    assert all(0 <= point[name] <= 1 for point in points for name in ("precision", "recall", "f1"))
+    assert len(found.asked) == len(truth) and len(found.face) == len(found.false) == len(detections)
 
 
 @fuzz
