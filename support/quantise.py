@@ -2,14 +2,9 @@
 
 import logging
 
-import numpy as np
-
 
 def decoding_names(model):
-    """List the names of the operators after the last convolutions of an IR.
-
-    They decode boxes; INT8 is too coarse for pixel coordinates.
-    """
+    """The operators after an IR's last convolutions: they decode boxes, and INT8 is too coarse for pixels."""
     waiting = [result.get_node() for result in model.outputs]
     names = set()
     while waiting:
@@ -24,21 +19,15 @@ def decoding_names(model):
 def quantise(model, count, load):
     """Quantise an IR to INT8 weights and activations with NNCF, its ranges taken on `count` photos.
 
-    `load(n)` gives photo n as the IR's input `image`, float32 `[1, 3, H, W]`.
+    `load(n)` gives photo n as a dict of the IR's inputs.
     """
-    def feed(n):
-        inputs = {"image": load(n)}
-        if len(model.inputs) > 1:  # the picture itself, of which only the size is used
-            inputs["picture"] = np.zeros((1, *inputs["image"].shape[2:], 3), np.uint8)
-        return inputs
-
     logging.disable(logging.WARNING)  # NNCF and its imports log a lot
     try:
         import nncf
         import rich
         rich.reconfigure(quiet=True)  # NNCF's progress bars
         # PERFORMANCE is symmetric. MIXED, with zero points, was 3 % slower and not more accurate.
-        return nncf.quantize(model, nncf.Dataset(range(count), feed),
+        return nncf.quantize(model, nncf.Dataset(range(count), load),
                              preset=nncf.QuantizationPreset.PERFORMANCE, subset_size=count,
                              ignored_scope=nncf.IgnoredScope(names=decoding_names(model)))
     finally:

@@ -24,12 +24,10 @@ from support.threads import settle
 settle()
 ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
-PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 PATIENCE = 3  # seconds in which another process on this machine reports what all of them meet
 TROUBLE = {  # what libraries say when the machine gives up: what we say
-    "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
-                         "lower --workers or --batch-size",
-    "out of memory": "out of memory: lower --batch-size or --size",
+    "DataLoader worker": "a loading process was killed, perhaps for want of memory: lower --workers",
+    "out of memory": "out of memory: lower --batch-size, --size or --workers",
     "allocate": "out of memory: lower --batch-size, --size or --workers",
     "by peer": "another process of this run has ended"}
 
@@ -47,16 +45,15 @@ class InputError(Exception):
 
 def one_line(error):
     """What an InputError or OSError says, without "[Errno 28]" but with the file."""
-    if isinstance(error, OSError) and error.strerror:
+    if getattr(error, "strerror", None):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def first_line(error):
     """The first useful line of a library's error message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Exception from")]
-    return (lines or [type(error).__name__])[0][:160]
+    lines = [line.strip() for line in (*str(error).splitlines(), type(error).__name__)]
+    return next(line for line in lines if line and not line.startswith("Exception from"))[:160]
 
 
 @contextmanager
@@ -69,7 +66,7 @@ def bad_values():
 
 
 def _interrupted(*_):
-    """End by Ctrl-C in one word while torch is imported. (Some imports turn an exception into a failure.)"""
+    """End by Ctrl-C while torch is imported. (Some imports turn an exception into a failure.)"""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
@@ -85,45 +82,35 @@ def _end_workers():
 
 
 def keep_memory():
-    """Let the process keep the memory that it frees, for the next step needs as much again.
+    """Let the process keep the memory that it frees: glibc gives large blocks back at once (man 3 mallopt).
 
-    glibc gives large blocks back at once, and a training step on a CPU then spends much of its time in
-    page faults. Other C libraries have no mallopt, or ignore these two settings (man 3 mallopt).
+    A training step on a CPU would spend much of its time in page faults.
     """
     import ctypes  # not above: until this file is imported, Ctrl-C is a traceback
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
-        return
-    trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def _fail(main, text, reported=False):
     """Print one line, with the name of `main`'s script, and exit with 2: under torchrun one a machine."""
-    text = text.translate(CONTROL)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary repeats it
-        content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(InputError, OSError):
-            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
     if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
     if not reported:
         name = Path(sys.modules[main.__module__].__file__).name
-        print(f"{name}: {text}", file=sys.stderr)
+        print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
     sys.exit(2)
 
 
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
-    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
-    with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
-    each process reports its own trouble once it has joined the others; what all of them meet before
-    that is reported once on each machine.
+    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM with 143, as
+    shells expect. A reader that closes the pipe (`| head`) is no error.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -142,11 +129,11 @@ def command(main):
         except (InputError, OSError) as error:
             _fail(main, one_line(error), getattr(error, "reported", False))
         except (RuntimeError, MemoryError) as error:
-            said = "out of memory" if isinstance(error, MemoryError) else str(error)
-            known = [line for words, line in TROUBLE.items() if words in said]
-            if not known:  # a bug of ours
-                raise
-            _fail(main, known[0])
+            text = "out of memory" if isinstance(error, MemoryError) else str(error)
+            for words, line in TROUBLE.items():
+                if words in text:
+                    _fail(main, line)
+            raise  # a bug of ours
         except KeyboardInterrupt:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
                 print("interrupted", file=sys.stderr)
@@ -179,9 +166,8 @@ def parse_sides(text):
 
 def parse_picture(text):
     """Accept the name of a picture to write, for argparse: its ending must be one that can be written."""
-    if Path(text).suffix.lower() not in PICTURES_OUT:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no name for a picture, something like {Path(text).stem}.png expected")
+    if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a picture, {Path(text).stem}.png would be")
     return text
 
 
@@ -196,8 +182,7 @@ class TilesFlag(argparse.Action):
     def __call__(self, parser, namespace, values, option=None):
         side, overlap = [*values, values[0] // 4][:2]
         if len(values) > 2 or side < 16 or not 0 <= overlap <= side * 3 // 4:
-            parser.error(f"{option} {' '.join(map(str, values))}: SIDE of at least 16 pixels and "
-                         "OVERLAP of at most three quarters of it expected")
+            parser.error(f"{option}: SIDE of at least 16 pixels and OVERLAP of at most three quarters of it")
         setattr(namespace, self.dest, [side, overlap])
 
 
@@ -215,11 +200,8 @@ class FlagFileParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def convert_arg_line_to_args(self, line):
-        """Split one line of the file (argparse calls this).
-
-        From Python 3.12 on, bytes that are no text arrive as surrogates, which encode() refuses.
-        """
-        return shlex.split(line.encode().decode(), comments=True)
+        """Split one line of the file (argparse calls this)."""
+        return shlex.split(line.encode().decode(), comments=True)  # encode() refuses bytes that are no text
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse as argparse does, and refuse files it would choke on: no text, open quotes, endless loops."""
@@ -282,21 +264,17 @@ def file_hash(path):
 
 
 def git_commit():
-    """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown.
-
-    Unknown is: no git, or no repository of our own (one that this folder merely lies in is not asked).
-    """
-    if not (ROOT / ".git").exists():
+    """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown."""
+    if not (ROOT / ".git").exists():  # another repository may hold this folder
         return None
     # A git hook sets variables that would lead to another repository.
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    words = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL,
-                              env=clean | {"GIT_OPTIONAL_LOCKS": "0"})
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=10, env=clean)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() or None
 
 
 # Importers from elsewhere keep their handler of Ctrl-C, and so does a shell that has a script ignore it.
