@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -97,25 +97,11 @@ def name_outputs(sources, out):
     return targets
 
 
-def in_threads(do, items):
-    """Yield `do(item)` of each item, in order; threads do up to BATCH of them meanwhile."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    waiting = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(do, item))
-            if len(waiting) > BATCH:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def search(detector, files, score, use):
+    """Find the faces on pictures: yields `use(file, picture, faces [K, 5])` of each, in order.
 
-
-def search(detector, files, score):
-    """Find the faces on pictures, several at once while others are read: yields (picture, faces `[K, 5]`).
-
-    They come in order. A file that cannot be read gives its InputError and None.
+    A file that cannot be read gives its InputError as the picture, and None. Several pictures go through the
+    network at once, while threads read the next ones and use the last.
     """
     def read(file):
         try:
@@ -124,13 +110,19 @@ def search(detector, files, score):
         except InputError as error:  # the others go on
             return error, None
 
-    waiting = in_threads(read, files)
-    while batch := list(itertools.islice(waiting, BATCH)):
-        good = [(pixels, image.size) for image, pixels in batch if pixels is not None]
-        found = iter(find(detector, [pixels for pixels, _ in good], [size for _, size in good]))
-        for image, pixels in batch:
-            faces = None if pixels is None else next(found)
-            yield image, faces if faces is None else faces[faces[:, 4] >= score]
+    used = ()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reading = pool.map(read, files[:BATCH])
+        for first in range(0, len(files), BATCH):
+            images, pixels = zip(*reading)
+            reading = pool.map(read, files[first + BATCH:first + 2 * BATCH])
+            good = [(own, image.size) for image, own in zip(images, pixels) if own is not None]
+            found = iter(find(detector, [own for own, _ in good], [size for _, size in good]))
+            faces = [None if own is None else next(found) for own in pixels]
+            faces = [own if own is None else own[own[:, 4] >= score] for own in faces]
+            yield from used
+            used = pool.map(use, files[first:first + BATCH], images, faces)
+        yield from used
 
 
 def save_drawing(source, target, image, faces, change):
@@ -246,12 +238,14 @@ def main(argv=None):
             return hide_faces(image, faces[:, :4])
         return draw_faces(image, faces[:, :4], None if args.no_scores else faces[:, 4])
 
+    def draw(file, image, faces):
+        return save_drawing(file, targets[file], image, faces, change)
+
     pictures = [source for source in sources if not is_video(source)]
-    found = zip(pictures, search(detector, pictures, score))
-    saved = in_threads(lambda job: save_drawing(job[0], targets[job[0]], *job[1], change), found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        results = list(tqdm(saved, total=len(pictures), unit="picture", disable=None))
+        found = search(detector, pictures, score, draw)
+        results = list(tqdm(found, total=len(pictures), unit="picture", disable=None))
     results += [save_video(source, targets[source], find_faces, change) for source in filter(is_video, sources)]
     entries = [entry for entry, _ in results if entry]
     where = ""

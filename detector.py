@@ -100,16 +100,15 @@ class TorchDetector:
 class ExportedDetector:
     """An exported network with its input convention; it is used as a TorchDetector is.
 
-    `size` is (width, height) of the pictures it takes. It is None for models with embedded preprocessing:
-    these take whole pictures, one at a time. `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255)
-    and `head`, one of export.py's. Raises ValueError or KeyError if it does not.
+    `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's. Raises
+    ValueError or KeyError if it does not.
     """
 
     threshold = None
 
     def __init__(self, network, metadata: dict):
         self.network, self.head = network, metadata["head"]
-        self.size = None if network.uint8 else tuple(network.shape[:1:-1])
+        self.size = tuple(network.shape[:1:-1])  # (width, height)
         self.bgr = ("RGB", "BGR").index(metadata["colour"])
         self.white = {"0-1": 1, "0-255": 255}[metadata["value_range"]]
         if self.head not in ("generic", "detection_output", "raw"):
@@ -121,26 +120,22 @@ class ExportedDetector:
         images = np.asarray(images)
         if self.bgr:
             images = images[:, ::-1]
-        if self.size is None:
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-            return [self._faces(self.network(image[None]), image.shape[:2]) for image in images]
         images = np.ascontiguousarray(images, np.float32)
         if self.white == 1:
             images /= 255
         if self.head == "raw":
             logits, offsets = map(torch.from_numpy, self.network(images))
             return [faces.numpy() for faces in postprocess(logits, offsets, self.anchors)]
-        return [self._faces(self.network(image[None]), image.shape[1:]) for image in images]
+        return [self._faces(self.network(image[None])[0]) for image in images]
 
-    def _faces(self, outputs, shape):
-        """Make faces `[K, 5]`, best first, of the outputs for one picture of `shape` (H, W)."""
-        faces = outputs[0]
+    def _faces(self, faces):
+        """Make faces `[K, 5]`, best first, of the output for one picture."""
         if faces.shape[-1] != (5 if self.head == "generic" else 7):
             raise ValueError(f"its output is {list(faces.shape)}")
         if self.head == "detection_output":
             rows = faces.reshape(-1, 7)  # image, label, score, box in 0-1; no faces at the end: image -1
             rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]
-            faces = np.concatenate([rows[:, 3:] * np.float32(shape[::-1] * 2), rows[:, 2:3]], 1)
+            faces = np.concatenate([rows[:, 3:] * np.float32(self.size * 2), rows[:, 2:3]], 1)
         return faces[np.argsort(-faces[:, 4], kind="stable")]
 
 
@@ -162,8 +157,8 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
         entry = network.metadata.get("threshold")
         detector = _exported(network, path, colour, white)
         if size and size != detector.size:
-            takes = "pictures of any size" if detector.size is None else "{}x{}".format(*detector.size)
-            raise InputError(f"{path}: takes {takes}; an exported model's size is fixed, see export.py --size")
+            raise InputError("{}: takes {}x{}; an exported model's size is fixed, see export.py --size".format(
+                path, *detector.size))
     else:
         need_torch(f"{path}: a checkpoint")
         if colour or white:
@@ -174,7 +169,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
             detector = TorchDetector(model, size, choose_device(device))
         entry = content.get("threshold")
     entry = check_threshold(entry, path)
-    fits = entry and detector.size in (None, tuple(entry["size"]))
+    fits = entry and detector.size == tuple(entry["size"])
     if tiles:
         detector = TiledDetector(detector, *tiles)
         tiles = [detector.side, detector.overlap]
@@ -197,8 +192,7 @@ def _exported(network, path, colour, white):
         need_torch(f"{path}: head raw")
     try:
         detector = ExportedDetector(network, metadata)
-        width, height = detector.size or (64, 48)
-        detector(np.zeros((1, 3, height, width), np.uint8))
+        detector(np.zeros((1, 3, *detector.size[::-1]), np.uint8))
     except Exception as error:  # runtimes have exceptions of their own
         raise InputError(f"{path}: its inputs or outputs are not what its metadata says, or --colour and "
                          f"--range ({first_line(error)})") from None

@@ -3,7 +3,7 @@
     python export.py                              # export/model.onnx, NMS included: boxes [K, 5], labels [K]
     python export.py --ir                         # also export/model.xml and model.bin
     python export.py --ir --head detection_output # the reference's SSD form: faster, slightly other boxes
-    python export.py --fp16 --embed               # IR of half the size; takes uint8 BGR frames of any size
+    python export.py --fp16                       # IR of half the size
     python export.py --int8 --data data/val.json  # IR quantised on photos; needs requirements-int8.txt
     python export.py --head raw --size 320x240    # the network alone, any batch; metadata says how to decode
 
@@ -45,10 +45,9 @@ COMPARED = 8       # pictures that an export is compared with PyTorch on
 
 # How far an export may be from PyTorch: pixels of the network input, score, the least score of the faces that
 # are compared, and the share of these that must be within both limits, as lower precision changes some NMS
-# decisions. The released network on 41 photos: 90 % of the faces are within 0.12 px and 0.006 (embedded),
-# 0.03 px and 0.002 (FP16), 0.8 px and 0.05 (INT8), all within 0.0001 px and 0.000001 (FP32).
-TOLERANCES = {"FP32": (0.01, 0.0001, 0.05, 1), "embedded": (1, 0.05, 0.3, 0.9), "FP16": (1, 0.03, 0.3, 0.9),
-              "INT8": (6, 0.25, 0.3, 0.9)}
+# decisions. The released network on 41 photos: 90 % of the faces are within 0.03 px and 0.002 (FP16), 0.8 px
+# and 0.05 (INT8), all within 0.0001 px and 0.000001 (FP32).
+TOLERANCES = {"FP32": (0.01, 0.0001, 0.05, 1), "FP16": (1, 0.03, 0.3, 0.9), "INT8": (6, 0.25, 0.3, 0.9)}
 TIE = 1e-5  # scores this close count as equal: runtimes differ by up to 1e-6
 
 DECODING = """\
@@ -173,47 +172,6 @@ def swap_colours(model):
         weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
 
 
-def embed(model, head, size):
-    """Make an IR take uint8 BGR pictures `[1, h, w, 3]` of any size; generic boxes are in pixels of these.
-
-    Resizing (as PIL does it), layout and scale become part of the model. size is (width, height).
-    """
-    import openvino as ov
-    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
-    steps = PrePostProcessor(model)
-    given = steps.input("image")
-    given.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
-    given.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW).convert_element_type(ov.Type.f32)
-    given.preprocess().convert_layout(ov.Layout("NCHW")).scale(255.0)
-    model = steps.build()
-    if head == "generic":
-        opset = getattr(ov, "runtime", ov).opset13  # OpenVINO 2024, and later ones
-        sides = opset.gather(opset.shape_of(model.input("image")), [2, 1, 2, 1, 3], 0)  # w, h, w, h, 3 channels
-        ratios = opset.divide(opset.convert(sides, "f32"), np.float32([*size, *size, 3]))
-        result = model.output("boxes").get_node()
-        boxes = result.input_value(0)
-        names = boxes.get_names()
-        scaled = opset.multiply(boxes, ratios).output(0)
-        result.input(0).replace_source_output(scaled)
-        boxes.set_names(set())
-        scaled.set_names(names)
-        model.validate_nodes_and_infer_types()
-    return model
-
-
-def fold_constants(model):
-    """Fold the constants of an IR.
-
-    The ONNX reader puts shape arithmetic between the weights and the depthwise convolutions. NNCF would not
-    find these weights, and the convolutions would stay in float32.
-    """
-    import openvino as ov
-    passes = importlib.import_module(getattr(ov, "runtime", ov).__name__ + ".passes")
-    manager = passes.Manager()
-    manager.register_pass(passes.ConstantFolding())
-    manager.run_passes(model)
-
-
 def describe(path, content, model, size, head):
     """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from.
 
@@ -236,29 +194,30 @@ def describe(path, content, model, size, head):
     return metadata
 
 
-def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
+def write_ir(model, metadata, path, size, fp16=False, annotations=None):
     """Write an ONNX model of ours, which is changed, as IR (.xml and .bin) with BGR input.
 
-    `embedded` puts the preprocessing inside, `fp16` stores the weights in float16, `annotations` are photos
-    to quantise on; size is (width, height) of the network input. Returns its kind, a key of TOLERANCES.
+    `fp16` stores the weights in float16, `annotations` are photos to quantise on; size is (width, height) of
+    the network input. Returns its precision, a key of TOLERANCES.
     """
     import openvino as ov
-    kind = "FP16" if fp16 else "FP32"
     swap_colours(model)
     ir = openvino_core().read_model(model.SerializeToString())
-    fold_constants(ir)
+    passes = importlib.import_module(getattr(ov, "runtime", ov).__name__ + ".passes")  # OpenVINO 2024, and later
+    manager = passes.Manager()
+    # Shape arithmetic stands between the weights and the depthwise convolutions: NNCF would not find these.
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(ir)
+    precision = "FP16" if fp16 else "FP32"
     metadata = metadata | {"colour": "BGR"}
     if annotations:
-        kind = "INT8"
+        precision = "INT8"
         metadata.pop("threshold", None)  # found with float32, and INT8 shifts the scores
         ir = quantise_on(ir, annotations, size)
-    if embedded:
-        metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
-        ir = embed(ir, metadata["head"], size)
-    for key, value in (metadata | {"precision": kind}).items():
+    for key, value in (metadata | {"precision": precision}).items():
         ir.set_rt_info(value, [SECTION, key])
     ov.save_model(ir, path, compress_to_fp16=fp16)
-    return "embedded" if embedded and kind == "FP32" else kind
+    return precision
 
 
 def spread(annotations, most):
@@ -377,7 +336,7 @@ def main(argv=None):
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / "model.onnx")
         if args.ir:
-            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
+            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16,
                                           annotations if args.int8 else None)
         lines = ["{}: {}, {}x{}, {}".format(out / name, args.head, *size,
                                             check(folder / name, reference, pictures, kind))
@@ -406,7 +365,6 @@ def parse_args(argv):
     add = parser.add_argument_group("OpenVINO IR (each of these flags writes one)").add_argument
     add("--ir", action="store_true", help="float32, input BGR in 0-1")
     add("--fp16", action="store_true", help="weights stored in float16")
-    add("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size")
     add("--int8", action="store_true", help="quantised on photos of --data")
     args = parser.parse_args(argv)
     if args.int8 and not args.data:
@@ -415,9 +373,7 @@ def parse_args(argv):
         parser.error("--int8 and --fp16 are two precisions, choose one")
     if args.int8 and not find_spec("nncf"):
         parser.error("--int8 needs NNCF: pip install -r requirements-int8.txt")
-    if args.embed and args.head == "raw":
-        parser.error("--embed takes one picture at a time: not for --head raw")
-    args.ir = args.ir or args.fp16 or args.embed or args.int8
+    args.ir = args.ir or args.fp16 or args.int8
     return args
 
 

@@ -28,7 +28,7 @@ class OnnxNetwork:
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         first = self.session.get_inputs()[0]
-        self.input, self.uint8 = first.name, first.type == "tensor(uint8)"
+        self.input = first.name
         self.shape = [side if isinstance(side, int) else None for side in first.shape]
 
     def __call__(self, array):
@@ -64,9 +64,8 @@ class OpenVinoNetwork:
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}"
         section = next((name for name in (SECTION, "framework") if model.has_rt_info([name])), None)
         self.metadata = dict(model.get_rt_info([section]).value) if section else {}
-        first = model.inputs[0]
-        self.uint8 = first.element_type == ov.Type.u8
-        self.shape = [None if side.is_dynamic else side.get_length() for side in first.partial_shape]
+        sides = model.inputs[0].partial_shape
+        self.shape = [None if side.is_dynamic else side.get_length() for side in sides]
 
     def __call__(self, array):
         with self.lock:
@@ -77,9 +76,9 @@ class OpenVinoNetwork:
 def open_network(path, threads=0):
     """Open an exported file as a callable: input array to list of output arrays.
 
-    Its attributes are `shape` of the input (None where any size is taken), `uint8` (whether the input is),
-    `metadata` {str: str}, and `runtime` (its name and version). It computes in float32, or in INT8 where the
-    file is quantised. Raises InputError if the file cannot be used.
+    Its attributes are `shape` of the input (None where any size is taken), `metadata` {str: str}, and
+    `runtime` (its name and version). It computes in float32, or in INT8 where the file is quantised. Raises
+    InputError if the file cannot be used.
     """
     path = Path(path)
     if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():

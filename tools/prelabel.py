@@ -45,8 +45,7 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="pictures, folders, patterns")
-    add("json", help="COCO file to write: a face from score "
-        f"{SURE} on, iscrowd (neither face nor background) from {DOUBTFUL} on")
+    add("json", help=f"COCO file to write: a face from score {SURE} on, iscrowd from {DOUBTFUL} on")
     add("--fooled", type=parse_score, metavar="SCORE",
         help="of photos without faces: write only those with a face of that score, unlabelled")
     add_model_flags(parser)
@@ -54,31 +53,28 @@ def main(argv=None):
     if Path(args.json).suffix != ".json":
         parser.error(f"{args.json}: the name of a .json is expected")
     files, left_out = find_inputs(args.inputs, args.json)
-    detector = chosen_detector(args)
     score = DOUBTFUL if args.fooled is None else args.fooled
-    photos, failed = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        found = tqdm(search(detector, files, score), total=len(files), unit="picture", disable=None)
-        for path, (image, faces) in zip(files, found):
-            if faces is None:
-                failed.append(image)
-            else:
-                photos.append((path, image.size, faces))
-    pictures = count(len(photos), "picture")
+        found = search(chosen_detector(args), files, score,
+                       lambda path, image, faces: (path, getattr(image, "size", image), faces))
+        found = list(tqdm(found, total=len(files), unit="picture", disable=None))
+    failed = [error for _, error, faces in found if faces is None]
+    photos = [photo for photo in found if photo[2] is not None]
+    text = count(len(photos), "picture")
     if args.fooled is None:
         content = to_coco(photos, args.json, labelled=True)
         doubtful = sum(face["iscrowd"] for face in content["annotations"])
         sure = len(content["annotations"]) - doubtful
-        said = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {pictures}"
+        text = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {text}"
     else:
         fooled = [photo for photo in photos if len(photo[2])]
         content = to_coco(fooled, args.json, labelled=False)
-        said = f"{len(fooled)} of {pictures} have a face of score {score:g} or more"
+        text = f"{len(fooled)} of {text} have a face of score {score:g} or more"
     if photos:
         write_json(args.json, content)
-        said += f"; see {args.json}"
-    print(f"{said}{left_out}")
+        text += f"; see {args.json}"
+    print(f"{text}{left_out}")
     refuse_failed(failed, len(files))
 
 
