@@ -36,7 +36,7 @@ BATCH = 8    # pictures that go through the network at once; as many more are re
 
 
 def is_video(source):
-    """Whether a source is a video, webcam or stream."""
+    """Whether a source is a video (Path), webcam (number) or stream (address)."""
     return not isinstance(source, Path) or source.suffix.lower() in VIDEOS
 
 
@@ -44,8 +44,7 @@ def find_inputs(arguments, out):
     """List the pictures and videos that the arguments name: files, folders (all within), globs; each once.
 
     Returns them and, as text, what was left out of folders. Results of an earlier run, in a folder `out`
-    below a searched one, are not searched, nor what a Mac adds to archives. Raises InputError if an argument
-    names nothing.
+    below a searched one, are not searched. Raises InputError if an argument names nothing.
     """
     found, others, left_out = [], Counter(), ""
     out = Path(out).resolve()
@@ -54,7 +53,7 @@ def find_inputs(arguments, out):
         files = [Path(name) for name in names if not os.path.isdir(name)]
         own = out if Path(argument).resolve() in out.parents else None
         for path in sorted(Path(argument).rglob("*")) if os.path.isdir(argument) else ():
-            if path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts:
+            if path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts:  # a Mac's additions
                 continue
             if own and own in path.resolve().parents:
                 continue
@@ -74,8 +73,7 @@ def find_inputs(arguments, out):
 def name_outputs(sources, out):
     """Choose where each source's drawing goes: flat in the folder `out`, x-2.jpg for the second x.jpg.
 
-    Webcams (numbers) and streams (addresses) become .mp4 files. Raises InputError where a drawing would
-    overwrite an input.
+    Raises InputError where a drawing would overwrite an input.
     """
     targets, taken = {}, set()
     inputs = {source.resolve() for source in sources if isinstance(source, Path)}

@@ -5,13 +5,14 @@
     for x1, y1, x2, y2, score in detect(detector, "photo.jpg"):  # best first; PIL images and arrays work too
         ...
 
-Exported models run without PyTorch (requirements-run.txt). The shipped network is then its .onnx.
+Exported models run without PyTorch (requirements-run.txt); the shipped network is then its .onnx.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,11 +59,8 @@ def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tens
     scores = logits.float().softmax(-1)[..., 1:]
     # One copy for the whole batch: NMS on a GPU would have it wait for every picture.
     every = torch.cat([decode(offsets.float(), anchors), scores], 2).cpu()  # [B, A, 5]
-    faces = []
-    for own in every:
-        own = own[own[:, 4] > score]
-        faces.append(own[nms(own[:, :4], own[:, 4], NMS_IOU)[:TOP]])
-    return faces
+    likely = [own[own[:, 4] > score] for own in every]
+    return [own[nms(own[:, :4], own[:, 4], NMS_IOU)[:TOP]] for own in likely]
 
 
 def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.ndarray:
@@ -120,9 +118,7 @@ class ExportedDetector:
         images = np.asarray(images)
         if self.bgr:
             images = images[:, ::-1]
-        images = np.ascontiguousarray(images, np.float32)
-        if self.white == 1:
-            images /= 255
+        images = np.ascontiguousarray(images, np.float32) / np.float32(255 / self.white)
         if self.head == "raw":
             logits, offsets = map(torch.from_numpy, self.network(images))
             return [faces.numpy() for faces in postprocess(logits, offsets, self.anchors)]
@@ -208,7 +204,7 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     """
     if entry is None:
         return None
-    try:
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
         width, height = entry["size"]
         side, overlap = entry["tiles"] or (1, 0)
@@ -216,8 +212,6 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
         if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
                 and min(width, height, side) >= 1 and isinstance(entry["target"], str)):
             return entry
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
     raise InputError(f"{path}: its threshold is damaged; choose it anew with python -m tools.threshold")
 
 
@@ -228,10 +222,7 @@ def to_pixels(detector, image: Image.Image) -> np.ndarray:
 
 
 def find(detector, pixels: list[np.ndarray], sizes: list[tuple]) -> list[np.ndarray]:
-    """Find the faces on several pictures, at once where the detector has an input size: a list of `[K, 5]`.
-
-    `pixels` are those of `to_pixels`, `sizes` the pictures' own (width, height).
-    """
+    """Find the faces on pictures, of which `to_pixels` made `pixels`: a list of `[K, 5]` in their pixels."""
     if detector.size and pixels:
         found = detector(np.stack(pixels))
     else:
@@ -297,8 +288,8 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
 def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
 
-    Tiles are `side` x `side` or as large as the picture is, evenly spread; neighbours share `overlap` pixels
-    or more. A picture that is no larger than one tile is its own only view.
+    Tiles are evenly spread; neighbours share `overlap` pixels or more. A picture that is no larger than one
+    tile is its own only view.
     """
     def starts(length):
         count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
@@ -335,11 +326,9 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 class TiledDetector:
-    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`.
+    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`, K unlimited.
 
-    `side` and `overlap` are pixels of the picture. A face up to `overlap` wide is seen whole in some tile, a
-    larger one in the whole picture. `size` is None: it takes pictures of any size. There is no limit of 200
-    faces.
+    `side` and `overlap` are pixels of the picture. `size` is None: it takes pictures of any size.
     """
 
     size = threshold = None

@@ -95,10 +95,7 @@ def decode_picture(image, scale=1):
 
 
 def _whole(image):
-    """Decode an opened picture. A JPEG may lack its end marker, but no pixel.
-
-    Libraries fill up what is missing. So it is read with two endings: what depends on them is missing.
-    """
+    """Decode an opened picture. A JPEG may lack its end marker, but no pixel: two endings must not matter."""
     try:
         image.load()
         return image
@@ -141,8 +138,8 @@ def _decoding(path):
 def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
-    `text_size` is in pixels; without one it follows the size of the image, as lines and margins do, and in a
-    crowd that of the faces. Labels stay inside the image.
+    `text_size` is in pixels; without one it follows the size of the image, and in a crowd that of the faces.
+    Labels stay inside the image.
     """
     image = image.copy()
     boxes = np.asarray(boxes, float).reshape(-1, 4)
@@ -170,8 +167,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
 def hide_faces(image, boxes):
     """Make the faces in boxes `[N, 4]` (xyxy, pixels) unrecognisable on a copy of `image` (PIL, RGB).
 
-    Each becomes a mosaic of BLOCKS x BLOCKS in an ellipse 1.5 times as wide and high as its box, which
-    covers the box's corners too.
+    Each becomes a mosaic of BLOCKS x BLOCKS in an ellipse 1.5 times as wide and high, around the box's corners.
     """
     image = image.copy()
     for x1, y1, x2, y2 in np.asarray(boxes, float).reshape(-1, 4):

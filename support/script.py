@@ -1,7 +1,6 @@
 """What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
 
-It does not import torch, which takes seconds. Scripts import it first, so that Ctrl-C while torch is imported
-ends in one word.
+Scripts import it first, so that Ctrl-C while torch is imported, which takes seconds, ends in one word.
 """
 
 import argparse
@@ -145,22 +144,16 @@ def command(main):
 
 def parse_size(text):
     """Parse `S` or `WxH` (such as 320x240) to (width, height) in pixels, for argparse."""
-    sides = text.lower().split("x")
-    try:
-        width, height = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
-    if not 16 <= min(width, height) <= max(width, height) <= 8192:
-        raise argparse.ArgumentTypeError(f"{text!r}: sides between 16 and 8192 pixels expected")
-    return width, height
+    width, _, height = text.lower().partition("x")
+    sides = width, height if "x" in text.lower() else width
+    if not all(side.isdecimal() and 16 <= int(side) <= 8192 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: S or WxH, sides between 16 and 8192 pixels expected")
+    return int(sides[0]), int(sides[1])
 
 
 def parse_sides(text):
     """Parse `WxH` in fractions of pixels (such as 9.4x15) to (width, height), for argparse."""
-    try:
-        width, height = (float(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sides, WxH expected") from None
+    width, height = (float(side) for side in text.lower().split("x"))
     return width, height
 
 
@@ -175,9 +168,8 @@ class TilesFlag(argparse.Action):
     """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; OVERLAP is SIDE / 4 if absent."""
 
     def __init__(self, *args, **more):
-        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"),
-                         help="also look at overlapping tiles of SIDE pixels of the picture, for small faces "
-                              "on large photos (OVERLAP: default SIDE / 4)", **more)
+        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"), **more, help="also look at "
+                         "overlapping tiles of SIDE pixels of the picture (OVERLAP: default SIDE / 4)")
 
     def __call__(self, parser, namespace, values, option=None):
         side, overlap = [*values, values[0] // 4][:2]
@@ -188,8 +180,7 @@ class TilesFlag(argparse.Action):
 
 def new_parser(description):
     """An argument parser that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 class FlagFileParser(argparse.ArgumentParser):
@@ -215,13 +206,11 @@ class FlagFileParser(argparse.ArgumentParser):
 def whole_file(path):
     """Yield a temporary path beside `path`. On success it replaces `path`; on any error it is removed.
 
-    A reader sees the old file or the new one, never half of either. Raises InputError if nothing can
-    be written there.
+    A reader sees the old file or the new one, never half. Raises InputError if nothing can be written there.
     """
     path = Path(path)
     # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
-    own = f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}"
-    temporary = path.with_name(own + path.suffix)  # libraries choose the format by suffix
+    temporary = path.with_name(f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}{path.suffix}")
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder, a file is to be written there")
@@ -251,8 +240,8 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: a byte order mark is accepted
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise InputError(f"{path}: not JSON ({error})") from None
 

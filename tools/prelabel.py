@@ -1,8 +1,7 @@
 """Write the detector's own labels of photos as COCO: first labels to correct, or photos that fool it.
 
-    python -m tools.prelabel folder pre.json                            # first labels, to correct or train on
-    python -m tools.prelabel no-faces negatives.json --fooled 0.3       # of photos without faces, those that
-                                                                        # have one of score 0.3: to train on
+    python -m tools.prelabel folder pre.json                       # first labels, to correct or train on
+    python -m tools.prelabel no-faces negatives.json --fooled 0.3  # of photos without faces: those with one
 """
 
 import os
@@ -20,10 +19,9 @@ SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
 
 
 def to_coco(photos, out, labelled):
-    """COCO content of photos, with their faces if `labelled`; names are relative to the file `out`.
+    """COCO content of photos (path, (width, height), faces `[K, 5]`), named relative to the file `out`.
 
-    `photos` are (path, (width, height), faces `[K, 5]`). A face has its score. What may be a face (below
-    SURE) is marked iscrowd: neither face nor background.
+    Where `labelled`, a face below SURE is iscrowd: neither face nor background.
     """
     folder = os.path.realpath(Path(out).parent)
     images, annotations = [], []
