@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-import metrics
 from anchors import decode, encode, make_anchors, match
-from data import FaceDataset, Item, collate, random_view
+from data import FaceDataset, random_view
 from detector import TOP, postprocess, to_picture
 from evaluate import score_faces, score_wider, table
 from support.coco import Detections, read_annotations, read_results, to_results
@@ -280,48 +279,3 @@ def test_boxes_from_matching_to_the_picture(faces, seed, scale):
     for own in found:
         assert len(own) <= TOP and all_finite(own)
         assert (own[:, :4] >= 0).all() and (own[:, 2:4] <= (320, 200)).all()
-
-
-DETECTED = st.lists(st.tuples(st.integers(0, 3), BOX, st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))),
-                    max_size=12)
-
-
-@fuzz
-@given(truth=st.lists(st.tuples(st.integers(0, 3), BOX, st.booleans()), max_size=10),
-       detections=DETECTED, copies=st.integers(0, 10))
-def test_metrics(truth, detections, copies):
-    """Any finite boxes; some detections lie exactly on faces."""
-    detections = detections + [(image, box, 0.5) for image, box, _ in truth[:copies]]
-    def column(rows, n, shape):
-        return np.array([row[n] for row in rows], float).reshape(len(rows), *shape)
-    gt = column(truth, 0, ()), column(truth, 1, (4,)), column(truth, 2, ())
-    dt = column(detections, 0, ()), column(detections, 1, (4,)), column(detections, 2, ())
-    with np.errstate(divide="raise", invalid="raise"):
-        numbers, _ = metrics.coco_ap(*gt, gt[1][:, 2] * gt[1][:, 3], *dt)
-        by_size = metrics.size_ap(*gt, *dt)
-        points = metrics.operating_points(metrics.outcomes(*gt, *dt, photos=4))
-        levels = metrics.wider_ap(*gt[:2], {"easy": gt[2]}, *dt)
-        face, false, asked = metrics.match_faces(*gt, *dt)
-    assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
-    assert all(0 <= value <= 1 for point in points for value in (point.precision, point.recall, point.f1))
-    assert len(asked) == len(truth) and len(face) == len(false) == len(detections)
-
-
-@fuzz
-@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 999))
-def test_batches_of_any_company(counts, seed):
-    """A photo has the same targets in any batch as it has alone."""
-    rng = np.random.default_rng(seed)
-    items = []
-    for n, count in enumerate(counts):
-        ignored = rng.random(count) < 0.3
-        faces = np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32)
-        items.append(Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8), faces, ignored,
-                          ignored & (rng.random(count) < 0.5), (64, 48)))
-    together = collate(items)
-    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items),
-                            together.crowd)
-    for item, own_labels, own_targets in zip(items, labels, targets):
-        alone = collate([item])
-        expected = match(ANCHORS, alone.faces, alone.ignored, alone.image, 1, alone.crowd)
-        assert torch.equal(own_labels, expected[0][0]) and torch.equal(own_targets, expected[1][0])

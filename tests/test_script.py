@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.script import InputError, command, git_commit, parse_size, whole_file, write_json
+from support.script import InputError, parse_size, whole_file, write_json
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -81,15 +81,6 @@ def test_a_closed_pipe_is_no_error():
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("layer")
 
 
-def test_signal_handler_is_left_alone_outside_the_main_thread():
-    from threading import Thread
-    before = signal.getsignal(signal.SIGTERM)
-    thread = Thread(target=command(lambda argv: None))
-    thread.start()
-    thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_git_commit(tmp_path):
     def ask():
@@ -119,11 +110,6 @@ def test_git_commit(tmp_path):
     assert ask() == head
     (folder / "support/script.py").open("a").write("# changed\n")
     assert ask() == head + "-dirty"
-
-
-def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_commit() is None and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
