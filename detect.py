@@ -41,10 +41,9 @@ def is_video(source):
 
 
 def find_inputs(arguments, out):
-    """List the pictures and videos that the arguments name: files, folders (all within), globs; each once.
+    """List the pictures and videos in files, folders and globs, each once, and tell what was left out.
 
-    Returns them and, as text, what was left out of folders. Results of an earlier run, in a folder `out`
-    below a searched one, are not searched. Raises InputError if an argument names nothing.
+    Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing.
     """
     found, others, left_out = [], Counter(), ""
     out = Path(out).resolve()
@@ -98,8 +97,8 @@ def name_outputs(sources, out):
 def search(detector, files, score, use):
     """Find the faces on pictures: yields `use(file, picture, faces [K, 5])` of each, in order.
 
-    A file that cannot be read gives its InputError as the picture, and None. Several pictures go through the
-    network at once, while threads read the next ones and use the last.
+    A file that cannot be read gives its InputError as the picture, and None. Threads read the next pictures
+    and use the last ones while some go through the network.
     """
     def read(file):
         try:
@@ -244,7 +243,8 @@ def main(argv=None):
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
         found = search(detector, pictures, score, draw)
         results = list(tqdm(found, total=len(pictures), unit="picture", disable=None))
-    results += [save_video(source, targets[source], find_faces, change) for source in filter(is_video, sources)]
+    for source in filter(is_video, sources):
+        results.append(save_video(source, targets[source], find_faces, change))
     entries = [entry for entry, _ in results if entry]
     where = ""
     if entries:  # what an earlier run has found is not replaced by nothing

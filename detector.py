@@ -64,10 +64,7 @@ def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tens
 
 
 def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.ndarray:
-    """Scale faces `[K, 5]` from pixels of the network input to pixels of the picture, and clip them to it.
-
-    Returns float64 `[K, 5]`. Both sizes are (width, height).
-    """
+    """Scale faces `[K, 5]` from pixels of the input to the picture's, clipped; sizes are (width, height)."""
     faces = np.array(faces, np.float64)
     faces[:, :4] *= np.tile(np.divide(picture_size, input_size), 2)
     faces[:, :4] = faces[:, :4].clip(0, np.tile(picture_size, 2))
@@ -153,7 +150,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
         entry = network.metadata.get("threshold")
         detector = _exported(network, path, colour, white)
         if size and size != detector.size:
-            raise InputError("{}: takes {}x{}; an exported model's size is fixed, see export.py --size".format(
+            raise InputError("{}: takes {}x{}; its size is fixed, see export.py --size".format(
                 path, *detector.size))
     else:
         need_torch(f"{path}: a checkpoint")
@@ -233,9 +230,8 @@ def find(detector, pixels: list[np.ndarray], sizes: list[tuple]) -> list[np.ndar
 def detect(detector, image: str | Path | Image.Image | np.ndarray | list) -> np.ndarray | list[np.ndarray]:
     """Find the faces on one picture: float64 `[K, 5]`, xyxy in its pixels and the score, best first.
 
-    `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`. A list of them goes through the network
-    at once, and gives a list. The doubtful faces are there too: keep those of a score above 0.4, for example.
-    Raises InputError for what is no picture.
+    `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`; a list of them gives a list. Doubtful
+    faces are there too: keep those above 0.4, for example. Raises InputError for what is no picture.
     """
     images = [_as_picture(one) for one in (image if isinstance(image, list) else [image])]
     found = find(detector, [to_pixels(detector, one) for one in images], [one.size for one in images])
@@ -259,9 +255,8 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
                rank: int = 0, processes: int = 1, check=None) -> tuple[Detections, dict]:
     """Find the faces on all photos of some Annotations.
 
-    Returns Detections sorted by photo, and {index: line} of the photos that cannot be read. Several
-    processes share the photos; each gets the whole result. `check()` is called before each batch, as often in
-    every process. `batch_size` is 64 on a GPU and 16 elsewhere, unless given.
+    Returns Detections sorted by photo, and {index: line} of the photos that cannot be read, both whole in each
+    of several processes. `check()` is called before each batch, as often in every process.
     """
     need_torch("detect_all")
     device = getattr(detector, "device", "cpu")
@@ -288,8 +283,7 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
 def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
 
-    Tiles are evenly spread; neighbours share `overlap` pixels or more. A picture that is no larger than one
-    tile is its own only view.
+    Neighbours share `overlap` pixels or more. A picture no larger than a tile is its own only view.
     """
     def starts(length):
         count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
@@ -304,8 +298,7 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Merge the faces `[K, 5]` of all views so that each counts once: `[N, 5]`, best first.
 
     `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the
-    whole for NMS. So those are dropped that lie mostly inside a box of another view, which then has the
-    better of both scores. Of two parts the better stays.
+    whole for NMS. So it is dropped where it lies mostly inside another, which has the better score then.
     """
     whole = torch.from_numpy(faces[~part])
     merged = whole[nms(whole[:, :4], whole[:, 4], NMS_IOU)].numpy()

@@ -35,8 +35,7 @@ from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, check_threshold
 from model import STRIDE, grid_size, load_model, read_checkpoint
 from support.coco import read_annotations
 from support.pictures import load_picture
-from support.quantise import quantise
-from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
+from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core, quantise
 from support.threads import use_threads
 
 OPSET = 18
@@ -64,10 +63,7 @@ scores = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))               # [B, A
 
 
 class Generic(nn.Module):
-    """The network with decoding, to put NMS behind: image `[1, 3, H, W]` to boxes, scores and rows.
-
-    Boxes `[1, A, 4]` and scores `[1, 1, A]` are as ONNX's NMS takes them; rows `[A, 5]` hold both.
-    """
+    """Image `[1, 3, H, W]` to boxes `[1, A, 4]` and scores `[1, 1, A]`, for ONNX's NMS, and `[A, 5]` of both."""
 
     def __init__(self, model, anchors):
         super().__init__()
@@ -81,10 +77,7 @@ class Generic(nn.Module):
 
 
 def to_onnx(network, size, outputs, free_batch=False):
-    """Export a module to an ONNX model with the input `image` and the named outputs.
-
-    size is (width, height); with `free_batch` the model takes any batch size.
-    """
+    """Export a module to an ONNX model: `image` of `size` (width, height), of any batch with `free_batch`."""
     image = torch.zeros(2 if free_batch else 1, 3, *size[::-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
@@ -117,10 +110,7 @@ def add_tail(model, nodes, constants, outputs):
 
 
 def add_nms(model, size):
-    """Append NMS and clipping to an exported Generic: outputs boxes `[K, 5]` and labels `[K]`, best first.
-
-    A row of boxes is x1, y1, x2, y2, score; in the file, K is called N.
-    """
+    """Append NMS and clipping to an exported Generic: outputs boxes `[K, 5]` and labels `[K]`, best first."""
     node, info = helper.make_node, helper.make_tensor_value_info
     nodes = [
         node("NonMaxSuppression", ["all_boxes", "all_scores", "top", "iou", "least"], ["chosen"]),  # [K, 3]
@@ -138,9 +128,9 @@ def add_nms(model, size):
 
 
 def add_detection_output(model, config, size):
-    """Append OpenVINO's PriorBoxClustered and DetectionOutput: output detections `[1, 1, 200, 7]`.
+    """Append OpenVINO's DetectionOutput: `[1, 1, 200, 7]`, image, label, score and box in 0-1.
 
-    The anchors of PriorBoxClustered are not rounded. A row is image, label, score, and a box in 0-1.
+    The anchors of its PriorBoxClustered are not rounded.
     """
     node = helper.make_node
     widths, heights = zip(*config.anchors)
@@ -167,16 +157,13 @@ def swap_colours(model):
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
-    for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
-        turned = np.flip(numpy_helper.to_array(weights[name]), axis)
-        weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
+    for name, axis in [*((name, 0) for name in norm.input[1:]), (first.input[1], 1)]:
+        turned = np.flip(numpy_helper.to_array(weights[name]), axis).copy()
+        weights[name].CopyFrom(numpy_helper.from_array(turned, name))
 
 
 def describe(path, content, model, size, head):
-    """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from.
-
-    `path` is the checkpoint and `content` what it holds; size is (width, height).
-    """
+    """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from."""
     cell = make_anchors(model.config, (STRIDE, STRIDE), head != "detection_output").tolist()
     metadata = {
         "head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
@@ -197,13 +184,13 @@ def describe(path, content, model, size, head):
 def write_ir(model, metadata, path, size, fp16=False, annotations=None):
     """Write an ONNX model of ours, which is changed, as IR (.xml and .bin) with BGR input.
 
-    `fp16` stores the weights in float16, `annotations` are photos to quantise on; size is (width, height) of
-    the network input. Returns its precision, a key of TOLERANCES.
+    `fp16` stores the weights in float16, `annotations` are photos to quantise on. Returns its precision.
     """
     import openvino as ov
     swap_colours(model)
     ir = openvino_core().read_model(model.SerializeToString())
-    passes = importlib.import_module(getattr(ov, "runtime", ov).__name__ + ".passes")  # OpenVINO 2024, and later
+    # OpenVINO 2024 has a module of its own for this.
+    passes = importlib.import_module(getattr(ov, "runtime", ov).__name__ + ".passes")
     manager = passes.Manager()
     # Shape arithmetic stands between the weights and the depthwise convolutions: NNCF would not find these.
     manager.register_pass(passes.ConstantFolding())
@@ -229,14 +216,13 @@ def spread(annotations, most):
 def quantise_on(ir, annotations, size):
     """Quantise an IR on photos of `annotations`. Raises InputError if one of them cannot be read."""
     dataset = FaceDataset(annotations, *size)
-    chosen = spread(annotations, CALIBRATION)
 
-    def load(n):
-        item = dataset[chosen[n], None]
+    def load(index):
+        item = dataset[index, None]
         if item.error:
             raise InputError(item.error)
         return {"image": to_input(item.picture.flip(0)[None]).numpy()}  # [1, 3, H, W], BGR
-    return quantise(ir, len(chosen), load)
+    return quantise(ir, spread(annotations, CALIBRATION), load)
 
 
 class DetectionOutput(TorchDetector):
@@ -253,10 +239,7 @@ class DetectionOutput(TorchDetector):
 
 @torch.inference_mode()
 def all_boxes(reference, picture):
-    """The boxes of all anchors of a TorchDetector on a picture (PIL), without NMS: `[A, 5]`, clipped.
-
-    A row is xyxy in pixels of the network input, and the score.
-    """
+    """All boxes and scores of a TorchDetector on a picture (PIL), without NMS: `[A, 5]`, at network input."""
     logits, offsets = reference.model(to_input(torch.from_numpy(to_pixels(reference, picture))[None]))
     rows = torch.cat([decode(offsets[0], reference.anchors), logits[0].softmax(-1)[:, 1:]], 1)
     return to_picture(rows.numpy(), reference.size, reference.size)
@@ -265,10 +248,9 @@ def all_boxes(reference, picture):
 def differences(detector, reference, pictures, least):
     """Compare a detector with the TorchDetector `reference` on `pictures` (PIL): differences `[n, 2]`.
 
-    A row is the distance in pixels of the network input and the difference in score. Each face that either
-    of them scores `least` or more is compared with the nearest face of the other; if the other finds none,
-    the difference is the whole score. If several anchors have the same score (to within TIE), rounding
-    decides which of them survives NMS. Such a face is compared with the nearest of all the reference's boxes.
+    A row is the distance in pixels of the network input and the difference in score of a face that one of
+    them scores `least` or more from the nearest face of the other. Of several anchors with the same score,
+    rounding decides which survives NMS: there it is the nearest of all the reference's boxes.
     """
     rows = []
     for picture in pictures:
@@ -280,16 +262,12 @@ def differences(detector, reference, pictures, least):
                 tied = (np.abs(every[:, 4] - face[4]) < TIE).sum() > 1
                 gaps = np.abs((every if tied else others) - face)                   # [K, 5]
                 gaps = np.stack([gaps[:, :4].max(1), gaps[:, 4]], 1)
-                rows.append(gaps[gaps.sum(1).argmin()] if len(gaps) else (0, face[4]))
+                rows.append(gaps[gaps.sum(1).argmin()] if len(gaps) else (0, face[4]))  # or none was found
     return np.array(rows).reshape(-1, 2)
 
 
 def check(path, reference, pictures, kind):
-    """Compare a model file with PyTorch on `pictures` (PIL): returns a line for the report.
-
-    `reference` is the checkpoint's detector, `kind` a key of TOLERANCES. Raises InputError if they differ by
-    more than that allows.
-    """
+    """Compare a model file with the checkpoint's detector: a line for the report, or InputError."""
     pixels, score, least, share = TOLERANCES[kind]
     gaps = differences(load_detector(path), reference, pictures, least)             # [n, 2]
     most = gaps.max(0, initial=0)
@@ -336,11 +314,10 @@ def main(argv=None):
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / "model.onnx")
         if args.ir:
-            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16,
-                                          annotations if args.int8 else None)
-        lines = ["{}: {}, {}x{}, {}".format(out / name, args.head, *size,
-                                            check(folder / name, reference, pictures, kind))
-                 for name, kind in kinds.items()]
+            photos = annotations if args.int8 else None
+            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, photos)
+        lines = [f"{out / name}: {args.head}, {size[0]}x{size[1]}, "
+                 + check(folder / name, reference, pictures, kind) for name, kind in kinds.items()]
         for name in ("model.xml", "model.bin"):  # an older IR never stays beside a new .bin or .onnx
             (out / name).unlink(missing_ok=True)
         for path in sorted(folder.iterdir()):  # the .bin before its .xml

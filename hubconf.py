@@ -17,4 +17,5 @@ def face_ssd300(pretrained=True):
 
     detector.postprocess makes faces of them. Without `pretrained` the weights are random.
     """
-    return load_model(Path(__file__).resolve().parent / "weights/face_ssd300.pth") if pretrained else SSD().eval()
+    path = Path(__file__).resolve().parent / "weights/face_ssd300.pth"
+    return load_model(path) if pretrained else SSD().eval()

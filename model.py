@@ -139,8 +139,7 @@ class SSDHead(nn.Module):
 class SSD(nn.Module):
     """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-    The two logits are background and face. Fully convolutional: any input of at least 16 x 16 works, with
-    A = 9 * ceil(H / 16) * ceil(W / 16).
+    The two logits are background and face. Any input of at least 16 x 16: A = 9 * ceil(H / 16) * ceil(W / 16).
     """
 
     def __init__(self, config=Config()):
@@ -171,19 +170,15 @@ def checkpoint(model: SSD, **more) -> dict:
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint's content, a dict, on the CPU; `state_dict` in it, and `ema` if there, are {name: tensor}.
-
-    No code in the file is run. Raises ValueError, one line, if it is damaged, or no checkpoint.
-    """
+    """A checkpoint's content on the CPU. No code in the file is run. Raises ValueError, one line, if damaged."""
     content = load_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: a checkpoint without \"state_dict\", "
                          "ours or the official snapshots' is expected")
-    for key in ("config", "meta", "optimizer", "ema"):
+    for key in ("config", "meta", "optimizer", "ema", "state_dict"):
         if not isinstance(content.get(key), dict | None):
             raise ValueError(f"{path}: not a checkpoint, its \"{key}\" is no dictionary")
-    for key in ("state_dict", "ema"):
-        if content.get(key):
+        if content.get(key) and key in ("ema", "state_dict"):
             content[key] = tensors_of(content[key], f"{path}: not a checkpoint, its \"{key}\"")
     return content
 
@@ -206,10 +201,7 @@ def load_file(path):
 
 
 def zip_fault(path) -> str | None:
-    """What is wrong with a checkpoint, if it is a zip: PyTorch looks at no checksum and no sizes.
-
-    Files from before PyTorch 1.6 are no zips and have no checksums: None.
-    """
+    """What is wrong with a checkpoint that is a zip: PyTorch looks at no checksum. (Before 1.6: no zips.)"""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
             return None
@@ -226,10 +218,9 @@ def tensors_of(state, subject):
     """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is not."""
     tensors = dict(dict.items(state))
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{subject} holds other things than named tensors")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(f"{subject} holds tensors that are sparse, quantized or empty shells")
+        if (not isinstance(name, str) or not isinstance(tensor, torch.Tensor)
+                or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta):
+            raise ValueError(f"{subject} holds other things than named, dense tensors")
     return tensors
 
 
@@ -267,9 +258,9 @@ def config_of(content: dict, path="") -> Config:
 
 
 def load_model(path) -> SSD:
-    """The model of a checkpoint, ours or an official snapshot, in evaluation mode on the CPU.
+    """The model of a checkpoint, ours or an official snapshot, for evaluation: averaged weights if there are.
 
-    Averaged weights are preferred where there are some. Raises ValueError if the file does not fit.
+    Raises ValueError if the file does not fit.
     """
     content = read_checkpoint(path)
     return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
@@ -304,8 +295,7 @@ def load_imagenet(model: SSD, path=None) -> None:
     """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to shape.
 
     The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path`
-    is a file of the weights; without it torchvision downloads them. Raises ValueError if they cannot be had
-    or do not fit.
+    is a file of the weights, else torchvision downloads them. Raises ValueError if they cannot be had or fit.
     """
     from torchvision.models import MobileNet_V2_Weights
     weights = MobileNet_V2_Weights.IMAGENET1K_V1

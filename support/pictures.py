@@ -77,10 +77,9 @@ def read_sizes(pictures, images, jobs):
 
 
 def decode_picture(image, scale=1):
-    """Decode an opened picture: upright, RGB (PIL), whatever its file holds; of an animation the first frame.
+    """Decode an opened picture: upright, RGB (PIL), whatever its file holds. Raises InputError if it cannot.
 
-    A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as long as that is not below
-    `scale`. Raises InputError if it cannot be read.
+    A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if not below `scale`.
     """
     with _decoding(image.filename), image:
         if scale < 1:
@@ -167,7 +166,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
 def hide_faces(image, boxes):
     """Make the faces in boxes `[N, 4]` (xyxy, pixels) unrecognisable on a copy of `image` (PIL, RGB).
 
-    Each becomes a mosaic of BLOCKS x BLOCKS in an ellipse 1.5 times as wide and high, around the box's corners.
+    Each becomes a mosaic in an ellipse 1.5 times as wide and high, which covers the box's corners.
     """
     image = image.copy()
     for x1, y1, x2, y2 in np.asarray(boxes, float).reshape(-1, 4):

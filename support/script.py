@@ -81,10 +81,7 @@ def _end_workers():
 
 
 def keep_memory():
-    """Let the process keep the memory that it frees: glibc gives large blocks back at once (man 3 mallopt).
-
-    A training step on a CPU would spend much of its time in page faults.
-    """
+    """Keep the memory that is freed (man 3 mallopt): else glibc spends a training step in page faults."""
     import ctypes  # not above: until this file is imported, Ctrl-C is a traceback
     with suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
@@ -108,8 +105,7 @@ def _fail(main, text, reported=False):
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
-    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM with 143, as
-    shells expect. A reader that closes the pipe (`| head`) is no error.
+    So does a machine that gives up. Ctrl-C exits with 130, SIGTERM with 143. A closed pipe is no error.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -180,7 +176,8 @@ class TilesFlag(argparse.Action):
 
 def new_parser(description):
     """An argument parser that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw)
 
 
 class FlagFileParser(argparse.ArgumentParser):

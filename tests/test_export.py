@@ -161,7 +161,7 @@ def test_a_threshold_goes_along_in_its_own_size_and_precision(monkeypatch, graph
 
     # INT8 shifts the scores. NNCF is an extra: quantising is left out here.
     monkeypatch.setattr(export, "find_spec", lambda name: True)
-    monkeypatch.setattr(export, "quantise", lambda ir, count, load: ir)
+    monkeypatch.setattr(export, "quantise", lambda ir, photos, load: ir)
     export.main([*flags, "--int8", "--data", str(sample / "val.json")])
     assert "threshold is left out" in capsys.readouterr().out
     assert load_detector(tmp_path / "model.xml").threshold is None
