@@ -255,8 +255,8 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
                rank: int = 0, processes: int = 1, check=None) -> tuple[Detections, dict]:
     """Find the faces on all photos of some Annotations.
 
-    Returns Detections sorted by photo, and {index: line} of the photos that cannot be read, both whole in each
-    of several processes. `check()` is called before each batch, as often in every process.
+    Returns Detections sorted by photo, and {index: line} of photos that cannot be read; in each of several
+    processes both are whole. `check()` is called before each batch, as often in every process.
     """
     need_torch("detect_all")
     device = getattr(detector, "device", "cpu")

@@ -63,7 +63,7 @@ scores = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))               # [B, A
 
 
 class Generic(nn.Module):
-    """Image `[1, 3, H, W]` to boxes `[1, A, 4]` and scores `[1, 1, A]`, for ONNX's NMS, and `[A, 5]` of both."""
+    """Image `[1, 3, H, W]` to boxes `[1, A, 4]`, scores `[1, 1, A]` for ONNX's NMS, and `[A, 5]` of both."""
 
     def __init__(self, model, anchors):
         super().__init__()

@@ -139,7 +139,7 @@ class SSDHead(nn.Module):
 class SSD(nn.Module):
     """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-    The two logits are background and face. Any input of at least 16 x 16: A = 9 * ceil(H / 16) * ceil(W / 16).
+    The two logits are background and face; A = 9 * ceil(H / 16) * ceil(W / 16), from 16 x 16 pixels on.
     """
 
     def __init__(self, config=Config()):
@@ -170,7 +170,7 @@ def checkpoint(model: SSD, **more) -> dict:
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint's content on the CPU. No code in the file is run. Raises ValueError, one line, if damaged."""
+    """A checkpoint's content, on the CPU. No code in it is run. Raises ValueError, one line, if damaged."""
     content = load_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: a checkpoint without \"state_dict\", "

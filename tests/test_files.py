@@ -119,17 +119,6 @@ def test_each_machine_reports_what_is_wrong_there(monkeypatch, refused, rank, lo
     assert slept == [PATIENCE] * waits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [["detect.py", "{photo}", "--out", "out"],
-                                   ["evaluate.py", "--data", "{data}", "--workers", "0"]], ids=lambda w: w[0])
-def test_the_shipped_network_is_found_from_any_folder(sample, tmp_path, words):
-    names = {"photo": next(sample.glob("val/*/*.jpg")), "data": sample / "val.json"}
-    words = [word.format(**names) for word in words]
-    done = subprocess.run([sys.executable, REPOSITORY / words[0], *words[1:]], cwd=tmp_path, env=ENVIRONMENT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 # Exported models whose metadata is not true
 
 def exported(path, metadata, outputs, shape=(1, 3, 48, 64), kind=TensorProto.FLOAT):

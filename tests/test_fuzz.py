@@ -22,13 +22,12 @@ from PIL import Image
 from anchors import decode, encode, make_anchors, match
 from data import FaceDataset, random_view
 from detector import TOP, postprocess, to_picture
-from evaluate import score_faces, score_wider, table
+from evaluate import score_faces, table
 from support.coco import Detections, read_annotations, read_results, to_results
 from support.script import InputError, write_json
 from loss import batch_divisor, multibox_loss
 from model import Config
 from support.pictures import decode_picture, open_picture
-from support.wider import GroundTruth, read_predictions
 from wider_to_coco import COLUMNS, read_wider, to_coco
 
 pytestmark = pytest.mark.slow
@@ -183,38 +182,6 @@ def test_wider_annotations(folder, text, sizes):
     content, counts = to_coco(pictures, sizes * len(pictures), folder / "images")
     write_json(folder / "w.json", content)
     assert len(read_annotations(folder / "w.json").image) == counts["annotations"]
-
-
-TRUTH = GroundTruth(["e/a", "e/b"], np.array([0, 0, 1]),
-                    np.array([[0, 0, 9, 9], [5, 5, 9, 9], [1, 1, 1, 1.0]]),
-                    {level: np.array([True, level != "easy", False]) for level in ("easy", "medium", "hard")})
-ROWS = st.lists(NUMBER, min_size=5, max_size=5).map(lambda row: " ".join(map(repr, row)))
-
-
-@st.composite
-def predictions(draw):
-    """Prediction files, mostly valid, some with bad rows or a wrong number of them."""
-    rows = draw(st.lists(ROWS if draw(st.integers(0, 4)) else st.lists(WORDS, max_size=6).map(" ".join),
-                         max_size=6))
-    lines = ["e/a.jpg", draw(WORDS) if draw(st.integers(0, 7)) == 0 else str(len(rows)), *rows]
-    end = draw(st.sampled_from(["\n", "\r\n", " \n", "\n\n" if draw(st.integers(0, 9)) == 0 else "\n"]))
-    return end.join(lines).encode()
-
-
-@fuzz
-@given(files=st.lists(st.one_of(predictions(), predictions(), st.binary(max_size=60)),
-                      min_size=1, max_size=2))
-def test_prediction_folders(folder, files):
-    (folder / "e").mkdir(exist_ok=True)
-    (folder / "e/b.txt").unlink(missing_ok=True)
-    for name, content in zip("ab", files):
-        (folder / f"e/{name}.txt").write_bytes(content)
-    read = accepted(lambda: read_predictions(folder, TRUTH.names))
-    if read is not None:
-        found, missing = read
-        assert len(missing) == 2 - len(files) and all_finite([found.xywh, found.score])
-        scores, curves = accepted(lambda: score_wider(TRUTH, found))
-        assert all_finite(scores) and all(-1 <= curve.ap <= 1 for curve in curves.values())
 
 
 @st.composite

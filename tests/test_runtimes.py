@@ -170,16 +170,3 @@ def test_without_torch(tmp_path):
     for words in (["--model", MODEL], ["--tiles", "300"], ["--size", "640"]):
         done = run("photo.jpg", *words)
         assert done.returncode == 2 and "needs PyTorch" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_released_ir(shared, tmp_path):
-    """The released IR takes BGR in 0-255 and finds the faces; with a wrong convention it finds fewer."""
-    released = shared / "peers/face-detection-retail-0005.xml"
-    data = shared / "data/webcam_val.json"
-    recall = {}
-    for white in ("255", "1"):
-        evaluate.main(["--data", str(data), "--model", str(released), "--colour", "bgr", "--range", white,
-                       "--workers", "0", "--json", str(tmp_path / "scores.json")])
-        recall[white] = json.loads((tmp_path / "scores.json").read_text())["coco"]["AP50"]
-    assert recall["255"] > 0.5 > recall["1"]
