@@ -157,9 +157,10 @@ def describe(entries):
     pictures = [entry["faces"] for entry in entries if "faces" in entry]
     parts = [f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}"]
     for entry in entries:
-        if "frames" in entry:
-            shown = sum(len(faces) > 0 for faces in entry["frames"])
-            parts.append(f"faces in {shown} of {count(len(entry['frames']), 'frame')} of {entry['file']}")
+        frames = entry.get("frames", [])
+        if frames:
+            shown = f"{sum(map(bool, frames))} of {count(len(frames), 'frame')}"
+            parts.append(f"faces in {shown} of {entry['file']}")
     return ", ".join(parts)
 
 
@@ -176,10 +177,9 @@ def refuse_failed(failed, total):
 
 def parse_score(text):
     """Parse a score, for argparse."""
-    score = float(text)
-    if not 0 <= score <= 1:  # NaN is neither
+    if not 0 <= float(text) <= 1:  # NaN is neither
         raise argparse.ArgumentTypeError(f"{text}: a score between 0 and 1 is expected")
-    return score
+    return float(text)
 
 
 def add_model_flags(parser):

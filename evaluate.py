@@ -29,7 +29,8 @@ from support.runtimes import SUFFIXES
 from support.threads import use_threads
 
 DATA = "data/val.json"
-RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "skip_unreadable")
+RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "threads",
+           "skip_unreadable")
 
 
 def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):

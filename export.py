@@ -344,10 +344,8 @@ def parse_args(argv):
     add("--fp16", action="store_true", help="weights stored in float16")
     add("--int8", action="store_true", help="quantised on photos of --data")
     args = parser.parse_args(argv)
-    if args.int8 and not args.data:
-        parser.error("--int8 needs photos: --data data/val.json")
-    if args.int8 and args.fp16:
-        parser.error("--int8 and --fp16 are two precisions, choose one")
+    if args.int8 and (args.fp16 or not args.data):
+        parser.error("--int8 needs photos, --data data/val.json, and no --fp16")
     if args.int8 and not find_spec("nncf"):
         parser.error("--int8 needs NNCF: pip install -r requirements-int8.txt")
     args.ir = args.ir or args.fp16 or args.int8

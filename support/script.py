@@ -32,10 +32,7 @@ TROUBLE = {  # what libraries say when the machine gives up: what we say
 
 
 class InputError(Exception):
-    """Bad input from outside. The message is one line: which file, which entry, what to do.
-
-    `reported`: another process prints it already.
-    """
+    """Bad input, in one line: which file, which entry, what to do. `reported`: another process prints it."""
 
     def __init__(self, message, reported=False):
         super().__init__(message)
