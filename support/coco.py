@@ -9,9 +9,9 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from support.script import InputError, read_json
+
+import numpy as np
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")

@@ -42,7 +42,7 @@ def test_learning_rate(step, epoch, expected):
 def test_defaults_are_the_recipe():
     args = train.parse_args(["--data", "x.json"])
     assert (args.epochs, args.batch_size, args.lr, args.milestones, args.warmup) == (
-        70, 65, 0.05, [40, 55, 65], 1200)
+        70, 65, 0.05, [40, 55, 65], None)
     assert (args.repeat, args.momentum, args.weight_decay, args.min_face, args.out) == (
         2, 0.9, 5e-4, 17, "runs/face")
 

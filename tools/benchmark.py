@@ -1,15 +1,14 @@
 """Measure speed, what is compared side by side: models, data loading, the training step, a whole recipe.
 
     python -m tools.benchmark latency weights/face_ssd300.pth export/model.xml            # models alone
-    python -m tools.benchmark pictures export/model.xml embedded/model.xml --data val.json # resizing too
     python -m tools.benchmark loading --data data/train.json   # data.py beside torchvision's transforms
     python -m tools.benchmark training --batch-sizes 65 260    # the step: precision, graphs, compiling
     python -m tools.benchmark recipe --data data/train.json    # minutes of the reference recipe, here
     python -m tools.benchmark peer yunet.onnx --data val.json --out yunet.json    # another detector's faces
 
-What is compared takes turns, round by round, so that other load on the machine slows all of it alike. Latency
-is the time for one input of the model's own size, through everything in its file (for a checkpoint, the
-network and NMS). Models compute in float32 on the CPU, except quantised ones.
+What is compared takes turns, round by round: other load on the machine slows all of it alike. Latency
+is the time for one input of the model's own size, through everything in its file, in float32 on the CPU unless
+the file is quantised.
 """
 
 import functools
@@ -28,14 +27,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.ops import nms
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import train
 from data import FaceDataset, collate
-from detector import NMS_IOU, SCORE, TOP, detect, load_detector, to_picture
+from detector import NMS_IOU, SCORE, TOP, load_detector, to_picture
 from model import SSD
 from support.coco import Detections, read_annotations, to_results, to_xywh
 from support.distributed import choose_device
@@ -90,15 +88,10 @@ def speeds(names, measured):
               f"({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
 
 
-def setting(args, what):
-    """Print one line that says what was measured, and how."""
-    print(f"{what}; {args.threads} thread{'s' * (args.threads > 1)}, f32, {args.rounds} interleaved rounds, "
-          f"{platform.machine()} CPU, torch {torch.__version__.split('+')[0]}")
-
-
 def latency(args):
     """Time the models alone, on random input of the shape that each takes."""
-    jobs, notes, rng = [], [], np.random.default_rng(0)
+    jobs, notes = [], []
+    rng = np.random.default_rng(0)
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
             call = open_network(path, args.threads)
@@ -112,29 +105,9 @@ def latency(args):
             note = "PyTorch, FP32"
         jobs.append(functools.partial(call, noise))
         notes.append(f"{note}, {'x'.join(map(str, shape))}")
-    setting(args, "latency of one input")
+    print(f"latency of one input; threads: {args.threads}, f32, {args.rounds} interleaved rounds, "
+          f"{platform.machine()} CPU, torch {torch.__version__}")
     report(args.models, notes, interleaved(jobs, args.rounds))
-
-
-def pictures(args):
-    """Time the way from decoded pictures to faces in their pixels."""
-    if args.data:
-        annotations = read_annotations(args.data)
-        chosen = np.linspace(0, len(annotations.ids) - 1, min(8, len(annotations.ids))).round().astype(int)
-        images = [load_picture(annotations.file(index)) for index in chosen]
-    else:
-        images = [sample.photo(np.random.default_rng(n), 640, 480, False)[1] for n in range(8)]
-    if not images:
-        raise InputError(f"{args.data}: no photos")
-
-    detectors = [load_detector(path, device="cpu", threads=args.threads) for path in args.models]
-    jobs = [lambda detector=detector: [detect(detector, image) for image in images] for detector in detectors]
-    notes = ["resized in Python to {}x{}".format(*one.size) if one.size else "resized inside"
-             for one in detectors]
-    sides = np.array([image.size for image in images]).mean(0)
-    setting(args, "picture to boxes, mean of {} pictures of {:.0f}x{:.0f} on average".format(
-        len(images), *sides))
-    report(args.models, notes, interleaved(jobs, args.rounds) / len(images))
 
 
 def loading(args):
@@ -142,7 +115,8 @@ def loading(args):
     with photos_for(args) as file:
         annotations = read_annotations(file)
         ours = FaceDataset(annotations, 300, 300)
-        corners, transform = torch.from_numpy(ours.faces), v2.Compose([
+        corners = torch.from_numpy(ours.faces)
+        transform = v2.Compose([
             v2.RandomPhotometricDistort(), v2.RandomZoomOut(0, (1, 2), 0.5), v2.RandomIoUCrop(0.1, 1, 0.5, 2),
             v2.SanitizeBoundingBoxes(labels_getter=None), v2.Resize((300, 300)), v2.RandomHorizontalFlip()])
 
@@ -162,7 +136,7 @@ def loading(args):
 
 
 def training(args):
-    """Time the training step, with the seconds to its first; torchvision's light SSD beside it."""
+    """Time the training step, with the seconds to its first: precision, CUDA graph, compiling."""
     device = choose_device(args.device)
     ways = [("fp32", False, False), ("bf16", False, False), ("bf16", True, False)]
     if device.startswith("cuda"):
@@ -178,8 +152,6 @@ def training(args):
                 words = [precision, "compiled" * compiled, "graph" * graph]
                 names.append(f"{' '.join(filter(None, words))}, first step {seconds:.1f} s")
                 jobs.append(step)
-            names.append("torchvision ssdlite320 fp32")
-            jobs.append(torchvision_step(device, size))
             print(f"training step on {device}, batch {size}, {args.threads} threads")
             speeds(names, size / interleaved(jobs, args.rounds, 1))
 
@@ -194,24 +166,6 @@ def our_step(device, file, size, precision="bf16", compiled=False, graph=True):
     batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
     batch = batch.pin_memory() if trainer.graphs else batch
     return lambda: trainer.update(batch, 0.01).tolist()
-
-
-def torchvision_step(device, size):
-    """One step of torchvision's light SSD on a batch of noise with five faces each, as a function."""
-    model = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=2).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-    images = list(torch.rand(size, 3, 320, 320, device=device))
-    corners = 200 * torch.rand(size, 5, 2, device=device)
-    targets = [{"boxes": torch.cat([own, own + 60], 1), "labels": torch.ones(5, dtype=int, device=device)}
-               for own in corners]
-
-    def step():
-        optimizer.zero_grad()
-        loss = sum(model(images, targets).values())
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-    return step
 
 
 def recipe(args):
@@ -314,12 +268,12 @@ def main(argv=None):
     """Measure what the first argument names."""
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run in (latency, pictures, loading, training, recipe, peer):
+    for run in (latency, loading, training, recipe, peer):
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         add = one.add_argument
         add("--threads", type=int, default=1, help="of the model, step or loader (default %(default)s)")
         add("--rounds", type=int, default=5, help="rounds of measurement (default %(default)s)")
-        if run in (latency, pictures):
+        if run is latency:
             add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
         if run is peer:
             add("model", help="its .onnx file")

@@ -9,12 +9,13 @@ Ullman, Mining of Massive Datasets, section 3.4), so the time grows as the numbe
 import os
 from multiprocessing.pool import ThreadPool
 
+from support.script import InputError
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from support.pictures import decode_picture, open_picture, upright_size
-from support.script import InputError
 
 SIDE = 32           # of a thumbnail, pixels
 BITS = 112          # of a hash: 56 across, 56 down

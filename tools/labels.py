@@ -120,15 +120,16 @@ def around(points):
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def turned(box, degrees, pivot, stretch=(1, 1)):
-    """The box around an xyxy box that is turned clockwise about `pivot`.
+def turned(box, degrees, pivot=None, stretch=(1, 1)):
+    """The box around an xyxy box that is turned clockwise about `pivot`, or else its centre.
 
     `stretch` (width, height) are the pixels of a unit, where these differ.
     """
     if not degrees:
         return box
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    (x0, y0), (width, height) = pivot, stretch
+    x0, y0 = pivot or ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    width, height = stretch
     corners = [((x - x0) * width, (y - y0) * height) for x in box[::2] for y in box[1::2]]
     return around([(x0 + (x * cos - y * sin) / width, y0 + (x * sin + y * cos) / height) for x, y in corners])
 
@@ -136,14 +137,9 @@ def turned(box, degrees, pivot, stretch=(1, 1)):
 def around_ellipse(cx, cy, rx, ry, degrees=0, stretch=(1, 1)):
     """The box around an ellipse of half axes rx, ry that is turned clockwise; `stretch` as in `turned`."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    (width, height), (rx, ry) = stretch, (rx * stretch[0], ry * stretch[1])
-    dx, dy = math.hypot(rx * cos, ry * sin) / width, math.hypot(rx * sin, ry * cos) / height
+    rx, ry = rx * stretch[0], ry * stretch[1]
+    dx, dy = math.hypot(rx * cos, ry * sin) / stretch[0], math.hypot(rx * sin, ry * cos) / stretch[1]
     return cx - dx, cy - dy, cx + dx, cy + dy
-
-
-def middle(box):
-    """The centre of an xyxy box."""
-    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 # Pascal VOC and CVAT
@@ -214,8 +210,7 @@ def _cvat_box(place, shape):
     """The box of a CVAT shape, or None if it has none."""
     degrees = number(place, "rotation", shape.get("rotation") or 0)
     if shape.tag == "box":
-        box = numbers(place, shape, "xtl ytl xbr ybr")
-        return turned(box, degrees, middle(box))
+        return turned(numbers(place, shape, "xtl ytl xbr ybr"), degrees)
     if shape.tag == "polygon":
         return _polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
     if shape.tag == "ellipse":
@@ -353,8 +348,7 @@ def read_coco(path, content):
             raise InputError(
                 f"{place}: belongs to image {image[:60]} and category {str(category)[:60]}, not both there")
         more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}
-        box = _coco_box(place, entry)
-        box = turned(box, number(place, "rotation", more.get("rotation") or 0), middle(box))
+        box = turned(_coco_box(place, entry), number(place, "rotation", more.get("rotation") or 0))
         photos[image].labels.append(Label(names.get(category, UNNAMED), box, read_flags(more | entry)))
     used = {label.category for photo in photos.values() for label in photo.labels}
     declared = [name for name in names.values() if name in used or name not in above]  # Roboflow's
