@@ -44,7 +44,6 @@ def test_names_that_are_no_text_or_move_the_cursor_are_shown_safely(tmp_path, mo
         "categories": [{"id": 1, "name": "face"}]}))
     (tmp_path / "x.txt").write_bytes(bad[1] + b"\n0\n")
     words = {"detect": [*names, "--model", model_file, "--out", "out"],
-             "evaluate": ["--data", "x.json", "--model", model_file, "--workers", "0"],
              "tools.look": ["--data", "x.json"], "wider_to_coco": ["x.txt", ".", "y.json"]}[script]
     done = subprocess.run([sys.executable, "-m", script, *words], cwd=tmp_path, env=STRICT,
                           capture_output=True, stdin=subprocess.DEVNULL)

@@ -28,7 +28,6 @@ from support.script import InputError, write_json
 from loss import batch_divisor, multibox_loss
 from model import Config
 from support.pictures import decode_picture, open_picture
-from wider_to_coco import COLUMNS, read_wider, to_coco
 
 pytestmark = pytest.mark.slow
 
@@ -140,48 +139,6 @@ def test_coco_results(folder, text):
     if found is not None:
         scores = accepted(lambda: score_faces(faces, found)[0])
         assert all_finite(scores)
-
-
-WORDS = st.one_of(st.integers(-20, 200).map(str),
-                  st.sampled_from(["0", "1", "1.5", "1e3", "nan", "1e999",
-                                   "-", "", "x", "\t", "٣", "9" * 30]))
-NAMES = st.sampled_from(["e/a.jpg", "e/b.jpg", "f/c.png", "../x.jpg", "/x.jpg",
-                         "e/..", "e", " ", "\0", "\x1b[2J", "é.jpg", "1", "C:/x"])
-
-
-@st.composite
-def wider_texts(draw):
-    """WIDER FACE texts, mostly valid, some with lines lost, doubled or replaced, or cut off."""
-    lines = []
-    for name in draw(st.lists(NAMES, max_size=4)):
-        rows = draw(st.lists(
-            st.lists(WORDS, min_size=9, max_size=11).map(" ".join) if draw(st.integers(0, 5)) == 0
-            else st.lists(st.integers(-20, 200).map(str), min_size=10, max_size=10).map(" ".join),
-            max_size=3))
-        lines += [name, str(len(rows)), *(rows or draw(st.sampled_from([[], ["0 0 0 0 0 0 0 0 0 0"]])))]
-    for _ in range(draw(st.integers(0, 2)) if lines and draw(st.booleans()) else 0):
-        at = draw(st.integers(0, len(lines) - 1))
-        lines[at:at + 1] = draw(st.sampled_from([[], [lines[at]] * 2, ["", lines[at]],
-                                                   [draw(WORDS)], [draw(NAMES)]])) or [""]
-    text = draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode("utf-8", "replace")
-    text = (draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff"])) + text
-            if draw(st.integers(0, 4)) == 0 else text)
-    return text[:draw(st.integers(0, len(text)))] if draw(st.integers(0, 9)) == 0 else text
-
-
-@fuzz
-@given(text=st.one_of(wider_texts(), st.binary(max_size=200)),
-       sizes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=20, max_size=20))
-def test_wider_annotations(folder, text, sizes):
-    """An accepted text becomes a COCO file that is accepted too."""
-    (folder / "w.txt").write_bytes(text)
-    pictures = accepted(lambda: read_wider(folder / "w.txt"))
-    if pictures is None:
-        return
-    assert all(len(row) == len(COLUMNS) and all_finite(row) for _, rows in pictures for row in rows)
-    content, counts = to_coco(pictures, sizes * len(pictures), folder / "images")
-    write_json(folder / "w.json", content)
-    assert len(read_annotations(folder / "w.json").image) == counts["annotations"]
 
 
 @st.composite

@@ -15,8 +15,8 @@ from support.coco import read_annotations
 class Finder:
     """A detector that finds one white rectangle, also a part of it, if it is `least` pixels wide or more."""
 
-    def __init__(self, least, size=(100, 100)):
-        self.least, self.size, self.batches = least, size, []
+    def __init__(self, least):
+        self.least, self.size, self.batches = least, (100, 100), []
 
     def __call__(self, images):
         self.batches.append(len(images))
@@ -92,15 +92,6 @@ def test_a_face_that_no_view_sees_whole_still_counts_once():
     ([[0, 0, 10, 10, 0.9], [0, 0, 30, 30, 0.8]], [1, 1], [[0, 0, 10, 10, 0.9]])])  # of two parts the better
 def test_each_face_counts_once(faces, part, merged):
     np.testing.assert_array_equal(merge(np.float64(faces), np.bool_(part)), merged)
-
-
-def test_tiles_go_through_the_network_together_and_one_by_one_where_it_takes_whole_pictures():
-    together, alone = Finder(3), Finder(3, size=None)
-    image = picture((120, 60, 150, 90))
-    results = [detect(TiledDetector(finder, 100), image) for finder in (together, alone)]
-    assert together.batches == [16] and alone.batches == [1] * 16  # 5 x 3 tiles and the whole
-    np.testing.assert_allclose(*results)
-    assert len(results[0]) == 1
 
 
 def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, capsys):
