@@ -102,7 +102,7 @@ def test_refusals(folder, tmp_path):
     refused(tmp_path / "model.xml", "model.bin are not beside it")
     (tmp_path / "model.bin").write_bytes((plain / "model.bin").read_bytes()[:100])
     refused(tmp_path / "model.xml", "OpenVINO cannot read it")
-    refused(plain / "model.onnx", "takes 64x48; an exported model's size is fixed", size=(96, 96))
+    refused(plain / "model.onnx", "takes 64x48; its size is fixed", size=(96, 96))
 
 
 @pytest.mark.slow
