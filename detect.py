@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,42 +26,40 @@ from tqdm import tqdm
 
 from detector import MODEL, detect, find, load_detector, to_pixels
 from support.pictures import HEIC, PICTURES, draw_faces, hide_faces, load_picture, save_picture
+from support.threads import use_threads
 from support.video import VIDEOS, annotate_video
 
 KEPT = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".mp4"}  # formats of drawings
 STREAMS = ("http://", "https://", "rtsp://")
-SHOWN = 0.4    # least score of a face that is shown, where neither --score nor the model says
-BATCH = 8      # pictures that go through the network at once, where it has an input size
-AHEAD = BATCH  # pictures that are read before it, and drawn after it, meanwhile
+SHOWN = 0.4  # least score of a face that is shown, where neither --score nor the model says
+BATCH = 8    # pictures that go through the network at once; as many more are read ahead by threads
 
 
 def is_video(source):
-    """Whether a source is a video, webcam or stream."""
+    """Whether a source is a video (Path), webcam (number) or stream (address)."""
     return not isinstance(source, Path) or source.suffix.lower() in VIDEOS
 
 
 def find_inputs(arguments, out):
-    """List the pictures and videos that the arguments name: files, folders (all within), globs; each once.
+    """List the pictures and videos in files, folders and globs, each once, and tell what was left out.
 
-    Returns them and, as text, what was left out of folders. Results of an earlier run, in a folder `out`
-    below a searched one, are not searched, nor what a Mac adds to archives. Raises InputError if an argument
-    names nothing.
+    Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing.
     """
     found, others, left_out = [], Counter(), ""
     out = Path(out).resolve()
     for argument in arguments:
         names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
         files = [Path(name) for name in names if not os.path.isdir(name)]
-        if os.path.isdir(argument):
-            own = Path(argument).resolve() in out.parents
-            for path in sorted(Path(argument).rglob("*")):
-                if (path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts
-                        or own and out in path.resolve().parents):
-                    continue
-                if path.suffix.lower() in PICTURES | VIDEOS:
-                    files.append(path)
-                else:
-                    others[path.suffix.lower() or path.name] += 1
+        own = out if Path(argument).resolve() in out.parents else None
+        for path in sorted(Path(argument).rglob("*")) if os.path.isdir(argument) else ():
+            if path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts:  # a Mac's additions
+                continue
+            if own and own in path.resolve().parents:
+                continue
+            if path.suffix.lower() in PICTURES | VIDEOS:
+                files.append(path)
+            else:
+                others[path.suffix.lower() or path.name] += 1
         if others:
             left_out = "; left out: " + ", ".join(f"{many} {kind}" for kind, many in others.most_common())
             left_out += " (pip install pillow-heif reads HEIC)" * bool(HEIC & set(others))
@@ -74,50 +72,33 @@ def find_inputs(arguments, out):
 def name_outputs(sources, out):
     """Choose where each source's drawing goes: flat in the folder `out`, x-2.jpg for the second x.jpg.
 
-    Webcams (numbers) and streams (addresses) become .mp4 files. Raises InputError where a drawing would
-    overwrite an input.
+    Raises InputError where a drawing would overwrite an input.
     """
-    targets, taken = [], set()
+    targets, taken = {}, set()
+    inputs = {source.resolve() for source in sources if isinstance(source, Path)}
     for source in sources:
-        if isinstance(source, int):
-            name = f"webcam{source}.mp4"
-        elif isinstance(source, str):
-            address = urlsplit(source)
-            name = (Path(address.path).stem or address.hostname or "stream") + ".mp4"
-        else:
-            more = ".mp4" if is_video(source) else ".png"
-            name = source.name + more * (source.suffix.lower() not in KEPT)
+        name = f"webcam{source}.mp4"
+        if isinstance(source, str):
+            name = f"{Path(urlsplit(source).path).stem or 'stream'}.mp4"
+        elif isinstance(source, Path):
+            name = source.name
+        if Path(name).suffix.lower() not in KEPT:
+            name = f"{name}.mp4" if is_video(source) else f"{name}.png"
         stem, ending = os.path.splitext(name)
         numbered = itertools.chain([name], (f"{stem}-{n}{ending}" for n in itertools.count(2)))
         name = next(name for name in numbered if name.lower() not in taken)
         taken.add(name.lower())
-        targets.append(Path(out) / name)
-    inputs = {source.resolve() for source in sources if isinstance(source, Path)}
-    for target in targets:
-        if target.resolve() in inputs:
-            raise InputError(f"{target}: --out {out} would overwrite it; name another folder")
+        targets[source] = Path(out) / name
+        if targets[source].resolve() in inputs:
+            raise InputError(f"{targets[source]}: --out {out} would overwrite it; name another folder")
     return targets
 
 
-def in_threads(do, items):
-    """Yield `do(item)` of each item, in order; threads do up to AHEAD of them meanwhile."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    waiting = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(do, item))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def search(detector, files, score, use):
+    """Find the faces on pictures: yields `use(file, picture, faces [K, 5])` of each, in order.
 
-
-def search(detector, files, score):
-    """Find the faces on pictures, several at once while others are read: yields (picture, faces `[K, 5]`).
-
-    They come in order. A file that cannot be read gives its InputError and None.
+    A file that cannot be read gives its InputError as the picture, and None. Threads read the next pictures
+    and use the last ones while some go through the network.
     """
     def read(file):
         try:
@@ -126,13 +107,19 @@ def search(detector, files, score):
         except InputError as error:  # the others go on
             return error, None
 
-    waiting = in_threads(read, files)
-    while batch := list(itertools.islice(waiting, BATCH)):
-        good = [(pixels, image.size) for image, pixels in batch if pixels is not None]
-        found = iter(find(detector, [pixels for pixels, _ in good], [size for _, size in good]))
-        for image, pixels in batch:
-            faces = None if pixels is None else next(found)
-            yield image, faces if faces is None else faces[faces[:, 4] >= score]
+    used = ()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reading = pool.map(read, files[:BATCH])
+        for first in range(0, len(files), BATCH):
+            images, pixels = zip(*reading)
+            reading = pool.map(read, files[first + BATCH:first + 2 * BATCH])
+            good = [(own, image.size) for image, own in zip(images, pixels) if own is not None]
+            found = iter(find(detector, [own for own, _ in good], [size for _, size in good]))
+            faces = [None if own is None else next(found) for own in pixels]
+            faces = [own if own is None else own[own[:, 4] >= score] for own in faces]
+            yield from used
+            used = pool.map(use, files[first:first + BATCH], images, faces)
+        yield from used
 
 
 def save_drawing(source, target, image, faces, change):
@@ -149,14 +136,13 @@ def save_drawing(source, target, image, faces, change):
 
 def save_video(source, target, find_faces, change):
     """The same for a video, webcam or stream, with the faces of each frame."""
-    frames = []
-    drawn = {}
+    frames, drawn, error = [], {"drawn": target.name}, ""
     try:
         lost = annotate_video(source, target, find_faces, change, frames)
-        drawn = {"drawn": target.name}
-        error = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read" if lost else ""
+        if lost:
+            error = f"{source}: {len(frames)} of {len(frames) + lost} frames could be read"
     except InputError as trouble:
-        error = str(trouble)
+        drawn, error = {}, str(trouble)
     entry = {"file": str(source), "frames": [as_json(faces) for faces in frames]} | drawn
     return entry if frames else None, error
 
@@ -169,12 +155,13 @@ def as_json(faces):
 def describe(entries):
     """What was found: the faces of pictures, and of each video the frames with faces."""
     pictures = [entry["faces"] for entry in entries if "faces" in entry]
-    said = [f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}"]
-    videos = [entry for entry in entries if "frames" in entry]
-    for entry in videos:
-        shown = sum(len(faces) > 0 for faces in entry["frames"])
-        said.append(f"faces in {shown} of {count(len(entry['frames']), 'frame')} of {entry['file']}")
-    return ", ".join(said if pictures or not videos else said[1:])
+    parts = [f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}"]
+    for entry in entries:
+        frames = entry.get("frames", [])
+        if frames:
+            shown = f"{sum(map(bool, frames))} of {count(len(frames), 'frame')}"
+            parts.append(f"faces in {shown} of {entry['file']}")
+    return ", ".join(parts)
 
 
 def count(number, noun):
@@ -190,10 +177,9 @@ def refuse_failed(failed, total):
 
 def parse_score(text):
     """Parse a score, for argparse."""
-    score = float(text)
-    if not 0 <= score <= 1:  # NaN is neither
+    if not 0 <= float(text) <= 1:  # NaN is neither
         raise argparse.ArgumentTypeError(f"{text}: a score between 0 and 1 is expected")
-    return score
+    return float(text)
 
 
 def add_model_flags(parser):
@@ -203,6 +189,7 @@ def add_model_flags(parser):
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--tiles", action=TilesFlag)
     add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
     add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
     add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
 
@@ -212,36 +199,31 @@ def chosen_detector(args):
     return load_detector(args.model, args.size, args.device, args.colour, args.range, tiles=args.tiles)
 
 
-def parse_args(argv):
-    """Parse the flags."""
+@command
+def main(argv=None):
+    """Detect faces on everything named, write annotated copies and one JSON."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="+", help="pictures, folders, patterns, videos, a stream's http://, https:// or "
-        "rtsp:// address, or a webcam's number")
+    add("inputs", nargs="+", help="pictures, folders, patterns, videos, streams or a webcam's number")
     add("--out", default="detections", help="folder of the results (default %(default)s)")
     add("--score", type=parse_score,
         help=f"least score of a face that is shown (default: the model's own threshold, else {SHOWN})")
     add("--blur", action="store_true", help="make the faces unrecognisable instead of drawing boxes")
     add("--no-scores", action="store_true", help="draw the boxes alone")
     add_model_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
-
-@command
-def main(argv=None):
-    """Detect faces on everything named, write annotated copies and one JSON."""
-    args = parse_args(argv)
     webcams = [word for word in args.inputs if re.fullmatch("[0-9]{1,3}", word) and not os.path.exists(word)]
     streams = [word for word in args.inputs if word.lower().startswith(STREAMS)]
     sources, left_out = find_inputs([word for word in args.inputs if word not in webcams + streams], args.out)
     sources += [*map(int, webcams), *streams]
-    targets = dict(zip(sources, name_outputs(sources, args.out)))
+    targets = name_outputs(sources, args.out)
     detector = chosen_detector(args)
     score = SHOWN if args.score is None else args.score
-    said = ""
+    reason = ""
     if detector.threshold and args.score is None:
         score = detector.threshold["score"]
-        said = f"; score {score:.3f} is the model's, for {detector.threshold['target']}"
+        reason = f"; score {score:.3f} is the model's, for {detector.threshold['target']}"
     started = time.perf_counter()
 
     def find_faces(image):
@@ -253,13 +235,14 @@ def main(argv=None):
             return hide_faces(image, faces[:, :4])
         return draw_faces(image, faces[:, :4], None if args.no_scores else faces[:, 4])
 
+    def draw(file, image, faces):
+        return save_drawing(file, targets[file], image, faces, change)
+
     pictures = [source for source in sources if not is_video(source)]
-    found = zip(pictures, search(detector, pictures, score))
-    saved = in_threads(lambda job: save_drawing(job[0], targets[job[0]], *job[1], change), found)
-    quiet = True if len(pictures) < 2 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        results = list(tqdm(saved, total=len(pictures), unit="picture", disable=quiet))
+        found = search(detector, pictures, score, draw)
+        results = list(tqdm(found, total=len(pictures), unit="picture", disable=None))
     for source in filter(is_video, sources):
         results.append(save_video(source, targets[source], find_faces, change))
     entries = [entry for entry, _ in results if entry]
@@ -267,7 +250,7 @@ def main(argv=None):
     if entries:  # what an earlier run has found is not replaced by nothing
         write_json(Path(args.out) / "detections.json", entries)
         where = f"; see {args.out}"
-    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{said}{left_out}")
+    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{reason}{left_out}")
     refuse_failed([error for _, error in results if error], len(sources))
 
 

@@ -5,13 +5,14 @@
     for x1, y1, x2, y2, score in detect(detector, "photo.jpg"):  # best first; PIL images and arrays work too
         ...
 
-Exported models run without PyTorch (requirements-run.txt). The shipped network is then its .onnx.
+Exported models run without PyTorch (requirements-run.txt); the shipped network is then its .onnx.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,10 +38,9 @@ if WITH_TORCH:
 SCORE, NMS_IOU, TOP = 0.02, 0.45, 200  # the reference's: least score, NMS threshold, most faces on a picture
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 MODEL = str(WEIGHTS / ("face_ssd300.pth" if WITH_TORCH else "face_ssd300.onnx"))  # the shipped network
-TILE_BATCH = 16      # tiles that go through the network at once, where it has an input size
-TILE_BORDER = 0.02   # of a tile's side: a box that ends this near to an inner border may be cut by it
-TILE_COVERED = 0.5   # of the smaller box: a cut box and another that share more are one face
-WHITE = {"0-1": 1, "0-255": 255}  # of the value ranges that export.py writes
+TILE_BATCH = 16     # tiles that go through the network at once, where it has an input size
+TILE_BORDER = 0.02  # of a tile's side: a box that ends this near to an inner border may be cut by it
+TILE_COVERED = 0.5  # of the smaller box: a cut box and another that share more are one face
 
 
 def need_torch(what: str) -> None:
@@ -53,25 +53,18 @@ def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tens
                 score: float = SCORE) -> list[torch.Tensor]:
     """Make faces of raw outputs: logits `[B, A, 2]`, offsets `[B, A, 4]`, anchors `[A, 4]`.
 
-    Returns B tensors `[K, 5]` on the CPU: xyxy in pixels of the network input and the score, best first.
-    Softmax score above `score`, NMS at IoU 0.45, at most 200. Boxes may reach outside the input; `to_picture`
-    clips them.
+    Returns B tensors `[K, 5]` on the CPU: xyxy in pixels of the network input and the score, best first, at
+    most 200, after NMS. Boxes may reach outside the input; `to_picture` clips them.
     """
     scores = logits.float().softmax(-1)[..., 1:]
     # One copy for the whole batch: NMS on a GPU would have it wait for every picture.
     every = torch.cat([decode(offsets.float(), anchors), scores], 2).cpu()  # [B, A, 5]
-    faces = []
-    for own in every:
-        own = own[own[:, 4] > score]
-        faces.append(own[nms(own[:, :4], own[:, 4], NMS_IOU)[:TOP]])
-    return faces
+    likely = [own[own[:, 4] > score] for own in every]
+    return [own[nms(own[:, :4], own[:, 4], NMS_IOU)[:TOP]] for own in likely]
 
 
 def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.ndarray:
-    """Scale faces `[K, 5]` from pixels of the network input to pixels of the picture, and clip them to it.
-
-    Returns float64 `[K, 5]`. Both sizes are (width, height). Boxes change from one to the other only here.
-    """
+    """Scale faces `[K, 5]` from pixels of the input to the picture's, clipped; sizes are (width, height)."""
     faces = np.array(faces, np.float64)
     faces[:, :4] *= np.tile(np.divide(picture_size, input_size), 2)
     faces[:, :4] = faces[:, :4].clip(0, np.tile(picture_size, 2))
@@ -81,9 +74,8 @@ def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.
 class TorchDetector:
     """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
 
-    Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own. A larger
-    one finds smaller faces, since anchors keep their pixels. `threshold` is the one that its file holds, a
-    dict as `check_threshold` has it, or None, also where it was measured at another size or with tiles.
+    Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own: anchors
+    keep their pixels. `threshold` is `check_threshold`'s dict, or None: none, or for another size or tiles.
     """
 
     threshold = None
@@ -103,45 +95,40 @@ class TorchDetector:
 class ExportedDetector:
     """An exported network with its input convention; it is used as a TorchDetector is.
 
-    `size` is (width, height) of the pictures it takes. It is None for models with embedded preprocessing:
-    these take whole pictures, one at a time. `colour` is RGB or BGR, `white` the value of white in the
-    input (1 or 255), `head` one of export.py's.
+    `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's. Raises
+    ValueError or KeyError if it does not.
     """
 
     threshold = None
 
-    def __init__(self, network, colour: str, white: int, head: str):
-        self.network, self.colour, self.white, self.head = network, colour, white, head
-        self.size = None if network.uint8 else tuple(network.shape[:1:-1])
-        if head not in ("generic", "detection_output", "raw"):
-            raise ValueError(f"no head {head!r}")
-        if head == "raw":
-            config = Config(*self.size, anchors=json.loads(network.metadata["anchors"]))
-            self.anchors = make_anchors(config)
+    def __init__(self, network, metadata: dict):
+        self.network, self.head = network, metadata["head"]
+        self.size = tuple(network.shape[:1:-1])  # (width, height)
+        self.bgr = ("RGB", "BGR").index(metadata["colour"])
+        self.white = {"0-1": 1, "0-255": 255}[metadata["value_range"]]
+        if self.head not in ("generic", "detection_output", "raw"):
+            raise ValueError(f"head {self.head!r}")
+        if self.head == "raw":
+            self.anchors = make_anchors(Config(*self.size, anchors=json.loads(metadata["anchors"])))
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
         images = np.asarray(images)
-        if self.colour == "BGR":
+        if self.bgr:
             images = images[:, ::-1]
-        if self.size is None:
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-            return [self._faces(self.network(image[None]), image.shape[:2]) for image in images]
-        images = np.ascontiguousarray(images, np.float32)
-        if self.white == 1:
-            images /= 255
+        images = np.ascontiguousarray(images, np.float32) / np.float32(255 / self.white)
         if self.head == "raw":
             logits, offsets = map(torch.from_numpy, self.network(images))
             return [faces.numpy() for faces in postprocess(logits, offsets, self.anchors)]
-        return [self._faces(self.network(image[None]), image.shape[1:]) for image in images]
+        return [self._faces(self.network(image[None])[0]) for image in images]
 
-    def _faces(self, outputs, shape):
-        """Make faces `[K, 5]`, best first, of the outputs for one picture of `shape` (H, W)."""
-        if self.head == "generic":
-            faces = outputs[0]
-        else:
-            rows = outputs[0].reshape(-1, 7)  # image, label, score, box in 0-1; no faces at the end: image -1
+    def _faces(self, faces):
+        """Make faces `[K, 5]`, best first, of the output for one picture."""
+        if faces.shape[-1] != (5 if self.head == "generic" else 7):
+            raise ValueError(f"its output is {list(faces.shape)}")
+        if self.head == "detection_output":
+            rows = faces.reshape(-1, 7)  # image, label, score, box in 0-1; no faces at the end: image -1
             rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]
-            faces = np.concatenate([rows[:, 3:] * np.float32(shape[::-1] * 2), rows[:, 2:3]], 1)
+            faces = np.concatenate([rows[:, 3:] * np.float32(self.size * 2), rows[:, 2:3]], 1)
         return faces[np.argsort(-faces[:, 4], kind="stable")]
 
 
@@ -150,87 +137,59 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
                   tiles: tuple | None = None):
     """Load a model file (.pth, .onnx, .xml) as a detector: a TorchDetector or an ExportedDetector.
 
-    Without `path` it is the network that ships with this repository. `size` (width, height) overrides a
-    checkpoint's input size. `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of
-    others takes. `threads` limits an exported model's. `tiles` (side, overlap) makes a TiledDetector of it.
-    Raises InputError.
+    Without `path` it is the shipped network. `size` (width, height) overrides a checkpoint's input size.
+    `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of others takes. `threads` limits
+    an exported model's. `tiles` (side, overlap) makes a TiledDetector of it. Raises InputError.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such model; train.py makes one, --model names it")
     if size:
         need_torch("--size")
     if Path(path).suffix in SUFFIXES:
-        detector, entry = _load_exported(path, size, colour, white, threads)
+        network = open_network(path, threads)
+        entry = network.metadata.get("threshold")
+        detector = _exported(network, path, colour, white)
+        if size and size != detector.size:
+            raise InputError("{}: takes {}x{}; its size is fixed, see export.py --size".format(
+                path, *detector.size))
     else:
         need_torch(f"{path}: a checkpoint")
         if colour or white:
-            raise InputError(f"{path}: a checkpoint's input is known; "
-                             "--colour and --range are for exported models of others")
+            raise InputError(f"{path}: a checkpoint's input is known; leave --colour and --range out")
         with bad_values():
             content = read_checkpoint(path)
             model = rebuild(content, content.get("ema") or content["state_dict"], path)
             detector = TorchDetector(model, size, choose_device(device))
         entry = content.get("threshold")
     entry = check_threshold(entry, path)
-    fits = entry and detector.size in (None, tuple(entry["size"]))
-    made = None
+    fits = entry and detector.size == tuple(entry["size"])
     if tiles:
         detector = TiledDetector(detector, *tiles)
-        made = [detector.side, detector.overlap]
-    if fits and made == entry["tiles"]:
+        tiles = [detector.side, detector.overlap]
+    if fits and tiles == entry["tiles"]:
         detector.threshold = entry
     return detector
 
 
-def _load_exported(path, size, colour, white, threads):
-    """The detector of an .onnx or .xml file, and the threshold in its metadata."""
-    network = open_network(path, threads)
-    if "head" in network.metadata:
-        if colour or white:
-            raise InputError(f"{path}: says itself what it takes ({network.metadata.get('colour')}, "
-                             f"{network.metadata.get('value_range')}); leave --colour and --range out")
-        detector = _exported_by_us(network, path)
-    else:
-        detector = _exported_by_others(network, path, colour, white)
-    if size and size != detector.size:
-        takes = "pictures of any size" if detector.size is None else "{}x{}".format(*detector.size)
-        raise InputError(f"{path}: takes {takes}; an exported model's size is fixed, see export.py --size")
-    return detector, network.metadata.get("threshold")
-
-
-def _exported_by_us(network, path):
-    """The detector of a file of export.py. What its metadata says must be true, on a black picture."""
+def _exported(network, path, colour, white):
+    """The detector of an exported network. What is known of it must be true, on a black picture."""
     metadata = network.metadata
+    if "head" in metadata and (colour or white):
+        raise InputError(f"{path}: says itself what it takes; leave --colour and --range out")
+    if "head" not in metadata:
+        if not colour or not white:
+            raise InputError(f"{path}: was not written by export.py; say what it takes with "
+                             "--colour rgb|bgr and --range 1|255")
+        metadata = {"head": "detection_output", "colour": colour.upper(), "value_range": f"0-{white}"}
     if metadata["head"] == "raw":
         need_torch(f"{path}: head raw")
     try:
-        if metadata["colour"] not in ("RGB", "BGR"):
-            raise ValueError(f"colour {metadata['colour']!r}")
-        white = WHITE[metadata["value_range"]]
-        detector = ExportedDetector(network, metadata["colour"], white, metadata["head"])
-        width, height = detector.size or (64, 48)
-        faces, = detector(np.zeros((1, 3, height, width), np.uint8))
-        if faces.ndim != 2 or faces.shape[1] != 5:
-            raise ValueError(f"faces of shape {list(faces.shape)}")
+        detector = ExportedDetector(network, metadata)
+        detector(np.zeros((1, 3, *detector.size[::-1]), np.uint8))
     except Exception as error:  # runtimes have exceptions of their own
-        raise InputError(f"{path}: its inputs or outputs are not what its metadata says "
-                         f"({first_line(error)})") from None
+        raise InputError(f"{path}: its inputs or outputs are not what its metadata says, or --colour and "
+                         f"--range ({first_line(error)})") from None
     return detector
-
-
-def _exported_by_others(network, path, colour, white):
-    """The detector of another exported file: in the form of DetectionOutput, its input as the caller says."""
-    if not colour or not white:
-        raise InputError(f"{path}: was not written by export.py; say what it takes with "
-                         "--colour rgb|bgr and --range 1|255")
-    shape = network.shape
-    if network.uint8 or len(shape) != 4 or shape[1] != 3 or None in shape[2:]:
-        raise InputError(f"{path}: its input is {shape}, float [1, 3, H, W] expected")
-    outputs = network(np.zeros([1, *shape[1:]], np.float32))
-    if len(outputs) != 1 or outputs[0].shape[-1] != 7:
-        raise InputError(f"{path}: its outputs are {[list(o.shape) for o in outputs]}, "
-                         "one [1, 1, N, 7] expected")
-    return ExportedDetector(network, colour.upper(), white, "detection_output")
 
 
 def check_threshold(entry: dict | str | None, path) -> dict | None:
@@ -242,18 +201,15 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     """
     if entry is None:
         return None
-    try:
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
         width, height = entry["size"]
-        side, overlap = (1, 0) if entry["tiles"] is None else entry["tiles"]
+        side, overlap = entry["tiles"] or (1, 0)
         numbers = (entry["score"], width, height, side, overlap)
         if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
                 and min(width, height, side) >= 1 and isinstance(entry["target"], str)):
             return entry
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise InputError(f"{path}: its threshold is damaged; choose it anew with "
-                     "python -m tools.threshold")
+    raise InputError(f"{path}: its threshold is damaged; choose it anew with python -m tools.threshold")
 
 
 def to_pixels(detector, image: Image.Image) -> np.ndarray:
@@ -263,10 +219,7 @@ def to_pixels(detector, image: Image.Image) -> np.ndarray:
 
 
 def find(detector, pixels: list[np.ndarray], sizes: list[tuple]) -> list[np.ndarray]:
-    """Find the faces on several pictures, at once where the detector has an input size: a list of `[K, 5]`.
-
-    `pixels` are those of `to_pixels`, `sizes` the pictures' own (width, height).
-    """
+    """Find the faces on pictures, of which `to_pixels` made `pixels`: a list of `[K, 5]` in their pixels."""
     if detector.size and pixels:
         found = detector(np.stack(pixels))
     else:
@@ -277,9 +230,8 @@ def find(detector, pixels: list[np.ndarray], sizes: list[tuple]) -> list[np.ndar
 def detect(detector, image: str | Path | Image.Image | np.ndarray | list) -> np.ndarray | list[np.ndarray]:
     """Find the faces on one picture: float64 `[K, 5]`, xyxy in its pixels and the score, best first.
 
-    `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`. A list of them goes through the network
-    at once, and gives a list. All 200 best faces are there, the doubtful too: keep those of a score above
-    0.4, for example. Raises InputError for what is no picture.
+    `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`; a list of them gives a list. Doubtful
+    faces are there too: keep those above 0.4, for example. Raises InputError for what is no picture.
     """
     images = [_as_picture(one) for one in (image if isinstance(image, list) else [image])]
     found = find(detector, [to_pixels(detector, one) for one in images], [one.size for one in images])
@@ -290,13 +242,12 @@ def _as_picture(image):
     """What `detect` takes as a picture (PIL, RGB)."""
     if isinstance(image, (str, Path)):
         return load_picture(image)
-    said = type(image).__name__
-    if isinstance(image, np.ndarray):
-        said = f"{image.dtype} {list(image.shape)}"
-        if image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+    name = f"{type(image).__name__} {getattr(image, 'shape', '')}"
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 2 or image.shape[2:] in ((3,), (4,)):
             image = Image.fromarray(image)
     if not isinstance(image, Image.Image) or not min(image.size):
-        raise InputError(f"a file, a PIL image or an RGB array uint8 [H, W, 3] expected, not {said}")
+        raise InputError(f"{name}: a file, a PIL image or an RGB array uint8 [H, W, 3] is expected")
     return image.convert("RGB")
 
 
@@ -304,10 +255,8 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
                rank: int = 0, processes: int = 1, check=None) -> tuple[Detections, dict]:
     """Find the faces on all photos of some Annotations.
 
-    Returns Detections sorted by photo, and {index: line} of the photos that cannot be read. Several
-    processes share the photos. Each gets the whole result, the same as one process would. `check()` is
-    called before each batch, as often in every process. `batch_size` is 64 on a GPU and 16 elsewhere, unless
-    given.
+    Returns Detections sorted by photo, and {index: line} of photos that cannot be read; in each of several
+    processes both are whole. `check()` is called before each batch, as often in every process.
     """
     need_torch("detect_all")
     device = getattr(detector, "device", "cpu")
@@ -334,8 +283,7 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
 def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
 
-    Tiles are `side` x `side` or as large as the picture is, evenly spread; neighbours share `overlap` pixels
-    or more. A picture that is no larger than one tile is its own only view.
+    Neighbours share `overlap` pixels or more. A picture no larger than a tile is its own only view.
     """
     def starts(length):
         count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
@@ -346,44 +294,34 @@ def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     return np.array([(0, 0, *size), *(tiles if len(tiles) > 1 else [])])
 
 
-def at_inner_border(faces: np.ndarray, view: np.ndarray, size: tuple) -> np.ndarray:
-    """Which faces `[K, 5]` end at a border of their `view` that is no border of the picture: bool `[K]`."""
-    margin = TILE_BORDER * (view[2:] - view[:2])
-    inner = np.concatenate([view[:2] > 0, view[2:] < size])                                 # [4]
-    near = np.concatenate([faces[:, :2] < view[:2] + margin, faces[:, 2:4] > view[2:] - margin], 1)
-    return (near & inner).any(1)
-
-
 def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Merge the faces `[K, 5]` of all views so that each counts once: `[N, 5]`, best first.
 
     `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the
-    whole for NMS. So those are dropped that lie mostly inside a box of another view, which then has the
-    better of both scores. Of two parts the better stays.
+    whole for NMS. So it is dropped where it lies mostly inside another, which has the better score then.
     """
-    whole, parts = faces[~part], faces[part]
-    boxes, scores = torch.from_numpy(whole[:, :4]), torch.from_numpy(whole[:, 4])
-    merged = whole[nms(boxes, scores, NMS_IOU).numpy()]
-    is_part = np.zeros(len(merged), bool)
+    whole = torch.from_numpy(faces[~part])
+    merged = whole[nms(whole[:, :4], whole[:, 4], NMS_IOU)].numpy()
+    wholes = len(merged)
+    parts = faces[part]
     for face in parts[np.argsort(-parts[:, 4], kind="stable")]:
-        sides = np.minimum(merged[:, 2:4], face[2:4]) - np.maximum(merged[:, :2], face[:2])
-        shared = sides.clip(0).prod(1)
-        area, areas = (face[2:4] - face[:2]).prod(), (merged[:, 2:4] - merged[:, :2]).prod(1)
-        covered = shared / np.where(is_part, np.minimum(area, areas), area).clip(1e-9)
+        shared = np.minimum(merged[:, 2:4], face[2:4]) - np.maximum(merged[:, :2], face[:2])
+        area = (face[2:4] - face[:2]).prod()
+        areas = np.full(len(merged), area)
+        areas[wholes:] = np.minimum(area, (merged[wholes:, 2:4] - merged[wholes:, :2]).prod(1))
+        covered = shared.clip(0).prod(1) / areas.clip(1e-9)
         if covered.max(initial=0) > TILE_COVERED:
             best = covered.argmax()
             merged[best, 4] = max(merged[best, 4], face[4])
         else:
-            merged, is_part = np.concatenate([merged, face[None]]), np.append(is_part, True)
+            merged = np.concatenate([merged, face[None]])
     return merged[np.argsort(-merged[:, 4], kind="stable")]
 
 
 class TiledDetector:
-    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`.
+    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`, K unlimited.
 
-    `side` and `overlap` are pixels of the picture. Every view is resized to the network's input as a picture
-    is. A face up to `overlap` wide is seen whole in some tile, a larger one in the whole picture. `size` is
-    None: it takes pictures of any size. There is no limit of 200 faces.
+    `side` and `overlap` are pixels of the picture. `size` is None: it takes pictures of any size.
     """
 
     size = threshold = None
@@ -392,8 +330,6 @@ class TiledDetector:
         need_torch("--tiles")
         self.detector, self.side = detector, side
         self.overlap = side // 4 if overlap is None else overlap
-        if not 0 <= self.overlap < side:
-            raise ValueError(f"tiles of {side} pixels cannot share {self.overlap}")
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
         return [self._faces(Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))) for pixels in images]
@@ -404,10 +340,12 @@ class TiledDetector:
         faces, parts = [np.zeros((0, 5))], [np.zeros(0, bool)]
         for first in range(0, len(views), TILE_BATCH):
             own = views[first:first + TILE_BATCH]
-            seen = [image.crop(view.tolist()) for view in own]
-            pixels = [to_pixels(self.detector, one) for one in seen]
-            for view, found in zip(own, find(self.detector, pixels, [one.size for one in seen])):
+            for view, found in zip(own, detect(self.detector, [image.crop(view.tolist()) for view in own])):
                 found[:, :4] += np.tile(view[:2], 2)
                 faces.append(found)
-                parts.append(at_inner_border(found, view, image.size))
+                # A face is a part if it ends at a border of its view that is no border of the picture.
+                margin = TILE_BORDER * (view[2:] - view[:2])
+                begins_there = (found[:, :2] < view[:2] + margin) & (view[:2] > 0)
+                ends_there = (found[:, 2:4] > view[2:] - margin) & (view[2:] < image.size)
+                parts.append((begins_there | ends_there).any(1))
         return merge(np.concatenate(faces), np.concatenate(parts))

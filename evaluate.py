@@ -23,9 +23,11 @@ from support import wider
 from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
 from support.plots import plot_curves
 from support.runtimes import SUFFIXES
+from support.threads import use_threads
 
 DATA = "data/val.json"
-RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "skip_unreadable")
+RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "threads",
+           "skip_unreadable")
 
 
 def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
@@ -100,6 +102,7 @@ def parse_args(argv):
     add("--batch-size", type=int, help="photos at once (default 16)")
     add("--workers", type=int, help="processes that load (default: one for each core, at most 8)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
     add("--skip-unreadable", action="store_true", default=None,
         help="leave photos out that cannot be read, with their faces")
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")

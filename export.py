@@ -3,7 +3,7 @@
     python export.py                              # export/model.onnx, NMS included: boxes [K, 5], labels [K]
     python export.py --ir                         # also export/model.xml and model.bin
     python export.py --ir --head detection_output # the reference's SSD form: faster, slightly other boxes
-    python export.py --fp16 --embed               # IR of half the size; takes uint8 BGR frames of any size
+    python export.py --fp16                       # IR of half the size
     python export.py --int8 --data data/val.json  # IR quantised on photos; needs requirements-int8.txt
     python export.py --head raw --size 320x240    # the network alone, any batch; metadata says how to decode
 
@@ -12,6 +12,7 @@ The ONNX file (opset 18) takes RGB, the IR takes BGR as OpenCV reads it; both ta
 are first compared with PyTorch on several pictures, and replace older ones only if they agree.
 """
 
+import importlib
 import json
 import os
 import tempfile
@@ -25,30 +26,27 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 from torch import nn
 
 from anchors import VARIANCES, decode, make_anchors
-from data import FaceDataset, to_input, to_tensor
+from data import FaceDataset, to_input
 from detector import (MODEL, NMS_IOU, SCORE, TOP, TorchDetector, check_threshold, detect, load_detector,
-                      postprocess, to_picture)
+                      postprocess, to_picture, to_pixels)
 from model import STRIDE, grid_size, load_model, read_checkpoint
 from support.coco import read_annotations
 from support.pictures import load_picture
-from support.quantise import quantise
-from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core
+from support.runtimes import OPENVINO_DOMAIN, SECTION, openvino_core, quantise
+from support.threads import use_threads
 
 OPSET = 18
 CALIBRATION = 300  # photos that the ranges of INT8 are taken from
 COMPARED = 8       # pictures that an export is compared with PyTorch on
 
 # How far an export may be from PyTorch: pixels of the network input, score, the least score of the faces that
-# are compared, and the share of these that must be within both limits. Lower precision changes some NMS
-# decisions, so a few faces may differ more. Measured with the released network on 41 photos, 90 % of the
-# faces are within 0.12 px and 0.006 (embedded), 0.03 px and 0.002 (FP16), 0.8 px and 0.05 (INT8). All are
-# within 0.0001 px and 0.000001 (FP32).
-TOLERANCES = {"FP32": (0.01, 0.0001, 0.05, 1), "embedded": (1, 0.05, 0.3, 0.9), "FP16": (1, 0.03, 0.3, 0.9),
-              "INT8": (6, 0.25, 0.3, 0.9)}
+# are compared, and the share of these that must be within both limits, as lower precision changes some NMS
+# decisions. The released network on 41 photos: 90 % of the faces are within 0.03 px and 0.002 (FP16), 0.8 px
+# and 0.05 (INT8), all within 0.0001 px and 0.000001 (FP32).
+TOLERANCES = {"FP32": (0.01, 0.0001, 0.05, 1), "FP16": (1, 0.03, 0.3, 0.9), "INT8": (6, 0.25, 0.3, 0.9)}
 TIE = 1e-5  # scores this close count as equal: runtimes differ by up to 1e-6
 
 DECODING = """\
@@ -65,10 +63,7 @@ scores = 1 / (1 + np.exp(logits[..., 0] - logits[..., 1]))               # [B, A
 
 
 class Generic(nn.Module):
-    """The network with decoding, to put NMS behind: image `[1, 3, H, W]` to boxes, scores and rows.
-
-    Boxes `[1, A, 4]` and scores `[1, 1, A]` are as ONNX's NMS takes them; rows `[A, 5]` hold both.
-    """
+    """Image `[1, 3, H, W]` to boxes `[1, A, 4]`, scores `[1, 1, A]` for ONNX's NMS, and `[A, 5]` of both."""
 
     def __init__(self, model, anchors):
         super().__init__()
@@ -82,10 +77,7 @@ class Generic(nn.Module):
 
 
 def to_onnx(network, size, outputs, free_batch=False):
-    """Export a module to an ONNX model with the input `image` and the named outputs.
-
-    size is (width, height); with `free_batch` the model takes any batch size.
-    """
+    """Export a module to an ONNX model: `image` of `size` (width, height), of any batch with `free_batch`."""
     image = torch.zeros(2 if free_batch else 1, 3, *size[::-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
@@ -94,8 +86,7 @@ def to_onnx(network, size, outputs, free_batch=False):
                                   dynamic_shapes=({0: "batch"},) if free_batch else None).model_proto
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
-        # The exporter notes source lines here, with the folders of whoever exports.
-        part.ClearField("metadata_props")
+        part.ClearField("metadata_props")  # source lines, with the folders of whoever exports
     graph.name = "face_detector"
     return model
 
@@ -119,10 +110,7 @@ def add_tail(model, nodes, constants, outputs):
 
 
 def add_nms(model, size):
-    """Append NMS and clipping to an exported Generic: outputs boxes `[K, 5]` and labels `[K]`, best first.
-
-    A row of boxes is x1, y1, x2, y2, score; in the file, K is called N.
-    """
+    """Append NMS and clipping to an exported Generic: outputs boxes `[K, 5]` and labels `[K]`, best first."""
     node, info = helper.make_node, helper.make_tensor_value_info
     nodes = [
         node("NonMaxSuppression", ["all_boxes", "all_scores", "top", "iou", "least"], ["chosen"]),  # [K, 3]
@@ -140,9 +128,9 @@ def add_nms(model, size):
 
 
 def add_detection_output(model, config, size):
-    """Append OpenVINO's PriorBoxClustered and DetectionOutput: output detections `[1, 1, 200, 7]`.
+    """Append OpenVINO's DetectionOutput: `[1, 1, 200, 7]`, image, label, score and box in 0-1.
 
-    The anchors of PriorBoxClustered are not rounded. A row is image, label, score, and a box in 0-1.
+    The anchors of its PriorBoxClustered are not rounded.
     """
     node = helper.make_node
     widths, heights = zip(*config.anchors)
@@ -165,74 +153,17 @@ def add_detection_output(model, config, size):
 
 
 def swap_colours(model):
-    """Make an ONNX model of ours take BGR instead of RGB.
-
-    It reverses the channels in the weights of the first batch norm and the first convolution, so the model
-    is as fast as before.
-    """
+    """Make an ONNX model of ours take BGR, by the weights of its first batch norm and convolution."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norm = next(node for node in model.graph.node if "image" in node.input)
     first = next(node for node in model.graph.node if norm.output[0] in node.input)
-    for name, axis in [(name, 0) for name in norm.input[1:]] + [(first.input[1], 1)]:
-        turned = np.flip(numpy_helper.to_array(weights[name]), axis)
-        weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), name))
-
-
-def add_picture_size(model, size):
-    """Append to add_nms: a second input `picture` `[1, h, w, 3]`; boxes are scaled to its pixels."""
-    node = helper.make_node
-    nodes = [node("Shape", ["picture"], ["shape"]), node("Gather", ["shape", "order"], ["sides"]),
-             node("Cast", ["sides"], ["picture_size"], to=TensorProto.FLOAT),
-             node("Div", ["picture_size", "input_size"], ["ratios"]),
-             node("Mul", ["at_input", "ratios"], ["boxes"])]
-    model.graph.node[-1].output[0] = "at_input"
-    model.graph.input.append(helper.make_tensor_value_info("picture", TensorProto.UINT8, [1, "h", "w", 3]))
-    add_tail(model, nodes, {"order": np.array([2, 1, 2, 1, 3]),  # the last is 3 channels / 3: scores stay
-                            "input_size": np.float32([*size, *size, 3])}, list(model.graph.output))
-
-
-def embed(model):
-    """Make an IR take uint8 BGR pictures `[1, h, w, 3]` of any size.
-
-    Resizing (as PIL does it), layout and scale become part of the model.
-    """
-    import openvino as ov
-    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
-    steps = PrePostProcessor(model)
-    given = steps.input("image")
-    given.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
-    given.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW).convert_element_type(ov.Type.f32)
-    given.preprocess().convert_layout(ov.Layout("NCHW")).scale(255.0)
-    model = steps.build()
-    if len(model.inputs) > 1:  # use the picture itself for the size, so that one input is left
-        picture = model.input("picture").get_node()
-        for user in picture.output(0).get_target_inputs():
-            user.replace_source_output(model.input("image"))
-        model.remove_parameter(picture)
-        model.validate_nodes_and_infer_types()
-    return model
-
-
-def fold_constants(model):
-    """Fold the constants of an IR.
-
-    The ONNX reader puts shape arithmetic between the weights and the depthwise convolutions. NNCF would not
-    find these weights, and the convolutions would stay in float32.
-    """
-    try:
-        from openvino.passes import ConstantFolding, Manager
-    except ImportError:  # where OpenVINO 2024 has them
-        from openvino.runtime.passes import ConstantFolding, Manager
-    manager = Manager()
-    manager.register_pass(ConstantFolding())
-    manager.run_passes(model)
+    for name, axis in [*((name, 0) for name in norm.input[1:]), (first.input[1], 1)]:
+        turned = np.flip(numpy_helper.to_array(weights[name]), axis).copy()
+        weights[name].CopyFrom(numpy_helper.from_array(turned, name))
 
 
 def describe(path, content, model, size, head):
-    """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from.
-
-    `path` is the checkpoint and `content` what it holds; size is (width, height).
-    """
+    """Make the metadata {str: str}: the input, how to read the outputs, and the checkpoint it came from."""
     cell = make_anchors(model.config, (STRIDE, STRIDE), head != "detection_output").tolist()
     metadata = {
         "head": head, "precision": "FP32", "colour": "RGB", "value_range": "0-1", "layout": "NCHW",
@@ -240,9 +171,8 @@ def describe(path, content, model, size, head):
         "variances": json.dumps(VARIANCES), "anchors": json.dumps(model.config.anchors),
         "cell_anchors": json.dumps(cell), "score_threshold": str(SCORE), "nms_threshold": str(NMS_IOU),
         "top_k": str(TOP), "source": Path(path).name, "source_sha256": file_hash(path)}
-    epoch = content.get("epoch", (content.get("meta") or {}).get("epoch"))
-    if epoch is not None:
-        metadata["source_epoch"] = str(epoch)
+    if "epoch" in content:
+        metadata["source_epoch"] = str(content["epoch"])
     if head == "raw":
         metadata["decoding"] = DECODING
     threshold = check_threshold(content.get("threshold"), path)
@@ -251,32 +181,30 @@ def describe(path, content, model, size, head):
     return metadata
 
 
-def write_ir(model, metadata, path, size, fp16=False, embedded=False, annotations=None):
-    """Write an ONNX model of ours as IR (.xml and .bin), with BGR input.
+def write_ir(model, metadata, path, size, fp16=False, annotations=None):
+    """Write an ONNX model of ours, which is changed, as IR (.xml and .bin) with BGR input.
 
-    Returns its kind, a key of TOLERANCES. size is (width, height) of the network input.
-    `embedded` puts the preprocessing inside, `fp16` stores the weights in float16, `annotations` are photos
-    to quantise on. The ONNX model is changed.
+    `fp16` stores the weights in float16, `annotations` are photos to quantise on. Returns its precision.
     """
     import openvino as ov
-    kind = "INT8" if annotations else "FP16" if fp16 else "FP32"
-    metadata = metadata | {"colour": "BGR", "precision": kind}
     swap_colours(model)
-    if embedded:
-        metadata |= {"layout": "NHWC", "type": "uint8", "value_range": "0-255"}
-        if metadata["head"] == "generic":
-            add_picture_size(model, size)
     ir = openvino_core().read_model(model.SerializeToString())
-    fold_constants(ir)
+    # OpenVINO 2024 has a module of its own for this.
+    passes = importlib.import_module(getattr(ov, "runtime", ov).__name__ + ".passes")
+    manager = passes.Manager()
+    # Shape arithmetic stands between the weights and the depthwise convolutions: NNCF would not find these.
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(ir)
+    precision = "FP16" if fp16 else "FP32"
+    metadata = metadata | {"colour": "BGR"}
     if annotations:
+        precision = "INT8"
         metadata.pop("threshold", None)  # found with float32, and INT8 shifts the scores
         ir = quantise_on(ir, annotations, size)
-    if embedded:
-        ir = embed(ir)
-    for key, value in metadata.items():
+    for key, value in (metadata | {"precision": precision}).items():
         ir.set_rt_info(value, [SECTION, key])
     ov.save_model(ir, path, compress_to_fp16=fp16)
-    return "embedded" if embedded and kind == "FP32" else kind
+    return precision
 
 
 def spread(annotations, most):
@@ -288,14 +216,13 @@ def spread(annotations, most):
 def quantise_on(ir, annotations, size):
     """Quantise an IR on photos of `annotations`. Raises InputError if one of them cannot be read."""
     dataset = FaceDataset(annotations, *size)
-    chosen = spread(annotations, CALIBRATION)
 
-    def load(n):
-        item = dataset[chosen[n], None]
+    def load(index):
+        item = dataset[index, None]
         if item.error:
             raise InputError(item.error)
-        return to_input(item.picture.flip(0)[None]).numpy()  # [1, 3, H, W], BGR
-    return quantise(ir, len(chosen), load)
+        return {"image": to_input(item.picture.flip(0)[None]).numpy()}  # [1, 3, H, W], BGR
+    return quantise(ir, spread(annotations, CALIBRATION), load)
 
 
 class DetectionOutput(TorchDetector):
@@ -312,12 +239,8 @@ class DetectionOutput(TorchDetector):
 
 @torch.inference_mode()
 def all_boxes(reference, picture):
-    """Return the boxes of all anchors of a TorchDetector on a picture (PIL), without NMS: `[A, 5]`.
-
-    A row is a clipped box, xyxy in pixels of the network input, and its score.
-    """
-    resized = picture.resize(reference.size, Image.Resampling.BILINEAR)
-    logits, offsets = reference.model(to_input(to_tensor(resized)[None]))
+    """All boxes and scores of a TorchDetector on a picture (PIL), without NMS: `[A, 5]`, at network input."""
+    logits, offsets = reference.model(to_input(torch.from_numpy(to_pixels(reference, picture))[None]))
     rows = torch.cat([decode(offsets[0], reference.anchors), logits[0].softmax(-1)[:, 1:]], 1)
     return to_picture(rows.numpy(), reference.size, reference.size)
 
@@ -325,10 +248,9 @@ def all_boxes(reference, picture):
 def differences(detector, reference, pictures, least):
     """Compare a detector with the TorchDetector `reference` on `pictures` (PIL): differences `[n, 2]`.
 
-    A row is the distance in pixels of the network input and the difference in score. Each face that either
-    of them scores `least` or more is compared with the nearest face of the other; if the other finds none,
-    the difference is the whole score. If several anchors have the same score (to within TIE), rounding
-    decides which of them survives NMS. Such a face is compared with the nearest of all the reference's boxes.
+    A row is the distance in pixels of the network input and the difference in score of a face that one of
+    them scores `least` or more from the nearest face of the other. Of several anchors with the same score,
+    rounding decides which survives NMS: there it is the nearest of all the reference's boxes.
     """
     rows = []
     for picture in pictures:
@@ -339,18 +261,13 @@ def differences(detector, reference, pictures, least):
             for face in some[some[:, 4] >= least]:
                 tied = (np.abs(every[:, 4] - face[4]) < TIE).sum() > 1
                 gaps = np.abs((every if tied else others) - face)                   # [K, 5]
-                distance = gaps[:, :4].max(1)
-                place = (distance + gaps[:, 4]).argmin() if len(gaps) else None
-                rows.append((0, face[4]) if place is None else (distance[place], gaps[place, 4]))
+                gaps = np.stack([gaps[:, :4].max(1), gaps[:, 4]], 1)
+                rows.append(gaps[gaps.sum(1).argmin()] if len(gaps) else (0, face[4]))  # or none was found
     return np.array(rows).reshape(-1, 2)
 
 
 def check(path, reference, pictures, kind):
-    """Compare a model file with PyTorch on `pictures` (PIL): returns a line for the report.
-
-    `reference` is the checkpoint's detector, `kind` a key of TOLERANCES. Raises InputError if they differ by
-    more than that allows.
-    """
+    """Compare a model file with the checkpoint's detector: a line for the report, or InputError."""
     pixels, score, least, share = TOLERANCES[kind]
     gaps = differences(load_detector(path), reference, pictures, least)             # [n, 2]
     most = gaps.max(0, initial=0)
@@ -389,7 +306,6 @@ def main(argv=None):
     metadata = describe(args.model, content, model, size, args.head)
 
     out = Path(args.out)
-    lines = []
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
         folder = Path(folder)
@@ -398,24 +314,17 @@ def main(argv=None):
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, folder / "model.onnx")
         if args.ir:
-            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, args.embed,
-                                          annotations if args.int8 else None)
-        for name, kind in kinds.items():
-            line = check(folder / name, reference, pictures, kind)
-            lines.append("{}: {}, {}x{}, {}".format(out / name, args.head, *size, line))
-        old_ir = (out / "model.xml").exists()
-        if old_ir:  # never leave it beside a new .bin or .onnx
-            (out / "model.xml").unlink()
-            (out / "model.bin").unlink(missing_ok=True)
+            photos = annotations if args.int8 else None
+            kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", size, args.fp16, photos)
+        lines = [f"{out / name}: {args.head}, {size[0]}x{size[1]}, "
+                 + check(folder / name, reference, pictures, kind) for name, kind in kinds.items()]
+        for name in ("model.xml", "model.bin"):  # an older IR never stays beside a new .bin or .onnx
+            (out / name).unlink(missing_ok=True)
         for path in sorted(folder.iterdir()):  # the .bin before its .xml
             os.replace(path, out / path.name)
-    if old_ir and not args.ir:
-        lines.append(f"{out / 'model.xml'}: removed, it was of an earlier export; --ir writes it anew")
-    if content.get("threshold") and "threshold" not in metadata:
-        lines.append("{}x{}: not the size of its threshold, {}x{}, which is left out".format(
-            *size, *content["threshold"]["size"]))
-    if args.int8 and "threshold" in metadata:
-        lines.append(f"{out / 'model.xml'}: INT8 shifts scores, so the checkpoint's threshold is left out")
+    if content.get("threshold") and (args.int8 or "threshold" not in metadata):
+        lines.append("the checkpoint's threshold is left out: it is for {}x{} in float32".format(
+            *content["threshold"]["size"]))
     print("\n".join(lines))
 
 
@@ -424,26 +333,22 @@ def parse_args(argv):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model", default=MODEL, help="a checkpoint (default: the shipped network)")
-    add("--out", default="export", help="folder of the files (default %(default)s)")
+    add("--out", default="export", help="folder of the files (default %(default)s); an older IR is removed")
     add("--head", default="generic", choices=("generic", "detection_output", "raw"),
         help="outputs: faces after NMS (default), OpenVINO's DetectionOutput, logits and offsets")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--data", help="COCO json: photos for --int8, and for the comparison with PyTorch")
+    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
     add = parser.add_argument_group("OpenVINO IR (each of these flags writes one)").add_argument
     add("--ir", action="store_true", help="float32, input BGR in 0-1")
     add("--fp16", action="store_true", help="weights stored in float16")
-    add("--embed", action="store_true", help="takes uint8 BGR pictures [1, h, w, 3] of any size")
     add("--int8", action="store_true", help="quantised on photos of --data")
     args = parser.parse_args(argv)
-    if args.int8 and not args.data:
-        parser.error("--int8 needs photos: --data data/val.json")
-    if args.int8 and args.fp16:
-        parser.error("--int8 and --fp16 are two precisions, choose one")
+    if args.int8 and (args.fp16 or not args.data):
+        parser.error("--int8 needs photos, --data data/val.json, and no --fp16")
     if args.int8 and not find_spec("nncf"):
         parser.error("--int8 needs NNCF: pip install -r requirements-int8.txt")
-    if args.embed and args.head == "raw":
-        parser.error("--embed takes one picture at a time: not for --head raw")
-    args.ir = args.ir or args.fp16 or args.embed or args.int8
+    args.ir = args.ir or args.fp16 or args.int8
     return args
 
 

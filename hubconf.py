@@ -13,11 +13,9 @@ dependencies = ["torch"]
 
 
 def face_ssd300(pretrained=True):
-    """The SSD network in evaluation mode: images `[B, 3, 300, 300]` to logits and offsets.
+    """The SSD in evaluation mode: images `[B, 3, 300, 300]`, RGB in 0-1, to logits `[B, A, 2]` and offsets.
 
-    Images are RGB in 0-1, logits `[B, A, 2]` (background, face), offsets `[B, A, 4]`; detector.py makes faces
-    of them. `pretrained` loads the shipped weights; without it they are random.
+    detector.postprocess makes faces of them. Without `pretrained` the weights are random.
     """
-    if not pretrained:
-        return SSD().eval()
-    return load_model(Path(__file__).resolve().parent / "weights/face_ssd300.pth")
+    path = Path(__file__).resolve().parent / "weights/face_ssd300.pth"
+    return load_model(path) if pretrained else SSD().eval()

@@ -10,7 +10,7 @@ import stat
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import nn
@@ -49,21 +49,17 @@ class Config:
 
     def __post_init__(self):
         sides = [side for anchor in self.anchors for side in anchor]
-        whole = isinstance(self.input_width, Integral) and isinstance(self.input_height, Integral)
-        if not whole or not all(isinstance(number, Real) for number in (self.width, *sides)):
-            raise ValueError("whole numbers expected for the input's sides, numbers for width and anchors")
+        if not all(isinstance(number, Real) for number in (*self.input_size, self.width, *sides)):
+            raise ValueError("numbers expected for the input's sides, width and anchors")
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
-        # The upper bounds are no limits of the method. Without them a hostile file of a few bytes would fill
-        # the memory.
-        least, most = sorted((self.input_width, self.input_height))
-        if not STRIDE <= least <= most <= 8192:
+        # The upper bounds are no limits of the method: a hostile file of a few bytes could fill the memory.
+        if not all(isinstance(side, int) and STRIDE <= side <= 8192 for side in self.input_size):
             raise ValueError(f"input {self.input_width}x{self.input_height}: "
                              f"sides of {STRIDE} to 8192 pixels expected")
         if not 1 / 16 <= self.width <= 8:
             raise ValueError(f"width {self.width}: between 0.0625 and 8 expected")
         if not 1 <= len(self.anchors) <= 100 or not all(1 <= side < math.inf for side in sides):
-            raise ValueError("anchors: 1 to 100 expected, with sides of at least a pixel "
-                             "of the network's input")
+            raise ValueError("anchors: 1 to 100 expected, with sides of at least a pixel of the input")
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -74,8 +70,8 @@ class Config:
     def scaled_from_300(cls, input_width: int, input_height: int, width: float = 0.75,
                         anchors=HAND_DESIGNED) -> "Config":
         """The configuration of an untrained model, whose `anchors` are given for 300 x 300 and scaled."""
-        scaled = [(w * input_width / 300, h * input_height / 300) for w, h in anchors]
-        return cls(input_width, input_height, width, scaled)
+        return cls(input_width, input_height, width,
+                   [(w * input_width / 300, h * input_height / 300) for w, h in anchors])
 
 
 class InvertedResidual(nn.Module):
@@ -143,8 +139,7 @@ class SSDHead(nn.Module):
 class SSD(nn.Module):
     """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-    The two logits are background and face. Fully convolutional: any input of at least 16 x 16 works, with
-    A = 9 * ceil(H / 16) * ceil(W / 16).
+    The two logits are background and face; A = 9 * ceil(H / 16) * ceil(W / 16), from 16 x 16 pixels on.
     """
 
     def __init__(self, config=Config()):
@@ -175,19 +170,15 @@ def checkpoint(model: SSD, **more) -> dict:
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint's content, a dict, on the CPU; `state_dict` in it, and `ema` if there, are {name: tensor}.
-
-    No code in the file is run. Raises ValueError, one line, if it is damaged, or no checkpoint.
-    """
+    """A checkpoint's content, on the CPU. No code in it is run. Raises ValueError, one line, if damaged."""
     content = load_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: a checkpoint without \"state_dict\", "
                          "ours or the official snapshots' is expected")
-    for key in ("config", "meta", "optimizer"):
+    for key in ("config", "meta", "optimizer", "ema", "state_dict"):
         if not isinstance(content.get(key), dict | None):
             raise ValueError(f"{path}: not a checkpoint, its \"{key}\" is no dictionary")
-    for key in ("state_dict", "ema"):
-        if content.get(key) is not None:
+        if content.get(key) and key in ("ema", "state_dict"):
             content[key] = tensors_of(content[key], f"{path}: not a checkpoint, its \"{key}\"")
     return content
 
@@ -196,51 +187,40 @@ def load_file(path):
     """What torch.save wrote, on the CPU. Raises ValueError, one line, if the file is damaged or hostile."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write into it
         raise ValueError(f"{path}: not a checkpoint, nor any ordinary file")
-    with open(path, "rb") as file:
-        try:
-            fault = zip_fault(file)
-            file.seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, about what is refused below anyway
-                content = None if fault else torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # on foreign bytes the loaders raise nearly everything
-            fault = "not a checkpoint, or truncated, or it holds more than tensors and plain values"
+    try:
+        fault = zip_fault(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about what is refused below anyway
+            content = None if fault else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # on foreign bytes the loaders raise nearly everything
+        fault = "not a checkpoint, or truncated, or it holds more than tensors and plain values"
     if fault:
         raise ValueError(f"{path}: {fault}")
     # A dict of a hostile file may have `get` and `items` of its own.
     return dict(dict.items(content)) if isinstance(content, dict) else content
 
 
-def zip_fault(file) -> str | None:
-    """What is wrong with an open checkpoint, if it is a zip: PyTorch looks at no checksum and no sizes.
-
-    Files from before PyTorch 1.6 are no zips and have no checksums: None.
-    """
-    if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
-        return None
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if any(member.compress_type or member.compress_size != member.file_size for member in members):
-            return "refused, it is compressed; torch.save does not do that"
-        if sum(member.file_size for member in members) > size:
-            return "refused, parts of it are there twice"
-        if archive.testzip():
-            return "damaged, its checksums tell; copy or download it again"
-    return None
+def zip_fault(path) -> str | None:
+    """What is wrong with a checkpoint that is a zip: PyTorch looks at no checksum. (Before 1.6: no zips.)"""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
+            return None
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type or member.compress_size != member.file_size for member in members):
+                return "refused, it is compressed; torch.save does not do that"
+            if sum(member.file_size for member in members) > os.path.getsize(path):
+                return "refused, parts of it are there twice"
+            return "damaged, its checksums tell; copy or download it again" if archive.testzip() else None
 
 
 def tensors_of(state, subject):
     """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is not."""
-    if not isinstance(state, dict):
-        raise ValueError(f"{subject} is no dictionary")
-    tensors = {}
-    for name, tensor in dict.items(state):
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{subject} holds other things than named tensors")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ValueError(f"{subject} holds tensors that are sparse, quantized or empty shells")
-        tensors[name] = tensor.detach()
+    tensors = dict(dict.items(state))
+    for name, tensor in tensors.items():
+        if (not isinstance(name, str) or not isinstance(tensor, torch.Tensor)
+                or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta):
+            raise ValueError(f"{subject} holds other things than named, dense tensors")
     return tensors
 
 
@@ -251,12 +231,11 @@ def fill(model: nn.Module, state: dict, path) -> None:
         if tensor.is_floating_point() != own[name].is_floating_point():
             raise ValueError(f"{path}: not a checkpoint of this detector "
                              f"({name} is {tensor.dtype}, not {own[name].dtype})")
-    model.load_state_dict(state, strict=False)
-    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"{path}: damaged, the variances {name} are negative")
+    model.load_state_dict(state, strict=False)
 
 
 def fitting(model: nn.Module, state: dict) -> dict:
@@ -279,9 +258,9 @@ def config_of(content: dict, path="") -> Config:
 
 
 def load_model(path) -> SSD:
-    """The model of a checkpoint, ours or an official snapshot, in evaluation mode on the CPU.
+    """The model of a checkpoint, ours or an official snapshot, for evaluation: averaged weights if there are.
 
-    Averaged weights are preferred where there are some. Raises ValueError if the file does not fit.
+    Raises ValueError if the file does not fit.
     """
     content = read_checkpoint(path)
     return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
@@ -316,29 +295,23 @@ def load_imagenet(model: SSD, path=None) -> None:
     """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to shape.
 
     The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path`
-    is a file of the weights; without it torchvision downloads them. Raises ValueError if they cannot be had
-    or do not fit.
+    is a file of the weights, else torchvision downloads them. Raises ValueError if they cannot be had or fit.
     """
     from torchvision.models import MobileNet_V2_Weights
     weights = MobileNet_V2_Weights.IMAGENET1K_V1
     name = path or "the download"
-    reason = "other layers"
-    try:
-        source = load_file(path) if path else weights.get_state_dict(progress=True, check_hash=True)
-        source = tensors_of(source, "it")
-    except OSError as error:
-        raise ValueError(f"ImageNet weights: {error}; offline? fetch {weights.url} "
-                         "and give its path") from None
-    except Exception as error:  # a download may fail in any way
-        source = {}
-        reason = str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
     blocks = sum(row[2] for row in ROWS)  # block 0 is the stem; the last, number 17, is left out
     wanted = tuple(f"features.{n}." for n in range(blocks))
     ours = {key: tensor for key, tensor in model.backbone.state_dict().items() if key.startswith(wanted)}
-    theirs = [tensor for key, tensor in source.items() if key.startswith(wanted)]
-    if len(ours) != len(theirs):
-        raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); they are at "
-                         f"{weights.url}")
+    try:
+        source = load_file(path) if path else weights.get_state_dict(progress=True, check_hash=True)
+        theirs = [tensor for key, tensor in tensors_of(source, "it").items() if key.startswith(wanted)]
+        if len(ours) != len(theirs):
+            raise ValueError("other layers")
+    except Exception as error:  # a download may fail in any way
+        reason = str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
+        raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); fetch {weights.url} "
+                         "and give its path") from None
     cut = {}
     for (key, own), tensor in zip(ours.items(), theirs):  # nested differently, but listed in the same order
         if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):

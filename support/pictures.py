@@ -19,9 +19,8 @@ with suppress(ImportError):  # reads HEIC, where it is installed
     register_heif_opener()
 
 ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # what undoes its values
-           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+           7: "TRANSVERSE", 8: "ROTATE_90"}  # what undoes its values
 PICTURES = {ending for ending, kind in Image.registered_extensions().items()  # of the files that Pillow reads
             if Image.MIME.get(kind, "").startswith("image/")}
 HEIC = {".heic", ".heif", ".hif"} - PICTURES
@@ -51,64 +50,51 @@ def upright_size(image):
     return image.size[::-1] if lying and image.format != "TIFF" else image.size  # Pillow turns TIFF itself
 
 
-def picture_size(path):
-    """Read a picture's upright (width, height) from its header.
-
-    Returns None if there is no such file, and the InputError (not raised) if it is unreadable.
-    """
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open_picture(path) as image:
-            return upright_size(image)
-    except InputError as error:
-        return error
-
-
 def read_sizes(pictures, images, jobs):
     """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
 
     Raises InputError if any is missing or unreadable; the message names up to 20.
     """
+    bad = {"missing": [], "unreadable": []}
+
+    def read(name):
+        path = os.path.join(images, name)
+        try:
+            with open_picture(path) as image:
+                return upright_size(image)
+        except InputError:
+            bad["unreadable" if os.path.isfile(path) else "missing"].append(repr(name))
+
     names = [name for name, _ in pictures]
-    paths = [os.path.join(images, name) for name in names]
     with warnings.catch_warnings(), ThreadPool(jobs) as pool:
         warnings.simplefilter("ignore")  # about large pictures: harmless, as only headers are read
-        sizes = list(tqdm(pool.imap(picture_size, paths, chunksize=16),
-                          "image sizes", len(paths), disable=None))
-    bad = {"missing": [repr(name) for name, size in zip(names, sizes) if size is None],
-           "unreadable": [repr(name) for name, size in zip(names, sizes) if isinstance(size, Exception)]}
+        sizes = list(tqdm(pool.imap(read, names, chunksize=16), "image sizes", len(names), disable=None))
     if any(bad.values()):
-        parts = [f"{len(them):,} {kind} ({', '.join(them[:LISTED])}{', ...' if len(them) > LISTED else ''})"
+        parts = [f"{len(them):,} {kind} ({', '.join(sorted(them)[:LISTED])}{', ...' * (len(them) > LISTED)})"
                  for kind, them in bad.items() if them]
         raise InputError(f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
     return sizes
 
 
 def decode_picture(image, scale=1):
-    """Decode an opened picture: upright, RGB (PIL), whatever its file holds.
+    """Decode an opened picture: upright, RGB (PIL), whatever its file holds. Raises InputError if it cannot.
 
-    EXIF orientation is applied. Grey, CMYK, 16-bit, palette and alpha pictures become RGB. Of an animation
-    the first frame is taken. A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as
-    long as that is not below `scale`. Raises InputError if it cannot be read.
+    A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if not below `scale`.
     """
     with _decoding(image.filename), image:
         if scale < 1:
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
         image = _whole(image)
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
-        if turn is not None:  # ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones
-            image = image.transpose(turn)
+        if turn:  # ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones
+            image = image.transpose(Image.Transpose[turn])
         if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
             image = Image.fromarray(_to_bytes(np.asarray(image).astype(np.float64), image.mode))
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _whole(image):
-    """Decode an opened picture. A JPEG may lack its end marker, but no pixel.
-
-    Libraries fill up what is missing. So it is read with two endings: what depends on them is missing.
-    """
+    """Decode an opened picture. A JPEG may lack its end marker, but no pixel: two endings must not matter."""
     try:
         image.load()
         return image
@@ -128,7 +114,9 @@ def _to_bytes(values, mode):
     most = values.max(initial=0)
     if mode == "F" and most <= 1:
         return (values * 255).round().astype(np.uint8)
-    steps = 65536 if mode != "I" and mode != "F" else next((n for n in (256, 65536) if most < n), most + 1)
+    steps = 65536
+    if mode in ("I", "F"):
+        steps = next((n for n in (256, 65536) if most < n), most + 1)
     return (values * 256 / steps).clip(0, 255).astype(np.uint8)
 
 
@@ -149,11 +137,13 @@ def _decoding(path):
 def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
-    `text_size` is in pixels; without one it follows the size of the image, as lines and margins do, and in a
-    crowd that of the faces. Labels stay inside the image.
+    `text_size` is in pixels; without one it follows the size of the image, and in a crowd that of the faces.
+    Labels stay inside the image.
     """
-    image, boxes = image.copy(), np.asarray(boxes, float).reshape(-1, 4)
-    draw, thickness = ImageDraw.Draw(image), max(1, round(max(image.size) / 350))
+    image = image.copy()
+    boxes = np.asarray(boxes, float).reshape(-1, 4)
+    draw = ImageDraw.Draw(image)
+    thickness = max(1, round(max(image.size) / 350))
     if text_size is None:
         text_size = max(9, round(max(image.size) / 55))
         if len(boxes) > CROWD:
@@ -163,10 +153,12 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=thickness)
         if scores is not None:
             text = f"{scores[n]:.2f}"
-            _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-            right, bottom = right + 2 * thickness, bottom + thickness
-            x, y = max(0, min(x1, image.width - right)), y1 - bottom if y1 > bottom else y1 + thickness
-            draw.rectangle((x, y, x + right, y + bottom), fill=colour)
+            _, _, right, bottom = draw.textbbox((thickness, 0), text, font=font)
+            x = max(0, min(x1, image.width - right - thickness))
+            y = y1 - bottom - thickness
+            if y <= 0:
+                y = y1 + thickness
+            draw.rectangle((x, y, x + right + thickness, y + bottom + thickness), fill=colour)
             draw.text((x + thickness, y), text, fill="black", font=font)
     return image
 
@@ -174,8 +166,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
 def hide_faces(image, boxes):
     """Make the faces in boxes `[N, 4]` (xyxy, pixels) unrecognisable on a copy of `image` (PIL, RGB).
 
-    Each becomes a mosaic of BLOCKS x BLOCKS in an ellipse 1.5 times as wide and high as its box, which
-    covers the box's corners too.
+    Each becomes a mosaic in an ellipse 1.5 times as wide and high, which covers the box's corners.
     """
     image = image.copy()
     for x1, y1, x2, y2 in np.asarray(boxes, float).reshape(-1, 4):

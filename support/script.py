@@ -1,7 +1,6 @@
 """What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
 
-It does not import torch, which takes seconds. Scripts import it first, so that Ctrl-C while torch is imported
-ends in one word.
+Scripts import it first, so that Ctrl-C while torch is imported, which takes seconds, ends in one word.
 """
 
 import argparse
@@ -24,21 +23,16 @@ from support.threads import settle
 settle()
 ROOT = Path(__file__).resolve().parents[1]  # the repository's folder
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # file names may hold them
-PICTURES_OUT = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 PATIENCE = 3  # seconds in which another process on this machine reports what all of them meet
 TROUBLE = {  # what libraries say when the machine gives up: what we say
-    "DataLoader worker": "a loading process was killed, perhaps for want of memory: "
-                         "lower --workers or --batch-size",
-    "out of memory": "out of memory: lower --batch-size or --size",
+    "DataLoader worker": "a loading process was killed, perhaps for want of memory: lower --workers",
+    "out of memory": "out of memory: lower --batch-size, --size or --workers",
     "allocate": "out of memory: lower --batch-size, --size or --workers",
     "by peer": "another process of this run has ended"}
 
 
 class InputError(Exception):
-    """Bad input from outside. The message is one line: which file, which entry, what to do.
-
-    `reported`: another process prints it already.
-    """
+    """Bad input, in one line: which file, which entry, what to do. `reported`: another process prints it."""
 
     def __init__(self, message, reported=False):
         super().__init__(message)
@@ -53,16 +47,15 @@ def require(condition, message):
 
 def one_line(error):
     """What an InputError or OSError says, without "[Errno 28]" but with the file."""
-    if isinstance(error, OSError) and error.strerror:
+    if getattr(error, "strerror", None):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def first_line(error):
     """The first useful line of a library's error message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Exception from")]
-    return (lines or [type(error).__name__])[0][:160]
+    lines = [line.strip() for line in (*str(error).splitlines(), type(error).__name__)]
+    return next(line for line in lines if line and not line.startswith("Exception from"))[:160]
 
 
 @contextmanager
@@ -75,7 +68,7 @@ def bad_values():
 
 
 def _interrupted(*_):
-    """End by Ctrl-C in one word while torch is imported. (Some imports turn an exception into a failure.)"""
+    """End by Ctrl-C while torch is imported. (Some imports turn an exception into a failure.)"""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
@@ -91,45 +84,31 @@ def _end_workers():
 
 
 def keep_memory():
-    """Let the process keep the memory that it frees, for the next step needs as much again.
-
-    glibc gives large blocks back at once, and a training step on a CPU then spends much of its time in
-    page faults. Other C libraries have no mallopt, or ignore these two settings (man 3 mallopt).
-    """
+    """Keep the memory that is freed (man 3 mallopt): else glibc spends a training step in page faults."""
     import ctypes  # not above: until this file is imported, Ctrl-C is a traceback
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
-        return
-    trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def _fail(main, text, reported=False):
     """Print one line, with the name of `main`'s script, and exit with 2: under torchrun one a machine."""
-    text = text.translate(CONTROL)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's summary repeats it
-        content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(InputError, OSError):
-            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
     if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)  # the one that reports comes first: torchrun ends all once one has ended
     if not reported:
         name = Path(sys.modules[main.__module__].__file__).name
-        print(f"{name}: {text}", file=sys.stderr)
+        print(f"{name}: {text.translate(CONTROL)}", file=sys.stderr)
     sys.exit(2)
 
 
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
-    So does a machine that gives up (killed workers, no memory). Ctrl-C exits with 130 and SIGTERM
-    with 143, as shells expect. A reader that closes the pipe (`| head`) is no error. Under torchrun
-    each process reports its own trouble once it has joined the others; what all of them meet before
-    that is reported once on each machine.
+    So does a machine that gives up. Ctrl-C exits with 130, SIGTERM with 143. A closed pipe is no error.
     """
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -148,11 +127,11 @@ def command(main):
         except (InputError, OSError) as error:
             _fail(main, one_line(error), getattr(error, "reported", False))
         except (RuntimeError, MemoryError) as error:
-            said = "out of memory" if isinstance(error, MemoryError) else str(error)
-            known = [line for words, line in TROUBLE.items() if words in said]
-            if not known:  # a bug of ours
-                raise
-            _fail(main, known[0])
+            text = "out of memory" if isinstance(error, MemoryError) else str(error)
+            for words, line in TROUBLE.items():
+                if words in text:
+                    _fail(main, line)
+            raise  # a bug of ours
         except KeyboardInterrupt:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
                 print("interrupted", file=sys.stderr)
@@ -164,30 +143,23 @@ def command(main):
 
 def parse_size(text):
     """Parse `S` or `WxH` (such as 320x240) to (width, height) in pixels, for argparse."""
-    sides = text.lower().split("x")
-    try:
-        width, height = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, S or WxH expected") from None
-    if not 16 <= min(width, height) <= max(width, height) <= 8192:
-        raise argparse.ArgumentTypeError(f"{text!r}: sides between 16 and 8192 pixels expected")
-    return width, height
+    width, _, height = text.lower().partition("x")
+    sides = width, height if "x" in text.lower() else width
+    if not all(side.isdecimal() and 16 <= int(side) <= 8192 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: S or WxH, sides between 16 and 8192 pixels expected")
+    return int(sides[0]), int(sides[1])
 
 
 def parse_sides(text):
     """Parse `WxH` in fractions of pixels (such as 9.4x15) to (width, height), for argparse."""
-    try:
-        width, height = (float(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sides, WxH expected") from None
+    width, height = (float(side) for side in text.lower().split("x"))
     return width, height
 
 
 def parse_picture(text):
     """Accept the name of a picture to write, for argparse: its ending must be one that can be written."""
-    if Path(text).suffix.lower() not in PICTURES_OUT:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no name for a picture, something like {Path(text).stem}.png expected")
+    if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a picture, {Path(text).stem}.png would be")
     return text
 
 
@@ -195,22 +167,20 @@ class TilesFlag(argparse.Action):
     """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; OVERLAP is SIDE / 4 if absent."""
 
     def __init__(self, *args, **more):
-        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"),
-                         help="also look at overlapping tiles of SIDE pixels of the picture, for small faces "
-                              "on large photos (OVERLAP: default SIDE / 4)", **more)
+        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"), **more, help="also look at "
+                         "overlapping tiles of SIDE pixels of the picture (OVERLAP: default SIDE / 4)")
 
     def __call__(self, parser, namespace, values, option=None):
         side, overlap = [*values, values[0] // 4][:2]
         if len(values) > 2 or side < 16 or not 0 <= overlap <= side * 3 // 4:
-            parser.error(f"{option} {' '.join(map(str, values))}: SIDE of at least 16 pixels and "
-                         "OVERLAP of at most three quarters of it expected")
+            parser.error(f"{option}: SIDE of at least 16 pixels and OVERLAP of at most three quarters of it")
         setattr(namespace, self.dest, [side, overlap])
 
 
 def new_parser(description):
     """An argument parser that shows a script's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw)
 
 
 class FlagFileParser(argparse.ArgumentParser):
@@ -221,11 +191,8 @@ class FlagFileParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def convert_arg_line_to_args(self, line):
-        """Split one line of the file (argparse calls this).
-
-        From Python 3.12 on, bytes that are no text arrive as surrogates, which encode() refuses.
-        """
-        return shlex.split(line.encode().decode(), comments=True)
+        """Split one line of the file (argparse calls this)."""
+        return shlex.split(line.encode().decode(), comments=True)  # encode() refuses bytes that are no text
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse as argparse does, and refuse files it would choke on: no text, open quotes, endless loops."""
@@ -239,13 +206,11 @@ class FlagFileParser(argparse.ArgumentParser):
 def whole_file(path):
     """Yield a temporary path beside `path`. On success it replaces `path`; on any error it is removed.
 
-    A reader sees the old file or the new one, never half of either. Raises InputError if nothing can
-    be written there.
+    A reader sees the old file or the new one, never half. Raises InputError if nothing can be written there.
     """
     path = Path(path)
     # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
-    own = f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}"
-    temporary = path.with_name(own + path.suffix)  # libraries choose the format by suffix
+    temporary = path.with_name(f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}{path.suffix}")
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder, a file is to be written there")
@@ -294,21 +259,17 @@ def file_hash(path):
 
 
 def git_commit():
-    """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown.
-
-    Unknown is: no git, or no repository of our own (one that this folder merely lies in is not asked).
-    """
-    if not (ROOT / ".git").exists():
+    """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown."""
+    if not (ROOT / ".git").exists():  # another repository may hold this folder
         return None
     # A git hook sets variables that would lead to another repository.
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    words = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL,
-                              env=clean | {"GIT_OPTIONAL_LOCKS": "0"})
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=10, env=clean)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() or None
 
 
 # Importers from elsewhere keep their handler of Ctrl-C, and so does a shell that has a script ignore it.

@@ -1,7 +1,9 @@
 """How many cores this process may use, and how its threads wait: set before torch and numpy are imported."""
 
+import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 
@@ -47,3 +49,20 @@ def settle() -> None:
     """Let OpenMP use these cores, and its threads wait without burning them. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def use_threads(text: str) -> int:
+    """`--threads N`, for argparse: from now on PyTorch, exported networks and loaders use N threads."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 thread expected")
+    os.environ["OMP_NUM_THREADS"] = text
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(number)
+    return number
+
+
+def chosen_threads() -> int:
+    """What OMP_NUM_THREADS says, which the user, `--threads` or settle() has set."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(first) if first.isdecimal() and int(first) else usable_cores()

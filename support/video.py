@@ -17,15 +17,14 @@ VIDEOS |= set(".mkv .wmv .asf .flv .ogv .ts .mts .m2ts .vob .3gp .3g2 .mxf .m4v"
 
 def open_video(source):
     """Open a video file (Path), a stream (address) or a webcam (number) in OpenCV: (cv2, the capture)."""
-    name = f"webcam {source}" if isinstance(source, int) else str(source)
     try:
         import cv2
     except ImportError:
-        raise InputError(f"{name}: videos and webcams need OpenCV: "
+        raise InputError(f"{source}: videos and webcams need OpenCV: "
                          "pip install 'opencv-python-headless<4.12'") from None
-    capture = cv2.VideoCapture(source if isinstance(source, int) else name)
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
-        raise InputError(f"{name}: cannot be opened as a video")
+        raise InputError(f"{source}: cannot be opened as a video")
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # phones store frames lying; not every version turns them
     return cv2, capture
 
@@ -43,9 +42,8 @@ def annotate_video(source, target, find, change, frames):
     """Write a video with what `change(image, faces)` makes of each frame (PIL) and its faces, `find(image)`.
 
     The faces `[K, 5]` of each frame are added to the list `frames`. A webcam or stream is recorded until
-    Ctrl-C, at its true speed: a machine too slow for every frame writes the last one again until its time is
-    over, and frames that come too fast are left out. Returns how many frames could not be read. Raises
-    InputError if `target` (MP4) could not be written, with all faces found nevertheless.
+    Ctrl-C, at its true speed: late frames are written twice, early ones left out. Returns how many frames
+    could not be read. Raises InputError if `target` (MP4) could not be written, with all faces found.
     """
     cv2, capture = open_video(source)
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))

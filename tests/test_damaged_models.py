@@ -109,17 +109,17 @@ def test_compressed_parts_are_refused_before_they_are_unpacked(tmp_path):
         for member in old.infolist():
             new.writestr(member.filename, old.read(member))
     (tmp_path / "large.pth").unlink()
-    code = f"""
-import resource
+    code = """
+import resource, sys
 from model import load_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    load_model({str(tmp_path / "packed.pth")!r})
+    load_model(sys.argv[1])
 except ValueError as error:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[0]) < 100 and "packed.pth: refused, it is compressed" in done.stdout
+    said = subprocess.check_output([sys.executable, "-c", code, tmp_path / "packed.pth"], text=True)
+    assert float(said.split()[0]) < 100 and "packed.pth: refused, it is compressed" in said
 
 
 def test_parts_listed_many_times_are_refused(plain):
@@ -163,13 +163,8 @@ def hostile(small):
     count = variance.replace("running_var", "num_batches_tracked")
     kinds["floating count"] = {"state_dict": {**state, count: torch.tensor(0.5)}}
     config = checkpoint(small)["config"]
-    wrong = {
-        "input_width": [torch.tensor([64, 64]), torch.tensor(64), "64", 64.5, 10**400, None, [64]],
-        "width": ["1", float("nan"), [1], 10**400, 1j],
-        "a\nb": [1],
-        "anchors": [5, "ab", [["1", "2"]], [[1]], [[10**400, 1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j,
-                    None],
-    }
+    wrong = {"input_width": [torch.tensor(64), "64", 64.5, 10**400, None], "width": ["1", float("nan"), [1]],
+             "anchors": [5, [["1", "2"]], [[1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j], "a\nb": [1]}
     for key, values in wrong.items():
         kinds |= {f"config {key} {n}": {"config": config | {key: value}} for n, value in enumerate(values)}
     return kinds, own_methods

@@ -87,14 +87,6 @@ def test_blurred_faces_are_not_there_and_boxes_may_have_no_scores(tmp_path, run)
     assert (drawn["--no-scores"] != before).sum() < (drawn[""] != before).sum()
 
 
-def test_links_to_one_photo_are_drawn_each_under_its_own_name(sample, tmp_path, run):
-    (tmp_path / "in").mkdir()
-    for name in ("one.jpg", "two.jpg"):
-        (tmp_path / "in" / name).symlink_to(next((sample / "val").rglob("*.jpg")))
-    run(tmp_path / "in")
-    assert sorted(os.listdir(tmp_path / "out")) == ["detections.json", "one.jpg", "two.jpg"]
-
-
 def test_a_long_name_loses_nothing(tmp_path, run):
     photo(tmp_path / "in/a.jpg")
     photo(tmp_path / f"in/{'n' * 246}.jpg")

@@ -57,14 +57,6 @@ def test_a_larger_size_keeps_the_anchors_pixels(small):
     assert len(faces) == 2 and all(own.shape[1] == 5 for own in faces)
 
 
-def test_the_same_faces_from_a_detector_and_from_raw_outputs(model_file):
-    detector = load_detector(str(model_file), device="cpu")
-    images = torch.randint(0, 255, (4, 3, 48, 64), dtype=torch.uint8)
-    together = detector(images)
-    for image, faces in zip(images, together):
-        np.testing.assert_allclose(detector(image[None])[0], faces, rtol=1e-4, atol=1e-4)
-
-
 def test_a_path_a_picture_and_an_array_give_the_same_faces(model_file, sample):
     path, detector = next((sample / "val").rglob("*.jpg")), load_detector(model_file, device="cpu")
     expected, image = detect(detector, path), Image.open(path)
@@ -111,8 +103,3 @@ def test_postprocess_of_a_batch_is_that_of_each_picture():
         scores, boxes = logits[n].softmax(-1)[likely, 1], decode(offsets[n], anchors)[likely]
         kept = nms(boxes, scores, NMS_IOU)[:TOP]
         assert torch.equal(faces, torch.cat([boxes[kept], scores[kept, None]], 1))
-
-
-def test_without_a_path_the_shipped_network_is_loaded_whatever_the_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert load_detector(device="cpu").size == (300, 300)

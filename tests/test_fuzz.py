@@ -19,18 +19,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-import metrics
 from anchors import decode, encode, make_anchors, match
-from data import FaceDataset, Item, collate, random_view
+from data import FaceDataset, random_view
 from detector import TOP, postprocess, to_picture
-from evaluate import score_faces, score_wider, table
+from evaluate import score_faces, table
 from support.coco import Detections, read_annotations, read_results, to_results
 from support.script import InputError, write_json
 from loss import batch_divisor, multibox_loss
 from model import Config
 from support.pictures import decode_picture, open_picture
-from support.wider import GroundTruth, read_predictions
-from wider_to_coco import COLUMNS, read_wider, to_coco
 
 pytestmark = pytest.mark.slow
 
@@ -144,80 +141,6 @@ def test_coco_results(folder, text):
         assert all_finite(scores)
 
 
-WORDS = st.one_of(st.integers(-20, 200).map(str),
-                  st.sampled_from(["0", "1", "1.5", "1e3", "nan", "1e999",
-                                   "-", "", "x", "\t", "٣", "9" * 30]))
-NAMES = st.sampled_from(["e/a.jpg", "e/b.jpg", "f/c.png", "../x.jpg", "/x.jpg",
-                         "e/..", "e", " ", "\0", "\x1b[2J", "é.jpg", "1", "C:/x"])
-
-
-@st.composite
-def wider_texts(draw):
-    """WIDER FACE texts, mostly valid, some with lines lost, doubled or replaced, or cut off."""
-    lines = []
-    for name in draw(st.lists(NAMES, max_size=4)):
-        rows = draw(st.lists(
-            st.lists(WORDS, min_size=9, max_size=11).map(" ".join) if draw(st.integers(0, 5)) == 0
-            else st.lists(st.integers(-20, 200).map(str), min_size=10, max_size=10).map(" ".join),
-            max_size=3))
-        lines += [name, str(len(rows)), *(rows or draw(st.sampled_from([[], ["0 0 0 0 0 0 0 0 0 0"]])))]
-    for _ in range(draw(st.integers(0, 2)) if lines and draw(st.booleans()) else 0):
-        at = draw(st.integers(0, len(lines) - 1))
-        lines[at:at + 1] = draw(st.sampled_from([[], [lines[at]] * 2, ["", lines[at]],
-                                                   [draw(WORDS)], [draw(NAMES)]])) or [""]
-    text = draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode("utf-8", "replace")
-    text = (draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff"])) + text
-            if draw(st.integers(0, 4)) == 0 else text)
-    return text[:draw(st.integers(0, len(text)))] if draw(st.integers(0, 9)) == 0 else text
-
-
-@fuzz
-@given(text=st.one_of(wider_texts(), st.binary(max_size=200)),
-       sizes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=20, max_size=20))
-def test_wider_annotations(folder, text, sizes):
-    """An accepted text becomes a COCO file that is accepted too."""
-    (folder / "w.txt").write_bytes(text)
-    pictures = accepted(lambda: read_wider(folder / "w.txt"))
-    if pictures is None:
-        return
-    assert all(len(row) == len(COLUMNS) and all_finite(row) for _, rows in pictures for row in rows)
-    content, counts = to_coco(pictures, sizes * len(pictures), folder / "images")
-    write_json(folder / "w.json", content)
-    assert len(read_annotations(folder / "w.json").image) == counts["annotations"]
-
-
-TRUTH = GroundTruth(["e/a", "e/b"], np.array([0, 0, 1]),
-                    np.array([[0, 0, 9, 9], [5, 5, 9, 9], [1, 1, 1, 1.0]]),
-                    {level: np.array([True, level != "easy", False]) for level in ("easy", "medium", "hard")})
-ROWS = st.lists(NUMBER, min_size=5, max_size=5).map(lambda row: " ".join(map(repr, row)))
-
-
-@st.composite
-def predictions(draw):
-    """Prediction files, mostly valid, some with bad rows or a wrong number of them."""
-    rows = draw(st.lists(ROWS if draw(st.integers(0, 4)) else st.lists(WORDS, max_size=6).map(" ".join),
-                         max_size=6))
-    lines = ["e/a.jpg", draw(WORDS) if draw(st.integers(0, 7)) == 0 else str(len(rows)), *rows]
-    end = draw(st.sampled_from(["\n", "\r\n", " \n", "\n\n" if draw(st.integers(0, 9)) == 0 else "\n"]))
-    return end.join(lines).encode()
-
-
-@fuzz
-@given(files=st.lists(st.one_of(predictions(), predictions(), st.binary(max_size=60)),
-                      min_size=1, max_size=2))
-def test_prediction_folders(folder, files):
-    (folder / "e").mkdir(exist_ok=True)
-    (folder / "e/b.txt").unlink(missing_ok=True)
-    for name, content in zip("ab", files):
-        (folder / f"e/{name}.txt").write_bytes(content)
-    read = accepted(lambda: read_predictions(folder, TRUTH.names))
-    if read is not None:
-        found, missing = read
-        assert len(missing) == 2 - len(files) and all_finite([found.xywh, found.score])
-        scores, curves = accepted(lambda: score_wider(TRUTH, found))
-        assert all_finite(scores) and all(-1 <= curve.ap <= 1 for curve in curves.values())
-
-
 @st.composite
 def damaged(draw, good):
     """One of the byte strings `good`, with some bytes changed, and perhaps cut off."""
@@ -280,48 +203,3 @@ def test_boxes_from_matching_to_the_picture(faces, seed, scale):
     for own in found:
         assert len(own) <= TOP and all_finite(own)
         assert (own[:, :4] >= 0).all() and (own[:, 2:4] <= (320, 200)).all()
-
-
-DETECTED = st.lists(st.tuples(st.integers(0, 3), BOX, st.one_of(NUMBER, st.sampled_from([0.5, 0.9]))),
-                    max_size=12)
-
-
-@fuzz
-@given(truth=st.lists(st.tuples(st.integers(0, 3), BOX, st.booleans()), max_size=10),
-       detections=DETECTED, copies=st.integers(0, 10))
-def test_metrics(truth, detections, copies):
-    """Any finite boxes; some detections lie exactly on faces."""
-    detections = detections + [(image, box, 0.5) for image, box, _ in truth[:copies]]
-    def column(rows, n, shape):
-        return np.array([row[n] for row in rows], float).reshape(len(rows), *shape)
-    gt = column(truth, 0, ()), column(truth, 1, (4,)), column(truth, 2, ())
-    dt = column(detections, 0, ()), column(detections, 1, (4,)), column(detections, 2, ())
-    with np.errstate(divide="raise", invalid="raise"):
-        numbers, _ = metrics.coco_ap(*gt, gt[1][:, 2] * gt[1][:, 3], *dt)
-        by_size = metrics.size_ap(*gt, *dt)
-        found = metrics.outcomes(*gt, *dt, photos=4)
-        points = metrics.operating_points(found)
-        levels = metrics.wider_ap(*gt[:2], {"easy": gt[2]}, *dt)
-    assert all(-1 <= value <= 1 for value in (*numbers.values(), *by_size.values(), levels["easy"].ap))
-    assert all(0 <= point[name] <= 1 for point in points for name in ("precision", "recall", "f1"))
-    assert len(found.asked) == len(truth) and len(found.face) == len(found.false) == len(detections)
-
-
-@fuzz
-@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 999))
-def test_batches_of_any_company(counts, seed):
-    """A photo has the same targets in any batch as it has alone."""
-    rng = np.random.default_rng(seed)
-    items = []
-    for n, count in enumerate(counts):
-        ignored = rng.random(count) < 0.3
-        faces = np.sort(rng.uniform(0, 48, (count, 2, 2)), 1).reshape(-1, 4).astype(np.float32)
-        items.append(Item(n, torch.zeros(3, 48, 64, dtype=torch.uint8), faces, ignored,
-                          ignored & (rng.random(count) < 0.5), (64, 48)))
-    together = collate(items)
-    labels, targets = match(ANCHORS, together.faces, together.ignored, together.image, len(items),
-                            together.crowd)
-    for item, own_labels, own_targets in zip(items, labels, targets):
-        alone = collate([item])
-        expected = match(ANCHORS, alone.faces, alone.ignored, alone.image, 1, alone.crowd)
-        assert torch.equal(own_labels, expected[0][0]) and torch.equal(own_targets, expected[1][0])

@@ -13,7 +13,6 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from PIL import Image
 
 import detect
 import evaluate
@@ -22,24 +21,19 @@ from detector import MODEL, load_detector
 from detector import detect as detect_faces
 from model import checkpoint
 from support.runtimes import open_network, openvino_core
-from tools import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small):
-    """A folder with small.pth, its generic export in plain/, and its embedded IR in embedded/."""
+    """A folder with small.pth and its generic export in plain/."""
     torch.manual_seed(0)
     network = copy.deepcopy(small).train()  # batch-norm statistics of noise, for varied outputs
     network(torch.rand(16, 3, 48, 64))
     folder = tmp_path_factory.mktemp("exported")
     torch.save(checkpoint(network), folder / "small.pth")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, flags in (("plain", ["--ir"]), ("embedded", ["--embed"])):
-            export.main(["--model", str(folder / "small.pth"), "--out", str(folder / name), *flags])
-            # Building the graph takes seconds, so use the one that is there.
-            patch.setattr(export, "build", lambda *_: onnx.load(folder / "plain/model.onnx"))
+    export.main(["--model", str(folder / "small.pth"), "--out", str(folder / "plain"), "--ir"])
     return folder
 
 
@@ -108,8 +102,7 @@ def test_refusals(folder, tmp_path):
     refused(tmp_path / "model.xml", "model.bin are not beside it")
     (tmp_path / "model.bin").write_bytes((plain / "model.bin").read_bytes()[:100])
     refused(tmp_path / "model.xml", "OpenVINO cannot read it")
-    refused(plain / "model.onnx", "takes 64x48; an exported model's size is fixed", size=(96, 96))
-    refused(folder / "embedded/model.xml", "takes pictures of any size", size=(96, 96))
+    refused(plain / "model.onnx", "takes 64x48; its size is fixed", size=(96, 96))
 
 
 @pytest.mark.slow
@@ -121,28 +114,6 @@ def test_evaluate_prints_the_same_table(folder, sample, capsys, tmp_path):
     expected = ap(folder / "small.pth")
     assert ap(folder / "plain/model.onnx") == pytest.approx(expected, abs=5e-4)
     assert ap(folder / "plain/model.xml") == pytest.approx(expected, abs=5e-4)
-    assert ap(folder / "embedded/model.xml") == pytest.approx(expected, abs=0.02)
-
-
-@pytest.mark.slow
-def test_detect_draws_with_an_embedded_model(folder, sample, tmp_path):
-    picture = next(sample.rglob("*.jpg"))
-    detect.main([str(picture), "--model", str(folder / "embedded/model.xml"),
-                 "--out", str(tmp_path), "--score", "0"])
-    (entry,) = json.loads((tmp_path / "detections.json").read_text())
-    width, height = Image.open(picture).size
-    boxes = np.array([face["box"] for face in entry["faces"]])
-    assert len(boxes) and boxes[:, 2].max() > 0.8 * width and (boxes <= (width, height, width, height)).all()
-
-
-@pytest.mark.slow
-def test_batches_of_a_generic_model_go_one_by_one(folder):
-    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8))
-    detector = load_detector(folder / "plain/model.xml", threads=1)
-    single = [detector(picture[None])[0] for picture in pictures]
-    for both, alone in zip(detector(pictures), single, strict=True):
-        np.testing.assert_array_equal(both, alone)
-        assert both.dtype == np.float32 and (np.diff(both[:, 4]) <= 0).all()
 
 
 @pytest.mark.slow
@@ -199,29 +170,3 @@ def test_without_torch(tmp_path):
     for words in (["--model", MODEL], ["--tiles", "300"], ["--size", "640"]):
         done = run("photo.jpg", *words)
         assert done.returncode == 2 and "needs PyTorch" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_benchmark_lists_every_model(folder, capsys):
-    models = [str(folder / name)
-              for name in ("small.pth", "plain/model.onnx", "plain/model.xml", "embedded/model.xml")]
-    benchmark.main(["latency", *models, "--rounds", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    assert ("1 thread, f32, 1 interleaved rounds" in lines[0]
-            and [line.split()[0] for line in lines[2:]] == models)
-    assert " 1.000 " in lines[2]
-    benchmark.main(["pictures", *models[2:], "--rounds", "1"])
-    assert "resized inside" in capsys.readouterr().out.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_the_released_ir(shared, tmp_path):
-    """The released IR takes BGR in 0-255 and finds the faces; with a wrong convention it finds fewer."""
-    released = shared / "peers/face-detection-retail-0005.xml"
-    data = shared / "data/webcam_val.json"
-    recall = {}
-    for white in ("255", "1"):
-        evaluate.main(["--data", str(data), "--model", str(released), "--colour", "bgr", "--range", white,
-                       "--workers", "0", "--json", str(tmp_path / "scores.json")])
-        recall[white] = json.loads((tmp_path / "scores.json").read_text())["coco"]["AP50"]
-    assert recall["255"] > 0.5 > recall["1"]

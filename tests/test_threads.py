@@ -1,10 +1,13 @@
 """support.threads: what affinity, control groups and torchrun leave to a process."""
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 
-from support.threads import cpu_quota, settle, usable_cores
+import detect
+from support.threads import chosen_threads, cpu_quota, settle, usable_cores
 
 
 @pytest.mark.parametrize("files, own, quota", [
@@ -39,3 +42,23 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     settle()
     assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_the_flag_reaches_pytorch_and_exported_networks(tmp_path, refused):
+    """Also where torch is imported after the flag is read, as evaluate.py does."""
+    code = ("import evaluate; evaluate.parse_args(['--threads', '1', '--data', 'x.json'])\n"
+            "from support.runtimes import open_network; import detector, torch\n"
+            "path = detector.WEIGHTS / 'face_ssd300.onnx'\n"
+            "options = open_network(path).session.get_session_options()\n"
+            "print(torch.get_num_threads(), options.intra_op_num_threads)\n"
+            "from support.threads import use_threads; use_threads('2'); print(torch.get_num_threads())")
+    own = os.environ | {"OMP_NUM_THREADS": "2"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=own, text=True) == "1 1\n2\n"
+    assert "at least 1 thread" in refused(detect.main, "x.jpg", "--threads", "0")
+
+
+@pytest.mark.parametrize("words, threads", [("3", 3), ("2,1", 2), ("", 5), ("many", 5)])
+def test_without_the_flag_omp_num_threads_counts(monkeypatch, words, threads):
+    monkeypatch.setattr("support.threads.usable_cores", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", words)
+    assert chosen_threads() == threads

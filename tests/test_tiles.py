@@ -15,8 +15,8 @@ from support.coco import read_annotations
 class Finder:
     """A detector that finds one white rectangle, also a part of it, if it is `least` pixels wide or more."""
 
-    def __init__(self, least, size=(100, 100)):
-        self.least, self.size, self.batches = least, size, []
+    def __init__(self, least):
+        self.least, self.size, self.batches = least, (100, 100), []
 
     def __call__(self, images):
         self.batches.append(len(images))
@@ -82,30 +82,16 @@ def test_a_face_that_no_view_sees_whole_still_counts_once():
         assert len(faces) == 1 and iou(faces[0], (x, 60, x + 40, 100)) > 0.4, x
 
 
-def test_two_faces_side_by_side_stay_two():
-    faces = np.array([[0, 0, 20, 20, 0.9], [18, 0, 38, 20, 0.8], [16, 0, 20, 20, 0.7]])
-    merged = merge(faces, np.array([False, False, True]))
-    np.testing.assert_array_equal(merged, faces[:2])
-    assert len(merge(faces[:2], np.array([True, True]))) == 2
-
-
-def test_the_whole_face_has_the_better_score_of_both():
-    faces = np.array([[0, 0, 40, 40, 0.1], [0, 0, 25, 40, 0.8]])  # half of it is surer than the coarse whole
-    np.testing.assert_array_equal(merge(faces, np.array([False, True])), [[0, 0, 40, 40, 0.8]])
-
-
-def test_a_small_face_inside_a_cut_one_does_not_replace_it():
-    faces = np.array([[5, 5, 10, 10, 0.1], [0, 0, 40, 40, 0.8]])
-    assert merge(faces, np.array([False, True]))[:, 4].tolist() == [0.8, 0.1]
-
-
-def test_tiles_go_through_the_network_together_and_one_by_one_where_it_takes_whole_pictures():
-    together, alone = Finder(3), Finder(3, size=None)
-    image = picture((120, 60, 150, 90))
-    results = [detect(TiledDetector(finder, 100), image) for finder in (together, alone)]
-    assert together.batches == [16] and alone.batches == [1] * 16  # 5 x 3 tiles and the whole
-    np.testing.assert_allclose(*results)
-    assert len(results[0]) == 1
+@pytest.mark.parametrize("faces, part, merged", [
+    ([[0, 0, 20, 20, 0.9], [18, 0, 38, 20, 0.8], [16, 0, 20, 20, 0.7]], [0, 0, 1],  # two side by side stay
+     [[0, 0, 20, 20, 0.9], [18, 0, 38, 20, 0.8]]),
+    ([[0, 0, 20, 20, 0.9], [18, 0, 38, 20, 0.8]], [1, 1], [[0, 0, 20, 20, 0.9], [18, 0, 38, 20, 0.8]]),
+    ([[0, 0, 40, 40, 0.1], [0, 0, 25, 40, 0.8]], [0, 1], [[0, 0, 40, 40, 0.8]]),  # the better of both scores
+    ([[5, 5, 10, 10, 0.1], [0, 0, 40, 40, 0.8]], [0, 1],  # a small face inside a cut one does not replace it
+     [[0, 0, 40, 40, 0.8], [5, 5, 10, 10, 0.1]]),
+    ([[0, 0, 10, 10, 0.9], [0, 0, 30, 30, 0.8]], [1, 1], [[0, 0, 10, 10, 0.9]])])  # of two parts the better
+def test_each_face_counts_once(faces, part, merged):
+    np.testing.assert_array_equal(merge(np.float64(faces), np.bool_(part)), merged)
 
 
 def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, capsys):
@@ -122,8 +108,3 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
         np.testing.assert_array_equal(own[:, 4], found.score[found.image == index])
     for bad in (["8"], ["160", "160"], ["160", "-1"], ["160", "40", "3"]):
         assert "--tiles" in refused(evaluate.main, *words, "--tiles", *bad)
-
-
-def test_of_two_parts_of_a_face_the_better_stays_also_if_it_is_the_smaller():
-    faces = np.array([[0, 0, 10, 10, 0.9], [0, 0, 30, 30, 0.8]])
-    np.testing.assert_array_equal(merge(faces, np.array([True, True])), faces[:1])

@@ -95,10 +95,8 @@ def latency(args):
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
             call = open_network(path, args.threads)
-            # A model that takes any size, [1, h, w, 3], gets a 640x360 frame.
-            shape = [1, *(side or frame for side, frame in zip(call.shape[1:], (360, 640, 3)))]
-            noise = rng.integers(0, 256, shape, np.uint8)
-            noise = noise if call.uint8 else np.divide(noise, 255, dtype=np.float32)
+            shape = [side or 1 for side in call.shape]
+            noise = rng.random(shape, np.float32)
             note = f"{call.runtime}, {call.metadata.get('precision', 'as released')}"
         else:
             call = load_detector(path, device="cpu")

@@ -1,8 +1,7 @@
 """Write the detector's own labels of photos as COCO: first labels to correct, or photos that fool it.
 
-    python -m tools.prelabel folder pre.json                            # first labels, to correct or train on
-    python -m tools.prelabel no-faces negatives.json --fooled 0.3       # of photos without faces, those that
-                                                                        # have one of score 0.3: to train on
+    python -m tools.prelabel folder pre.json                       # first labels, to correct or train on
+    python -m tools.prelabel no-faces negatives.json --fooled 0.3  # of photos without faces: those with one
 """
 
 import os
@@ -20,10 +19,9 @@ SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
 
 
 def to_coco(photos, out, labelled):
-    """COCO content of photos, with their faces if `labelled`; names are relative to the file `out`.
+    """COCO content of photos (path, (width, height), faces `[K, 5]`), named relative to the file `out`.
 
-    `photos` are (path, (width, height), faces `[K, 5]`). A face has its score. What may be a face (below
-    SURE) is marked iscrowd: neither face nor background.
+    Where `labelled`, a face below SURE is iscrowd: neither face nor background.
     """
     folder = os.path.realpath(Path(out).parent)
     images, annotations = [], []
@@ -45,8 +43,7 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="pictures, folders, patterns")
-    add("json", help="COCO file to write: a face from score "
-        f"{SURE} on, iscrowd (neither face nor background) from {DOUBTFUL} on")
+    add("json", help=f"COCO file to write: a face from score {SURE} on, iscrowd from {DOUBTFUL} on")
     add("--fooled", type=parse_score, metavar="SCORE",
         help="of photos without faces: write only those with a face of that score, unlabelled")
     add_model_flags(parser)
@@ -54,31 +51,28 @@ def main(argv=None):
     if Path(args.json).suffix != ".json":
         parser.error(f"{args.json}: the name of a .json is expected")
     files, left_out = find_inputs(args.inputs, args.json)
-    detector = chosen_detector(args)
     score = DOUBTFUL if args.fooled is None else args.fooled
-    photos, failed = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        found = tqdm(search(detector, files, score), total=len(files), unit="picture", disable=None)
-        for path, (image, faces) in zip(files, found):
-            if faces is None:
-                failed.append(image)
-            else:
-                photos.append((path, image.size, faces))
-    pictures = count(len(photos), "picture")
+        found = search(chosen_detector(args), files, score,
+                       lambda path, image, faces: (path, getattr(image, "size", image), faces))
+        found = list(tqdm(found, total=len(files), unit="picture", disable=None))
+    failed = [error for _, error, faces in found if faces is None]
+    photos = [photo for photo in found if photo[2] is not None]
+    text = count(len(photos), "picture")
     if args.fooled is None:
         content = to_coco(photos, args.json, labelled=True)
         doubtful = sum(face["iscrowd"] for face in content["annotations"])
         sure = len(content["annotations"]) - doubtful
-        said = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {pictures}"
+        text = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {text}"
     else:
         fooled = [photo for photo in photos if len(photo[2])]
         content = to_coco(fooled, args.json, labelled=False)
-        said = f"{len(fooled)} of {pictures} have a face of score {score:g} or more"
+        text = f"{len(fooled)} of {text} have a face of score {score:g} or more"
     if photos:
         write_json(args.json, content)
-        said += f"; see {args.json}"
-    print(f"{said}{left_out}")
+        text += f"; see {args.json}"
+    print(f"{text}{left_out}")
     refuse_failed(failed, len(files))
 
 
