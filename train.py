@@ -68,8 +68,7 @@ def train_one_epoch(trainer, stop):
             trainer.save()
         if stopping:
             raise SystemExit(stop.code)
-    progress.close()
-    trainer.finish_epoch(progress.photos, progress.seconds)
+    trainer.finish_epoch(*progress.close())
 
 
 class Trainer:
