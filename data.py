@@ -30,11 +30,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def channels_last(image: Image.Image) -> torch.Tensor:
-    """As `to_tensor`, but in memory as the picture has it, `[H, W, 3]`: training wants it so."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """A uint8 tensor `[3, H, W]` as a picture (PIL, RGB): the inverse of `to_tensor`."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -212,9 +207,10 @@ class FaceDataset(Dataset):
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
         ignored = ignored | small | outside
-        pixels = to_tensor(picture) if seed is None else channels_last(picture)
-        return Item(index, pixels, faces.astype(np.float32), ignored, crowd, size,
-                    int(self.labels[index]))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if seed is None:  # training wants it as it lies in memory, channels last
+            pixels = pixels.contiguous()
+        return Item(index, pixels, faces.astype(np.float32), ignored, crowd, size, int(self.labels[index]))
 
     def augment(self, image, size, faces, ignored, crowd, seed):
         """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored, crowd)."""

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,8 +14,7 @@ from support.script import InputError, git_commit, one_line, whole_file
 REDRAWN = 10   # seconds between drawings of the curves, which take a good part of one
 READ = 1       # seconds between readings of the loss: a GPU has to be waited for each time
 PRINTED = 60   # seconds between the lines of an epoch where there is no terminal
-CURVES = {"loss": "loss", "class_loss": "loss", "box_loss": "loss", "AP": "AP on --val", "AP50": "AP on --val",
-          "lr": "learning rate"}  # what is drawn of a record, and in which panel
+PANELS = {"loss": ("loss", "class_loss", "box_loss"), "AP on --val": ("AP", "AP50"), "learning rate": ("lr",)}
 
 
 def describe_run(trainer, dataset, content):
@@ -78,11 +78,12 @@ class Progress:
 class Monitor:
     """Records a run in its folder: one JSON line with the flags, then one per epoch."""
 
-    def __init__(self, args, model, epoch, batches):
-        """A run resumed after `epoch` epochs, of so many `batches`, loses the lines of later ones."""
+    def __init__(self, args, model, epoch, photos):
+        """A run resumed after `epoch` epochs, of so many `photos`, loses the lines of later ones."""
         self.out = Path(args.out)
-        self.epochs, self.batches = args.epochs, batches
-        self.started = self.drawn = time.perf_counter()
+        self.epochs = args.epochs
+        self.photos = photos
+        self.drawn = time.perf_counter()
         self.troubles = set()
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
@@ -105,17 +106,13 @@ class Monitor:
             text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines)
             temporary.write_text(text, encoding="utf-8")
 
-    def epoch(self, record, steps, finished):
+    def epoch(self, record, finished):
         """Record an epoch: log line, a printed line, curves, TensorBoard.
 
-        `steps` are all iterations since this process began, for the time that is left. What draws never ends
-        a training: its trouble is printed once, and the run goes on.
+        What draws never ends a training: its trouble is printed once, and the run goes on.
         """
         self.write(record)
-        seconds = record["seconds"] / self.batches
-        if steps:
-            seconds = (time.perf_counter() - self.started) / steps
-        left = seconds * (self.epochs - record["epoch"]) * self.batches
+        left = (self.epochs - record["epoch"]) * self.photos / record["photos_per_second"]
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
@@ -133,7 +130,7 @@ class Monitor:
             draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
             self.drawn = time.perf_counter()
         if self.writer:
-            for key in CURVES.keys() & record.keys():
+            for key in record.keys() & set(chain(*PANELS.values())):
                 self.writer.add_scalar(key, record[key], record["epoch"])
             self.writer.flush()
 
@@ -179,10 +176,7 @@ def read_log(path):
 def draw_curves(records, path):
     """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
-    panels = {}
-    for key, title in CURVES.items():
-        if any(key in record for record in records):
-            panels.setdefault(title, []).append(key)
+    panels = {title: keys for title, keys in PANELS.items() if any(keys[0] in record for record in records)}
     figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:

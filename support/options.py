@@ -6,6 +6,7 @@ from argparse import ArgumentTypeError, BooleanOptionalAction
 from support.script import ROOT, FlagFileParser, parse_sides, parse_size
 from support.threads import usable_cores
 
+
 def number(kind, fits, words):
     """An argparse type: a number of `kind` (int or float) that `fits`; `words` say which those are."""
     def parse(text):
@@ -102,7 +103,7 @@ def make_parser(description=None):
         help="of the training step (default: OMP_NUM_THREADS, or else the cores of each process)")
     add("--cache", metavar="FOLDER",
         help="keep the photos there, reduced and decoded: faster from the second epoch on (0.6 MB a photo)")
-    add("--save-every", type=at_least(1), default=500, help="iterations between saves in an epoch (default 500)")
+    add("--save-every", type=at_least(1), default=500, help="iterations between saves (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
         help="torch.compile the network (default: on a CPU, in one process, if an epoch is long enough)")

@@ -74,7 +74,6 @@ def test_patience_needs_photos_to_validate_on(sample, tmp_path, refused):
                    "none", "--patience", 3)
     assert "--patience waits for a better AP50: name a set to validate on with --val" in line
     assert not (tmp_path / "r").exists()
-    assert "--patience must be at least 1" in refused(train.main, "--patience", 0)
 
 
 @pytest.mark.parametrize("resume, added", [(None, " --resume"), ("", ""), ("old/last.pth", " --resume")])

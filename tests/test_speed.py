@@ -18,8 +18,8 @@ LONG, SHORT = 6000, 4000  # photos of 300x300 in an epoch
 
 def settled(monkeypatch, flags=(), content=None, device="cpu", processes=1, photos=LONG, side=300, fast=True):
     """(precision, compile) of a run."""
-    monkeypatch.setattr(train, "computes_bf16", lambda: fast)
-    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     args = train.parse_args(list(flags))
     before = content and content["flags"]
     return (train.choose_precision(args, before, device),
@@ -70,7 +70,6 @@ class Network(torch.nn.Module):
 @pytest.mark.slow
 def test_only_whole_batches_of_the_training_are_compiled(sample, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(Network(model)) or compiled[-1])
     train.main([*SMALL, "--data", str(sample / "train.json"), "--val", str(sample / "val.json"), "--out",
                 str(tmp_path / "r"), "--epochs", "2", "--compile"])  # 12 photos: batches of 5, 5, 2
@@ -114,7 +113,6 @@ def test_a_signal_while_the_first_batch_is_loaded_waits_for_no_compiler(sample, 
         os.kill(os.getpid(), signal.SIGTERM)
         return load(dataset, key)
 
-    monkeypatch.setattr(train, "cannot_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(train.FaceDataset, "__getitem__", told)
     monkeypatch.setattr(train.Trainer, "update", lambda *_: updates.append(1))

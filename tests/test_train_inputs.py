@@ -193,8 +193,7 @@ def test_other_anchors_of_the_same_number_are_said(sample, tmp_path, capsys):
 
 @pytest.mark.parametrize("weights", [("1", "nan"), ("nan", "1"), ("inf", "0"), ("-1", "0")])
 def test_weights_of_distillation_are_numbers(refused, weights):
-    assert "--distill takes weights of 0 or more" in refused(train.main, "--load-from", "x.pth",
-                                                             "--distill", *weights)
+    assert "is not 0 or more" in refused(train.main, "--load-from", "x.pth", "--distill", *weights)
 
 
 # The step and the schedule
@@ -219,15 +218,13 @@ def test_without_clip_one_infinite_gradient_touches_no_other(sample):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--warmup", 1200], "has 9 iterations, all within the warm-up of 1,200: --warmup 0 fits"),
-    (["--milestones", 3, 9], "the learning rate never falls: its milestones [3, 9] lie beyond the 3 epochs; "
-                             "--milestones 2 fits"),
-    (["--milestones"], None), (["--warmup", 8, "--milestones", 2, 9], None)])
+    (["--milestones", 3, 9], "the learning rate never falls: its --milestones [3, 9] lie beyond the 3 epochs"),
+    (["--milestones"], None), (["--milestones", 2, 9], None)])
 def test_a_schedule_beyond_the_run_is_said(sample, tmp_path, capsys, flags, line):
     run(tmp_path / "r", "--data", sample / "train.json", "--val", "none", "--epochs", 3, "--milestones", 2,
         *flags)
     out = capsys.readouterr().out
-    assert line in out if line else " fits" not in out
+    assert line in out if line else "never falls" not in out
 
 
 @pytest.mark.parametrize("photos", [10, 80, 609, 20_000])
