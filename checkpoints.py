@@ -1,7 +1,6 @@
 """A run's checkpoints: where its model starts, what is saved, on which terms it resumes."""
 
 import io
-import math
 import os
 import shlex
 import sys
@@ -18,7 +17,7 @@ from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_weigh
 
 # What a run's checkpoint holds beside the model, and of which type.
 KINDS = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
-         "sums": torch.Tensor, "flags": dict}
+         "sums": torch.Tensor, "record": dict | None, "flags": dict}
 
 
 def find_checkpoint(args):
@@ -63,22 +62,9 @@ def check_run(content, path):
     """Refuse a checkpoint that is none of a run."""
     if not KINDS.keys() <= content.keys():
         raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
-    wrong = [key for key, kind in KINDS.items() if type(content[key]) is not kind]
-    if not wrong:
-        sums, record = content["sums"], content.get("record")
-        sound = {"sums": sums.shape == (4,) and sums.is_floating_point() and sums.isfinite().all(),
-                 "best": math.isfinite(content["best"]), "record": record is None or fits_log(record),
-                 **{key: content[key] >= 0 for key in ("epoch", "step", "done", "waited")}}
-        wrong = [key for key, value in sound.items() if not value]
+    wrong = [key for key, kind in KINDS.items() if not isinstance(content[key], kind)]
     if wrong:
         raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
-
-
-def fits_log(record):
-    """Whether `record` has the numbers that a line of the log needs."""
-    needed = {"epoch", "step", "lr", "loss", "class_loss", "box_loss", "seconds", "photos_per_second"}
-    return (isinstance(record, dict) and needed <= record.keys()
-            and all(isinstance(record[key], int | float) and math.isfinite(record[key]) for key in needed))
 
 
 def wanted_config(args, config):
@@ -111,9 +97,6 @@ def start_from(path, args):
     if config.width != own.width:
         raise InputError(f"{path}: is of width {own.width:g}; python -m tools.width {path} {config.width:g} "
                          "NEW.pth makes one of that width to start from")
-    if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
-        print_once(f"{path}: was trained with other anchors; its box head starts from what it learned for "
-                   "those")
     model = SSD(config)
     unfit = load_weights(model, path)
     if unfit:

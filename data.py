@@ -90,9 +90,8 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     """Distort brightness, contrast, saturation and hue of a PIL image, each with probability 0.5.
 
     brightness +-32 of 255, contrast and saturation x 0.5-1.5, hue +-18 degrees (Howard 2013, with SSD's
-    ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four together are
-    one affine map of RGB: one pass over the pixels, one rounding. The map works pixel by pixel, so it may
-    follow the crop and cost less.
+    ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four are one affine
+    map of RGB: one pass over the pixels, one rounding, after the crop.
     """
     coins = rng.random(4) < 0.5
     if not coins.any():
@@ -151,11 +150,10 @@ class Item:
 class FaceDataset(Dataset):
     """The photos of some Annotations at network size. It holds only arrays, which forked workers share.
 
-    Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
-    integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
-    of the photo, or below `min_size` pixels of the network input, are ignored. The share `own_shape` of the
-    views keeps the photo's shape. Augmented photos come from the `cache`, if there is one. Without `width`
-    and `height` the photos keep their sizes.
+    Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of integers,
+    fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of the network
+    input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented photos come from
+    the `cache`, if there is one. Without `width` and `height` the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
@@ -199,10 +197,9 @@ class FaceDataset(Dataset):
             else:
                 picture, faces, ignored, crowd = self.augment(image, size, faces, ignored, crowd, seed)
         except InputError as error:  # what to do about it is for the caller to say
-            picture = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
+            black = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
             none = np.zeros(0, bool)
-            return Item(index, picture, np.zeros((0, 4), np.float32), none, none, (1, 1), UNLABELLED,
-                        str(error))
+            return Item(index, black, np.zeros((0, 4), np.float32), none, none, (1, 1), UNLABELLED, str(error))
         small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
@@ -300,15 +297,13 @@ class TrainBatches:
     """The batches of an epoch for one process. They depend on seed, epoch and place alone: any can be redone.
 
     An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world`
-    processes. Process `rank` takes every world-th photo. So the processes' k-th batches together are one
-    process's k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is
-    done of it.
+    processes. Process `rank` takes every world-th photo, so the processes' k-th batches are one process's k-th
+    batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is done of it.
     """
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
         self.n, self.batch, self.repeat, self.seed = n, batch, repeat, seed
-        self.rank, self.world = rank, world
-        self.augment = augment
+        self.rank, self.world, self.augment = rank, world, augment
         self.epoch = self.start = 0
         own = math.ceil(n * repeat / world)
         self.total = math.ceil(own / batch)
@@ -320,8 +315,7 @@ class TrainBatches:
     def skip(self, done: int) -> int:
         """Begin the epoch after `done` photos, at the last whole batch there: returns the photos that skips.
 
-        `done` may have been counted in batches of another size or by other processes. Photos may come
-        again then, but none is left out.
+        If `done` was counted in batches of another size, photos may come again, but none is left out.
         """
         whole = self.batch * self.world
         self.start = self.total if done >= self.n * self.repeat else done // whole
@@ -337,14 +331,13 @@ class TrainBatches:
 
 
 def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
-    """The batches of process `rank`. Together the processes' batches show each of n photos once, as it is.
+    """The batches of process `rank`: all processes' show each of n photos once, as it is.
 
-    They are cut before they are dealt out. So a photo's company, and with it its detections, are the same
-    for any `world`.
+    They are cut before they are dealt out, so a photo's company, and with it its detections, are the same for
+    any `world`.
     """
-    batches = [
-        [(index, None) for index in range(first, min(first + batch, n))] for first in range(0, n, batch)]
-    return batches[rank::world]
+    return [[(index, None) for index in range(first, min(first + batch, n))]
+            for first in range(rank * batch, n, world * batch)]
 
 
 def make_loader(dataset: FaceDataset, batches, workers: int, device: str = "cpu") -> DataLoader:
@@ -358,7 +351,6 @@ def _outlive_signals(_):
     """Leave signals to the main process, which saves first. Workers end when it asks them to, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # If it goes while the thread of multiprocessing hands it a batch, that thread would print a traceback.
-    # What goes wrong in loading comes to the main process by another way.
+    # If it goes while multiprocessing's thread hands it a batch, that thread would print a traceback.
     report = sys.excepthook
     sys.excepthook = lambda kind, *more: issubclass(kind, (EOFError, ConnectionError)) or report(kind, *more)

@@ -207,18 +207,17 @@ class Trainer:
             module.train(not (self.args.freeze_bn and isinstance(module, _BatchNorm)))
 
     def count(self, batch, losses):
-        """Count a step, and remember photos that could not be read."""
+        """Count a step, and the photos that could not be used."""
         self.sums += torch.cat([losses, losses.new_ones(1)])
         self.step += 1
         self.done += self.args.batch_size * self.processes
-        self.check_readable(batch.errors)
+        self.unreadable |= batch.errors
+        self.check_readable(self.unreadable)
 
     def finish_epoch(self, photos, seconds):
         """Make the record of a trained epoch. All processes must come here."""
-        self.check_readable(gather(self.unreadable))
-        if len(self.unreadable) == self.batches.n:
-            raise InputError(f"{self.args.data[0]}: not one photo could be read, so nothing was learned: "
-                             + "; ".join(list(self.unreadable.values())[:5]))
+        self.unreadable = gather(self.unreadable)
+        self.check_readable(self.unreadable, reported=self.rank > 0)
         sums = mean(self.sums)
         check_finite(sums)
         total, class_loss, box_loss, count = sums.tolist()
@@ -238,14 +237,10 @@ class Trainer:
         detector = TorchDetector(model, device=self.device)
         detections, errors = detect_all(detector, annotations, None, self.args.workers, self.rank,
                                         self.processes, stop.check)
+        self.check_readable(errors, reported=self.rank > 0)
         if errors:
-            lines = "; ".join(list(errors.values())[:5])
-            if len(errors) > self.args.max_unreadable:
-                raise InputError(f"{self.args.val}: {len(errors)} photos could not be used "
-                                 f"(--max-unreadable {self.args.max_unreadable}): {lines}",
-                                 reported=self.rank > 0)
             print_once(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
-                       f"used: {lines}")
+                       f"used, such as {next(iter(errors.values()))}")
             annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
@@ -255,13 +250,11 @@ class Trainer:
         self.best = max(self.best, ap50)
         self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
-    def check_readable(self, errors):
-        """Remember unreadable photos {index: line}, and stop once there are too many."""
-        self.unreadable |= errors
-        if len(self.unreadable) > self.args.max_unreadable:
-            lines = "; ".join(list(self.unreadable.values())[:5])
-            raise InputError(f"{len(self.unreadable)} photos could not be used "
-                             f"(--max-unreadable {self.args.max_unreadable}): {lines}")
+    def check_readable(self, errors, reported=False):
+        """Stop if too many photos, or all, could not be used: `errors` are {index: line}."""
+        if len(errors) > min(self.args.max_unreadable, self.batches.n - 1):
+            raise InputError(f"{len(errors)} photos could not be used (--max-unreadable "
+                             f"{self.args.max_unreadable}): {'; '.join(list(errors.values())[:5])}", reported)
 
 
 def check_finite(losses):
@@ -341,17 +334,7 @@ def read_inputs(args, content):
     faces = join(parts)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
-    named = args.val
-    args.val = find_val(args)
-    val = None
-    if args.val:
-        try:
-            val = read_val(args.val)
-        except InputError as error:
-            if named:
-                raise
-            args.val = None  # it was found, not named: it need not be meant for this
-            print_once(f"{error}; training goes on without validation")
+    val = read_val(args.val) if args.val else None
     if args.patience and not val:
         raise InputError("--patience waits for a better AP50: name a set to validate on with --val")
     torch.manual_seed(args.seed)
@@ -368,6 +351,7 @@ def prepare(args):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
+    args.val = find_val(args)
     faces, val, model = all_or_none(lambda: read_inputs(args, content))
     # Kept in checkpoints as it is.
     run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),

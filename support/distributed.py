@@ -18,10 +18,7 @@ JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other 
 
 
 def choose_device(name: str | None = None) -> str:
-    """Check that the device `name` is there. Without a name, take cuda, mps or cpu, the first there is.
-
-    Raises InputError if it is not there.
-    """
+    """The device `name`, or else cuda, mps or cpu, the first there is. Raises InputError if it is not there."""
     if not name:
         gpu = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else gpu
@@ -96,7 +93,8 @@ def all_or_none(make):
         result = make()
     except (InputError, OSError) as caught:
         error = InputError(one_line(caught))
-    rank, machine = (dist.get_rank() if dist.is_initialized() else 0), os.environ.get("GROUP_RANK", "0")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    machine = os.environ.get("GROUP_RANK", "0")
     failed = gather({rank: (str(error), machine)} if error else {})
     if error:
         error.reported = (str(error), machine) in [own for other, own in failed.items() if other < rank]

@@ -1,9 +1,9 @@
-"""Record a training run: what it prints, log.jsonl, the curves drawn from it, TensorBoard if asked for."""
+"""Record a training run: what it prints, log.jsonl, the curves drawn from it."""
 
 import json
+import math
 import re
 import time
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from support.script import InputError, git_commit, one_line, whole_file
 REDRAWN = 10   # seconds between drawings of the curves, which take a good part of one
 READ = 1       # seconds between readings of the loss: a GPU has to be waited for each time
 PRINTED = 60   # seconds between the lines of an epoch where there is no terminal
-PANELS = {"loss": ("loss", "class_loss", "box_loss"), "AP on --val": ("AP", "AP50"), "learning rate": ("lr",)}
 
 
 def describe_run(trainer, dataset, content):
@@ -91,13 +90,6 @@ class Monitor:
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
         self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()),
                     "torch": torch.__version__, "commit": git_commit()})
-        self.writer = None
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tensorboard needs it installed: pip install tensorboard") from None
-            self.writer = SummaryWriter(self.out, purge_step=epoch + 1)
 
     def write(self, line):
         """Add a line. The file is rewritten as a whole, so that a kill never leaves half a line."""
@@ -107,38 +99,25 @@ class Monitor:
             temporary.write_text(text, encoding="utf-8")
 
     def epoch(self, record, finished):
-        """Record an epoch: log line, a printed line, curves, TensorBoard.
-
-        What draws never ends a training: its trouble is printed once, and the run goes on.
-        """
+        """Record an epoch: log line, printed line, curves. What draws never ends a training."""
         self.write(record)
         left = (self.epochs - record["epoch"]) * self.photos / record["photos_per_second"]
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
               f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
+        if not finished and time.perf_counter() - self.drawn < REDRAWN:
+            return
         try:
-            self.draw(record, finished)
-        except Exception as error:  # matplotlib absent, a font broken, a disk full
-            if repr(error) not in self.troubles:
-                self.troubles.add(repr(error))
-                print(f"not drawn, the training goes on: {one_line(error)}", flush=True)
-
-    def draw(self, record, finished):
-        """Draw the curves when it is time to, and tell TensorBoard."""
-        if finished or time.perf_counter() - self.drawn > REDRAWN:
             draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
             self.drawn = time.perf_counter()
-        if self.writer:
-            for key in record.keys() & set(chain(*PANELS.values())):
-                self.writer.add_scalar(key, record[key], record["epoch"])
-            self.writer.flush()
+        except Exception as error:  # matplotlib absent, a font broken, a disk full
+            self.drawn = math.inf  # once
+            print(f"curves.png is not drawn, the training goes on: {one_line(error)}", flush=True)
 
     def close(self):
         """Let another run write in the folder."""
         self.lock.close()
-        if self.writer:
-            self.writer.close()
 
 
 def claim(out):
@@ -176,7 +155,9 @@ def read_log(path):
 def draw_curves(records, path):
     """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
-    panels = {title: keys for title, keys in PANELS.items() if any(keys[0] in record for record in records)}
+    panels = {"loss": ("loss", "class_loss", "box_loss"), "learning rate": ("lr",)}
+    if any("AP" in record for record in records):
+        panels["AP on --val"] = ("AP", "AP50")
     figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:

@@ -107,7 +107,6 @@ def make_parser(description=None):
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
         help="torch.compile the network (default: on a CPU, in one process, if an epoch is long enough)")
-    add("--tensorboard", action="store_true", help="also write TensorBoard events (pip install tensorboard)")
     return parser
 
 

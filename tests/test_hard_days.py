@@ -121,7 +121,6 @@ CASES = [  # script, arguments, part of the message; all exit with 2
      "'x.what' is no name for a picture"),
     ("tools.look", "--data good.json --out x.what", "'x.what' is no name for a picture"),
     ("tools.look", "--data good.json --out good.json/x.png", "good.json: "),
-    ("tools.fit_anchors", "--data good.json -k 1 --out good.json/x.png", "good.json: "),
     ("detect", "e/a.jpg --model good.pth --out good.json", "good.json"),
     ("detect", "e/a.jpg --model good.pth --out /proc/x", "/proc/x"),
     ("export", "--model good.pth --out good.json", "good.json: File exists"),

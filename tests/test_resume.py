@@ -100,7 +100,6 @@ USED = {
     "--workers": (["1"], lambda t, v, m: t.loader.num_workers == 1),
     "--save-every": (["1"], lambda t, v, m: saves(t) == 3),
     "--compile": ([], lambda t, v, m: t.model is not t.eager),
-    "--tensorboard": ([], lambda t, v, m: m.writer is not None),
     "--distill": (["0.3", "0.4", "--load-from", "{start}"],
                   lambda t, v, m: t.teacher is not None and t.criterion.distill == [0.3, 0.4]),
     "--teacher": (["{start}", "{start}@96", "--distill", "0.3", "0.4"],

@@ -318,12 +318,3 @@ def test_two_processes_compute_the_gradients_of_one(sample, losses):
         for other in two:
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     assert all(gradient.any() for name, gradient in one.items() if name.startswith("bbox_head"))
-
-
-@pytest.mark.slow
-def test_tensorboard(sample, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 1, "--tensorboard")
-    events = EventAccumulator(str(tmp_path / "r"))
-    events.Reload()
-    assert {"loss", "lr", "AP50"} <= set(events.Tags()["scalars"])

@@ -64,7 +64,7 @@ def interleaved(jobs, rounds, seconds=0.2):
 
 
 def report(names, measured, unit):
-    """Print a row for each job, measured `[jobs, rounds]`: median, range, ratio to the first in each round."""
+    """Print a row for each job, of figures `[jobs, rounds]`: median, range, ratio to the first."""
     width = max(map(len, names))
     for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
         print(f"{name:{width}}  {np.median(values):8.2f} {unit} ({values.min():.2f} - {values.max():.2f})  "
