@@ -150,10 +150,10 @@ class Item:
 class FaceDataset(Dataset):
     """The photos of some Annotations at network size. It holds only arrays, which forked workers share.
 
-    Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of integers,
-    fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of the network
-    input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented photos come from
-    the `cache`, if there is one. Without `width` and `height` the photos keep their sizes.
+    Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of
+    integers, fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of
+    the network input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented ones
+    come from the `cache`, if there is one. Without `width` and `height` the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
@@ -199,7 +199,8 @@ class FaceDataset(Dataset):
         except InputError as error:  # what to do about it is for the caller to say
             black = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
             none = np.zeros(0, bool)
-            return Item(index, black, np.zeros((0, 4), np.float32), none, none, (1, 1), UNLABELLED, str(error))
+            faces = np.zeros((0, 4), np.float32)
+            return Item(index, black, faces, none, none, (1, 1), UNLABELLED, str(error))
         small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
@@ -297,8 +298,8 @@ class TrainBatches:
     """The batches of an epoch for one process. They depend on seed, epoch and place alone: any can be redone.
 
     An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world`
-    processes. Process `rank` takes every world-th photo, so the processes' k-th batches are one process's k-th
-    batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is done of it.
+    processes. Process `rank` takes every world-th photo, so the processes' k-th batches are one process's
+    k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is done of it.
     """
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):

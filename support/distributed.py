@@ -18,7 +18,7 @@ JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other 
 
 
 def choose_device(name: str | None = None) -> str:
-    """The device `name`, or else cuda, mps or cpu, the first there is. Raises InputError if it is not there."""
+    """The device `name`, or else the first there is of cuda, mps, cpu. Raises InputError if absent."""
     if not name:
         gpu = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else gpu

@@ -60,15 +60,6 @@ def test_patience_ends_a_run_however_often_it_is_resumed(sample, tmp_path, score
     assert run(sample, tmp_path / "r", "--epochs", 6, *flags[:2], "--resume")["waited"] == 0
 
 
-@pytest.mark.slow
-def test_another_validation_set_begins_the_patience_anew(sample, tmp_path, scored):
-    flags = ["--epochs", 9, "--patience", 1]
-    assert run(sample, tmp_path / "r", *flags, *scored(0.5, 0.4))["epoch"] == 2  # stopped early
-    scored(0.1, 0.1)
-    last = run(sample, tmp_path / "r", *flags, "--val", sample / "train.json", "--resume")
-    assert (last["epoch"], last["waited"], last["best"]) == (4, 1, 0.1)
-
-
 def test_patience_needs_photos_to_validate_on(sample, tmp_path, refused):
     line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r", "--val",
                    "none", "--patience", 3)

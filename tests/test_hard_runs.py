@@ -90,12 +90,6 @@ def test_evaluation_and_detection_with_unreadable_pictures(world, tmp_path, caps
     assert len(json.loads((tmp_path / "d/detections.json").read_text())) == len(UNUSUAL) + 2
 
 
-def test_a_picture_without_a_picture_name_is_drawn(world, tmp_path, capsys):
-    shutil.copy("e/a.jpg", tmp_path / "a.what")
-    accepted(capsys, "detect", tmp_path / "a.what", "--model", "good.pth", "--out", tmp_path / "d")
-    assert Image.open(tmp_path / "d/a.what.png").size == (30, 20)
-
-
 # Runs
 
 ONE = ["--data", "one.json", "--epochs", 1]
@@ -179,13 +173,6 @@ def test_a_killed_worker_in_training(world, tmp_path, capsys, refused, monkeypat
     assert (tmp_path / "r/last.pth").read_bytes() == before
 
 
-def test_a_killed_worker_in_evaluation(world, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(FaceDataset, "__getitem__", deadly)
-    line = refused(evaluate.main, "--data", "good.json", "--model", "good.pth",
-                   "--workers", 1, "--out", tmp_path / "r.json")
-    assert "a loading process was killed" in line and not (tmp_path / "r.json").exists()
-
-
 def test_two_runs_in_one_folder(world, tmp_path, capsys, refused):
     """A second run is refused; a killed run leaves no lock behind."""
     code = ("import sys, pathlib; from support.monitor import claim\n"
@@ -236,13 +223,3 @@ def test_a_port_in_use(world, refused, monkeypatch):
             monkeypatch.setenv(name, value)
         line = refused(train.main, *TRAIN, *ONE, "--out", "new")
     assert "the processes cannot meet" in line and port in line and not Path("new").exists()
-
-
-def test_a_million_detections_on_one_photo(world, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    some = json.dumps([{"image_id": 7, "category_id": 2, "bbox": box, "score": score}
-                       for box, score in zip(rng.uniform(0, 30, (1000, 4)).round(1).tolist(),
-                                             rng.random(1000).round(4).tolist())])[1:-1]
-    (tmp_path / "r.json").write_text(f"[{','.join([some] * 1000)}]")
-    assert "1,000,000 detections" in accepted(capsys, "evaluate", "--data", "good.json",
-                                              "--predictions", tmp_path / "r.json")
