@@ -43,9 +43,8 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
 def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
     """Choose the part of a picture to train on: xyxy in its pixels. What lies outside the picture is black.
 
-    First the picture may be placed on a canvas of 1-2 times its size. Then a part of the canvas is taken
-    that some face overlaps with a random least IoU (SSD, Liu et al. 2016, section 2.2; torchvision's
-    RandomZoomOut and RandomIoUCrop). size (width, height); faces `[N, 4]`, xyxy.
+    It may lie on a canvas of 1-2 times its size. Of that a part is taken that some face overlaps with a
+    random least IoU (SSD, Liu et al. 2016, section 2.2). size (width, height); faces `[N, 4]`, xyxy.
     """
     size = np.array(size, float)
     origin, canvas = np.zeros(2), size
@@ -72,10 +71,7 @@ def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.
 
 
 def own_shape_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
-    """Choose a view of the picture's own shape, as random_view does: some face's centre is inside.
-
-    Faces keep their shape and more of the small ones are seen, as no large face has to be met.
-    """
+    """As random_view, in the picture's own shape: faces keep theirs, and more of the small ones are seen."""
     size = np.array(size, float)
     centres = (faces[:, :2] + faces[:, 2:]) / 2
     for _ in range(CROP_TRIES):
@@ -106,10 +102,7 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
 
 
 def cut_view(pixels: np.ndarray, view: np.ndarray, target: tuple) -> tuple:
-    """What resizing needs of pixels `[h, w, 3]` to show `view` (xyxy) at the size `target`.
-
-    Returns it as a picture (PIL), and the view in its pixels.
-    """
+    """The part of pixels `[h, w, 3]` that shows `view` (xyxy) at the size `target`: (PIL, view in it)."""
     margin = np.ceil((view[2:] - view[:2]) / target) + 1  # how far the filter reaches
     height, width = pixels.shape[:2]
     left, top = np.clip(view[:2] - margin, 0, (width - 1, height - 1)).astype(int)
@@ -119,11 +112,9 @@ def cut_view(pixels: np.ndarray, view: np.ndarray, target: tuple) -> tuple:
 
 
 def resize_view(image: Image.Image, view: np.ndarray, width: int, height: int) -> tuple:
-    """Resize the part `view` (xyxy, pixels of `image`) to `width` x `height`.
-
-    Returns what lies inside the picture (PIL) and its corner (x, y) in the view.
-    """
-    (x1, y1, x2, y2), (w, h) = view, image.size
+    """Resize `view` (xyxy) of an image to `width` x `height`: (what lies inside, its corner in the view)."""
+    x1, y1, x2, y2 = view
+    w, h = image.size
     sx, sy = width / (x2 - x1), height / (y2 - y1)
     left, top = math.ceil(max(0, -x1 * sx) - 1e-6), math.ceil(max(0, -y1 * sy) - 1e-6)
     right = math.floor(min(width, (w - x1) * sx) + 1e-6)

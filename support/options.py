@@ -34,13 +34,11 @@ def make_parser(description=None):
     """The flags. What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
     parser = FlagFileParser(description)
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=["data/train.json"],
-        help="COCO json to train on, or several (default data/train.json)")
+    add("--data", nargs="+", default=["data/train.json"], help="COCO files (default data/train.json)")
     add("--unlabelled", nargs="+", metavar="PHOTOS",
-        help="COCO json of more photos, whose boxes are not used: the teacher alone says what is on them")
+        help="COCO json of more photos: the teacher alone says what is on them")
     add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
-    add("--min-face", type=int, default=17,
-        help="ignore faces with a side below this, in the photo (default 17 px)")
+    add("--min-face", type=int, default=17, help="ignore faces with a side below, in the photo (default 17)")
     add("--min-size", type=WEIGHT, default=0, metavar="PX",
         help="ignore faces with a side below this at the network's input, as augmented (default 0 px)")
     add("--complete", nargs="+", default=[], metavar="JSON",
@@ -53,25 +51,21 @@ def make_parser(description=None):
     add = parser.add_argument_group("model and starting point").add_argument
     add("--size", type=parse_size, help="network input, S or WxH (default 300, or the checkpoint's)")
     add("--width", type=float, help="channel multiplier (default 0.75, or the checkpoint's)")
-    add("--anchors", type=parse_sides, nargs="+", metavar="WxH",
-        help="anchors for 300x300 (see tools.fit_anchors)")
-    add("--pretrained", nargs="?", const="", metavar="PATH",
-        help="ImageNet backbone: torchvision's, or in PATH")
+    add("--anchors", type=parse_sides, nargs="+", metavar="WxH", help="for 300x300 (see tools.fit_anchors)")
+    add("--pretrained", nargs="?", const="", metavar="PATH", help="ImageNet backbone: torchvision's, or PATH")
     add("--load-from", nargs="?", const=str(ROOT / "weights/face_ssd300.pth"), metavar="CHECKPOINT",
-        help="start from a detector's weights (named without a value: the shipped ones)")
+        help="start from a detector's weights (without a value: the shipped ones)")
     add("--distill", type=WEIGHT, nargs=2, metavar=("SCORES", "BOXES"),
-        help="learn from a teacher too, and forget less: weights of its scores where no face is labelled, "
-             "and of its boxes (default off; begin with 0.3 0.4)")
+        help="learn from a teacher too: weights of its scores where no face is labelled, and of its boxes "
+             "(default off; begin with 0.3 0.4)")
     add("--teacher", nargs="+", metavar="CHECKPOINT[@SIZE]",
-        help="who teaches: networks with the same anchors, of any width, at SIZE or WxH if given, such as "
-             "start.pth@480; the mean of several (default --load-from)")
+        help="networks with the same anchors that teach, such as a.pth@480 (default --load-from)")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=at_least(0), default=70, help="default 70")
     add("--batch-size", type=at_least(1), default=65, help="photos per process (default 65)")
     add("--lr", type=POSITIVE, default=0.05,
-        help="learning rate (default 0.05). It and --warmup stay as they are for N processes, whose batch is "
-             "N times as large; often used then: --lr 0.05 x N, --warmup 1200 / N")
+        help="learning rate (default 0.05); often used with N processes: 0.05 x N, --warmup 1200 / N")
     add("--milestones", type=int, nargs="*", default=[40, 55, 65],
         help="epochs at which lr is divided by 10 (default 40 55 65)")
     add("--warmup", type=at_least(0),
@@ -86,10 +80,9 @@ def make_parser(description=None):
     add("--seed", type=SEED, default=0, help="default 0")
     add = parser.add_argument_group("loss").add_argument
     add("--matching", choices=("iou", "aligned"), default="iou",
-        help="which anchors learn a face: those of IoU 0.4, or the 9 that answer best for it (default iou)")
+        help="anchors that learn a face: those of IoU 0.4, or the 9 with best score and box (default iou)")
     add("--class-loss", choices=("cross-entropy", "quality-focal"), default="cross-entropy",
-        help="cross-entropy with hard negatives, or quality focal loss: a score is to be its box's IoU "
-             "(default cross-entropy)")
+        help="with hard negatives, or quality focal loss: a score is its box's IoU (default cross-entropy)")
     add("--box-loss", choices=("smooth-l1", "eiou"), default="smooth-l1",
         help="smooth L1 of the offsets, or EIoU of the boxes (default smooth-l1)")
     add = parser.add_argument_group("run").add_argument
@@ -97,12 +90,10 @@ def make_parser(description=None):
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=("fp32", "bf16"),
         help="default bf16 on a GPU and on a CPU that computes in it, else fp32")
-    add("--workers", type=at_least(0), default=usable_cores(),
-        help="loading processes for each process (default: share the cores)")
-    add("--threads", type=at_least(1),
-        help="of the training step (default: OMP_NUM_THREADS, or else the cores of each process)")
+    add("--workers", type=at_least(0), default=usable_cores(), help="loading processes of each process")
+    add("--threads", type=at_least(1), help="of the training step (default: OMP_NUM_THREADS, or the cores)")
     add("--cache", metavar="FOLDER",
-        help="keep the photos there, reduced and decoded: faster from the second epoch on (0.6 MB a photo)")
+        help="keep the photos there, reduced and decoded: faster from the second epoch on")
     add("--save-every", type=at_least(1), default=500, help="iterations between saves (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
@@ -129,7 +120,6 @@ def report_changes(args, content):
     silent = {"resume", "out", "workers", "threads", "device", "size", "width", "anchors", "pretrained"}
     if args.teacher or not args.distill:
         silent.add("load_from")  # else it is the teacher
-    for key in sorted((vars(args).keys() & before.keys()) - silent):
-        now = getattr(args, key)
-        if now != before[key]:
+    for key, now in vars(args).items():
+        if key not in silent and now != before.get(key, now):
             print(f"resumed with --{key.replace('_', '-')} {now}, it was {before[key]}")

@@ -67,6 +67,42 @@ def test_patience_needs_photos_to_validate_on(sample, tmp_path, refused):
     assert not (tmp_path / "r").exists()
 
 
+def test_the_default_warm_up_is_four_epochs_of_a_small_set(sample, tmp_path):
+    words = [word for word in SMALL if word not in ("--warmup", "3")]
+    train.main([*words, "--data", str(sample / "train.json"), "--out", str(tmp_path / "r"), "--epochs", "0"])
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["warmup"] == 4 * 3
+
+
+def test_without_a_terminal_there_are_lines_within_an_epoch(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "READ", 0)
+    monkeypatch.setattr(monitor, "PRINTED", 0)
+    run(sample, tmp_path / "r", "--epochs", 1, "--val", "none")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: ")]
+    assert lines[0].startswith("epoch 1/1: 5 photos, 33%, loss ") and lines[0].endswith("0 min left")
+    assert len(lines) == 4
+
+
+def test_curves_that_cannot_be_drawn_are_said_once_and_end_nothing(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "REDRAWN", 0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as without matplotlib
+    assert run(sample, tmp_path / "r", "--epochs", 3, "--val", "none")["epoch"] == 3
+    assert capsys.readouterr().out.count("is not drawn, the training goes on") == 2  # and at the end
+
+
+def test_a_last_batch_of_one_photo_and_one_cell_is_refused(sample, tmp_path, refused):
+    words = ["--size", 16, "--anchors", "40x60", "--batch-size", 11, "--data", sample / "train.json", "--out",
+             tmp_path / "r"]
+    line = refused(train.main, *SMALL, *words)
+    assert "one photo, whose feature map is one cell" in line and not (tmp_path / "r/last.pth").exists()
+
+
+def test_threads(sample, tmp_path):
+    before = torch.get_num_threads()
+    run(sample, tmp_path / "r", "--epochs", 0, "--threads", 2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("resume, added", [(None, " --resume"), ("", ""), ("old/last.pth", " --resume")])
 def test_the_command_that_goes_on(resume, added):
     words = ["--data", "my photos/a.json", "--milestones"]

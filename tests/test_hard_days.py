@@ -29,6 +29,8 @@ CASES = [  # script, arguments, part of the message; all exit with 2
      "nan.json: entry 1: bbox is [1, 2, 3, nan], 4 finite numbers expected"),
     ("tools.fit_anchors", "--data inf.json", "4 finite numbers expected"),
     ("export", "--model good.pth --data object.json", "4 finite numbers expected"),
+    ("evaluate", "--data size.json", "width is nan, pixels expected"),
+    ("evaluate", "--data stranger.json", 'annotation 1 is of category 3, which is not in "categories"'),
     ("evaluate", "--data cat-dog.json", "there are: cat, dog"),
     ("evaluate", "--data category.json", '"categories" must be a list of {id, name} with integer ids'),
     ("train", "--data no-photos.json", "no photos to train on"),
@@ -65,6 +67,7 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("detect", "e/a.jpg --model text.xml", "text.xml: OpenVINO cannot read it"),
     ("detect", "e/a.jpg --model alone.xml", "alone.xml: its weights alone.bin are not beside it"),
     ("detect", "e/a.jpg --model relu.onnx", "relu.onnx: was not written by export.py"),
+    ("detect", "e/a.jpg --model relu.onnx --colour bgr --range 1", "relu.onnx: its outputs are"),
     ("detect", "e/a.jpg --model good.pth --colour bgr", "a checkpoint's input is known"),
     # predictions and results
     ("evaluate", "--data good.json --predictions absent.json", "absent.json: no such file"),

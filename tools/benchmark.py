@@ -121,8 +121,7 @@ def training(args):
 def our_step(device, file, size, precision="bf16", compiled=False, graph=True):
     """One step of train.py on a batch of augmented photos, as a function."""
     trainer = make_trainer(device, file, size, precision, 0, compiled)
-    if not graph:
-        trainer.graphs = None
+    trainer.graphs = trainer.graphs if graph else None
     trainer.start_epoch()
     photos = trainer.loader.dataset
     batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
