@@ -1,7 +1,6 @@
 """Record a training run: what it prints, log.jsonl, the curves drawn from it."""
 
 import json
-import math
 import re
 import time
 from pathlib import Path
@@ -83,7 +82,7 @@ class Monitor:
         self.epochs = args.epochs
         self.photos = photos
         self.drawn = time.perf_counter()
-        self.troubles = set()
+        self.undrawn = False  # whether drawing has failed: it is not tried again
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
@@ -106,13 +105,13 @@ class Monitor:
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
               f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
-        if not finished and time.perf_counter() - self.drawn < REDRAWN:
+        if self.undrawn or not finished and time.perf_counter() - self.drawn < REDRAWN:
             return
         try:
             draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
             self.drawn = time.perf_counter()
         except Exception as error:  # matplotlib absent, a font broken, a disk full
-            self.drawn = math.inf  # once
+            self.undrawn = True
             print(f"curves.png is not drawn, the training goes on: {one_line(error)}", flush=True)
 
     def close(self):
