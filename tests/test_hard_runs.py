@@ -197,14 +197,6 @@ def test_a_log_of_something_else_is_not_continued(world, tmp_path, capsys, refus
         assert "log.jsonl: not a training log" in refused(train.main, *flags, "--resume")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(world, refused):
-    for script, words in (("train", "--data one.json --out new"), ("detect", "e/a.jpg --model good.pth"),
-                          ("evaluate", "--data one.json --model good.pth")):
-        assert "--device cuda: not available here" in refused(importlib.import_module(script).main,
-                                                              *words.split(), "--device", "cuda")
-
-
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

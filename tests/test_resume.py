@@ -193,19 +193,12 @@ def test_entries_of_the_wrong_kind_are_refused(sample, tmp_path, begun, refused,
     assert "last.pth: cannot be resumed, its" in line or "is no dictionary" in line
 
 
-def test_flags_may_be_missing_in_a_checkpoint(sample, tmp_path, begun):
-    torch.save(begun | {"flags": {}}, tmp_path / "r/last.pth")
-    assert run(tmp_path / "r", sample, "--epochs", 2, "--val", "none", "--resume")["epoch"] == 2
-
-
-@pytest.mark.parametrize("damage", ["nan", "shape", "absent", "more", "kind"])
+@pytest.mark.parametrize("damage", ["nan", "shape", "absent"])
 def test_a_momentum_of_another_model_is_refused(sample, tmp_path, begun, refused, damage):
     state = begun["optimizer"]["state"]
     buffer = state[3]["momentum_buffer"]
     state[3] = {"nan": {"momentum_buffer": buffer / 0}, "shape": {"momentum_buffer": torch.zeros(3)},
-                "absent": {}, "kind": [buffer]}.get(damage, state[3])
-    if damage == "more":
-        state[9999] = state[3]
+                "absent": {}}[damage]
     torch.save(begun, tmp_path / "r/last.pth")
     line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
                    "--resume")

@@ -189,13 +189,6 @@ def test_a_schedule_beyond_the_run_is_said(sample, tmp_path, capsys, flags, line
     assert line in out if line else "never falls" not in out
 
 
-@pytest.mark.parametrize("photos", [10, 80, 609, 20_000])
-def test_the_recipe_for_ones_own_photos_fits_any_number_of_them(photos):
-    args = train.parse_args(["@recipes/finetune.txt"])
-    iterations = args.epochs * math.ceil(photos * args.repeat / args.batch_size)
-    assert args.warmup < iterations and max(args.milestones) < args.epochs
-
-
 @pytest.mark.slow
 def test_the_loss_in_the_log_is_that_of_all_processes(tmp_path):
     """Batch norms frozen, two processes with batch 4 do the first step of one with batch 8."""
