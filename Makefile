@@ -1,9 +1,9 @@
-# make demo     the shipped network on a photo, fine-tuned, exported, measured (demo.py)
+# make demo     the shipped network on a photo, fine-tuned, exported, measured (tools.demo)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
-# make weights START=checkpoint PHOTOS=folder     weights of the kind of weights/face_ssd300.pth, see its README.md.
-#              FLAGS="--device cuda" and the like are handed on to train.py
-# make weights-0.5 PHOTOS=folder     the shipped network at width 0.5 or any other, taught by it
+# make weights PHOTOS=folder RELEASED=wider_face_tiny_ssd_075x.pth     weights/face_ssd300.pth anew, see its
+#              README.md. FLAGS="--device cuda" and the like are handed on to train.py
+# make weights-1.0 ... and weights-0.5 ...     the same at those widths
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,30 +11,40 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m tools.demo
 
-# Nine parts in ten of each set; masks and webcam are shown twice.
-KINDS = masks_train_seen webcam_train_seen web_train street_train everyday_train sport_train crowd_train plain_train
-SETS = $(KINDS:%=runs/sets/%.json) runs/sets/masks_train_seen.json runs/sets/webcam_train_seen.json
-NEGATIVES = runs/sets/negatives_train.json
+# WIDER's own photos, and nine parts in ten of each other set. Stopped, the same line goes on.
+KINDS = masks_train_seen webcam_train_seen web_train plain_train negatives_train
+SETS = $(KINDS:%=runs/sets/%.json)
+WIDER = $(PHOTOS)/wider_train.json
+# What the shipped networks start from and learn from is in the repository's history.
+BEFORE = 5cf2940
 
-TRAIN = $(BIN)/python train.py @recipes/weights.txt --load-from $(START) --data $(SETS) $(NEGATIVES) \
-	--val $(PHOTOS)/masks_val_seen.json
-ALIGNED = --seed 1 --matching aligned --class-loss cross-entropy --box-loss smooth-l1
+TRAIN = $(BIN)/python train.py @recipes/weights.txt --data $(WIDER) $(SETS) --complete $(WIDER) \
+	--val $(PHOTOS)/wider_dev.json --teacher $(RELEASED) runs/start-1.0.pth
 
-# Two runs that differ in what they find best, and their mean. Stopped, the same line goes on.
-weights: $(SETS) $(NEGATIVES)
-	$(TRAIN) --out runs/quality $(if $(wildcard runs/quality/last.pth),--resume) $(FLAGS)
-	$(TRAIN) $(ALIGNED) --out runs/aligned $(if $(wildcard runs/aligned/last.pth),--resume) $(FLAGS)
-	$(BIN)/python checkpoints.py runs/quality/last.pth runs/aligned/last.pth --shares 2 1 --out runs/face_ssd300.pth
+# One more epoch at a tenth of the rate, whose weights alone are averaged.
+LAST = --epochs 23 --ema 0.98
 
-weights-%: $(SETS) $(NEGATIVES)
-	$(BIN)/python train.py @recipes/weights.txt --load-from --width $* --data $(SETS) $(NEGATIVES) \
-		--val $(PHOTOS)/masks_val_seen.json --batch-size 192 --lr 0.02 --ema 0.998 --epochs 40 --milestones 34 \
-		--out runs/width-$* $(if $(wildcard runs/width-$*/last.pth),--resume) $(FLAGS)
+weights: $(SETS) runs/start.pth runs/start-1.0.pth
+	$(TRAIN) --load-from runs/start.pth --out runs/weights $(if $(wildcard runs/weights/last.pth),--resume) $(FLAGS)
+	$(TRAIN) --load-from runs/start.pth --out runs/weights --resume $(LAST) $(FLAGS)
+	$(BIN)/python -m tools.average runs/weights/last.pth --out runs/face_ssd300.pth
+
+weights-%: $(SETS) runs/start-%.pth runs/start-1.0.pth
+	$(TRAIN) --load-from runs/start-$*.pth --out runs/weights-$* \
+		$(if $(wildcard runs/weights-$*/last.pth),--resume) $(FLAGS)
+	$(TRAIN) --load-from runs/start-$*.pth --out runs/weights-$* --resume $(LAST) $(FLAGS)
+	$(BIN)/python -m tools.average runs/weights-$*/last.pth --out runs/face_ssd300_$*.pth
+
+runs/start.pth: .venv/installed
+	mkdir -p runs
+	git show $(BEFORE):weights/face_ssd300.pth > $@
+
+runs/start-%.pth: .venv/installed
+	mkdir -p runs
+	git show $(BEFORE):weights/face_ssd300_$*.pth > $@
 
 runs/sets/%.json: .venv/installed
-	$(BIN)/python data.py --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split $(or $(PARTS),10) $@ runs/sets/$*-aside.json
-
-$(NEGATIVES): PARTS = 2
+	$(BIN)/python -m tools.look --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split 10 $@ runs/sets/$*-held-out.json
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

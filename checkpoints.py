@@ -1,7 +1,6 @@
 """A run's checkpoints: where its model starts, what is saved, on which terms it resumes."""
 
 import io
-import math
 import os
 import shlex
 import sys
@@ -16,17 +15,23 @@ from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_weigh
                    read_checkpoint, rebuild)
 
 
+# What a run's checkpoint holds beside the model, and of which type.
+KINDS = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
+         "sums": torch.Tensor, "record": dict | None, "flags": dict}
+
+
 def find_checkpoint(args):
     """Settle --resume: the content of the checkpoint to continue, or None for a new run.
 
-    A run is never overwritten. One that this launch of torchrun began goes on by itself when torchrun
-    restarts it.
+    A run is never overwritten. One that this launch of torchrun began, or resumed, goes on by itself when
+    torchrun restarts it.
     """
     last = Path(args.out) / "last.pth"
     path = str(last) if args.resume == "" else args.resume
-    own = path is not None and os.path.realpath(path) == os.path.realpath(last)
-    if last.exists() and not own:
-        if not continues(last):
+    if last.exists() and (path is None or os.path.realpath(path) != os.path.realpath(last)):
+        with bad_values():
+            own = launch_id() is not None and read_checkpoint(last).get("launch") == launch_id()
+        if not own:
             raise InputError(f"{last} exists: continue that run with --resume, "
                              "or name another folder with --out")
         path = str(last)
@@ -40,19 +45,8 @@ def find_checkpoint(args):
     return content | {"path": path}
 
 
-def continues(last):
-    """Whether the run of the checkpoint `last` was begun, or resumed, by this launch of torchrun."""
-    if launch_id() is None:
-        return False
-    with bad_values():
-        return read_checkpoint(last).get("launch") == launch_id()
-
-
 def resume_command(args, argv=None):
-    """The shell command that goes on with a run: the words that started it, torchrun's too, and --resume.
-
-    `args` are the flags as parsed from `argv`, before find_checkpoint settles --resume.
-    """
+    """The shell command that goes on with a run: the words that started it, torchrun's too, and --resume."""
     words = list(sys.orig_argv) if argv is None else [sys.orig_argv[0], "train.py", *argv]
     if launch_id() is not None:
         try:
@@ -66,33 +60,11 @@ def resume_command(args, argv=None):
 
 def check_run(content, path):
     """Refuse a checkpoint that is none of a run."""
-    kinds = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
-             "sums": torch.Tensor, "flags": dict}
-    if not kinds.keys() <= content.keys():
+    if not KINDS.keys() <= content.keys():
         raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
-    wrong = [key for key, kind in kinds.items()
-             if not isinstance(content[key], kind) or isinstance(content[key], bool)]
-    wrong += [key for key in ("epoch", "step", "done", "waited") if key not in wrong and content[key] < 0]
-    if "best" not in wrong and not math.isfinite(content["best"]):
-        wrong.append("best")
-    sums = content["sums"]
-    if "sums" not in wrong and not (sums.shape == (4,) and sums.is_floating_point() and sums.isfinite().all()
-                                    and (sums[3] > 0 or not content["done"])):
-        wrong.append("sums")
-    if not fits_log(content.get("record"), content["epoch"]):
-        wrong.append("record")
+    wrong = [key for key, kind in KINDS.items() if not isinstance(content[key], kind)]
     if wrong:
         raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
-
-
-def fits_log(record, epoch):
-    """Whether `record` can be that of the trained, not yet validated `epoch`; None: there is none such."""
-    if record is None:
-        return True
-    needed = ("step", "lr", "loss", "class_loss", "box_loss", "seconds", "photos_per_second")
-    return (isinstance(record, dict) and isinstance(epoch, int) and record.get("epoch") == epoch > 0
-            and all(isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
-                    for key in needed))
 
 
 def wanted_config(args, config):
@@ -125,9 +97,6 @@ def start_from(path, args):
     if config.width != own.width:
         raise InputError(f"{path}: is of width {own.width:g}; python -m tools.width {path} {config.width:g} "
                          "NEW.pth makes one of that width to start from")
-    if config.anchors != own.anchors and len(config.anchors) == len(own.anchors):
-        print_once(f"{path}: was trained with other anchors; its box head starts from what it learned for "
-                   "those")
     model = SSD(config)
     unfit = load_weights(model, path)
     if unfit:

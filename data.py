@@ -30,11 +30,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def channels_last(image: Image.Image) -> torch.Tensor:
-    """As `to_tensor`, but in memory as the picture has it, `[H, W, 3]`: training wants it so."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """A uint8 tensor `[3, H, W]` as a picture (PIL, RGB): the inverse of `to_tensor`."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -48,9 +43,8 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
 def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
     """Choose the part of a picture to train on: xyxy in its pixels. What lies outside the picture is black.
 
-    First the picture may be placed on a canvas of 1-2 times its size. Then a part of the canvas is taken
-    that some face overlaps with a random least IoU (SSD, Liu et al. 2016, section 2.2; torchvision's
-    RandomZoomOut and RandomIoUCrop). size (width, height); faces `[N, 4]`, xyxy.
+    It may lie on a canvas of 1-2 times its size. Of that a part is taken that some face overlaps with a
+    random least IoU (SSD, Liu et al. 2016, section 2.2). size (width, height); faces `[N, 4]`, xyxy.
     """
     size = np.array(size, float)
     origin, canvas = np.zeros(2), size
@@ -77,10 +71,7 @@ def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.
 
 
 def own_shape_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.ndarray:
-    """Choose a view of the picture's own shape, as random_view does: some face's centre is inside.
-
-    Faces keep their shape and more of the small ones are seen, as no large face has to be met.
-    """
+    """As random_view, in the picture's own shape: faces keep theirs, and more of the small ones are seen."""
     size = np.array(size, float)
     centres = (faces[:, :2] + faces[:, 2:]) / 2
     for _ in range(CROP_TRIES):
@@ -95,9 +86,8 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     """Distort brightness, contrast, saturation and hue of a PIL image, each with probability 0.5.
 
     brightness +-32 of 255, contrast and saturation x 0.5-1.5, hue +-18 degrees (Howard 2013, with SSD's
-    ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four together are
-    one affine map of RGB: one pass over the pixels, one rounding. The map works pixel by pixel, so it may
-    follow the crop and cost less.
+    ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four are one affine
+    map of RGB: one pass over the pixels, one rounding, after the crop.
     """
     coins = rng.random(4) < 0.5
     if not coins.any():
@@ -112,10 +102,7 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
 
 
 def cut_view(pixels: np.ndarray, view: np.ndarray, target: tuple) -> tuple:
-    """What resizing needs of pixels `[h, w, 3]` to show `view` (xyxy) at the size `target`.
-
-    Returns it as a picture (PIL), and the view in its pixels.
-    """
+    """The part of pixels `[h, w, 3]` that shows `view` (xyxy) at the size `target`: (PIL, view in it)."""
     margin = np.ceil((view[2:] - view[:2]) / target) + 1  # how far the filter reaches
     height, width = pixels.shape[:2]
     left, top = np.clip(view[:2] - margin, 0, (width - 1, height - 1)).astype(int)
@@ -125,11 +112,9 @@ def cut_view(pixels: np.ndarray, view: np.ndarray, target: tuple) -> tuple:
 
 
 def resize_view(image: Image.Image, view: np.ndarray, width: int, height: int) -> tuple:
-    """Resize the part `view` (xyxy, pixels of `image`) to `width` x `height`.
-
-    Returns what lies inside the picture (PIL) and its corner (x, y) in the view.
-    """
-    (x1, y1, x2, y2), (w, h) = view, image.size
+    """Resize `view` (xyxy) of an image to `width` x `height`: (what lies inside, its corner in the view)."""
+    x1, y1, x2, y2 = view
+    w, h = image.size
     sx, sy = width / (x2 - x1), height / (y2 - y1)
     left, top = math.ceil(max(0, -x1 * sx) - 1e-6), math.ceil(max(0, -y1 * sy) - 1e-6)
     right = math.floor(min(width, (w - x1) * sx) + 1e-6)
@@ -156,11 +141,10 @@ class Item:
 class FaceDataset(Dataset):
     """The photos of some Annotations at network size. It holds only arrays, which forked workers share.
 
-    Its keys are (index, seed). With seed None the photo comes as it is. Else the seed, a sequence of
-    integers, fixes the augmentation, whichever worker does it. Faces with a side below `min_face` pixels
-    of the photo, or below `min_size` pixels of the network input, are ignored. The share `own_shape` of the
-    views keeps the photo's shape. Augmented photos come from the `cache`, if there is one. Without `width`
-    and `height` the photos keep their sizes.
+    Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of
+    integers, fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of
+    the network input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented ones
+    come from the `cache`, if there is one. Without `width` and `height` the photos keep their sizes.
     """
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
@@ -204,17 +188,18 @@ class FaceDataset(Dataset):
             else:
                 picture, faces, ignored, crowd = self.augment(image, size, faces, ignored, crowd, seed)
         except InputError as error:  # what to do about it is for the caller to say
-            picture = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
+            black = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
             none = np.zeros(0, bool)
-            return Item(index, picture, np.zeros((0, 4), np.float32), none, none, (1, 1), UNLABELLED,
-                        str(error))
+            faces = np.zeros((0, 4), np.float32)
+            return Item(index, black, faces, none, none, (1, 1), UNLABELLED, str(error))
         small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
         outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
         ignored = ignored | small | outside
-        pixels = to_tensor(picture) if seed is None else channels_last(picture)
-        return Item(index, pixels, faces.astype(np.float32), ignored, crowd, size,
-                    int(self.labels[index]))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if seed is None:  # training wants it as it lies in memory, channels last
+            pixels = pixels.contiguous()
+        return Item(index, pixels, faces.astype(np.float32), ignored, crowd, size, int(self.labels[index]))
 
     def augment(self, image, size, faces, ignored, crowd, seed):
         """Crop, resize, distort and perhaps flip an opened picture: (picture, faces, ignored, crowd)."""
@@ -304,15 +289,13 @@ class TrainBatches:
     """The batches of an epoch for one process. They depend on seed, epoch and place alone: any can be redone.
 
     An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world`
-    processes. Process `rank` takes every world-th photo. So the processes' k-th batches together are one
-    process's k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is
-    done of it.
+    processes. Process `rank` takes every world-th photo, so the processes' k-th batches are one process's
+    k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is done of it.
     """
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
         self.n, self.batch, self.repeat, self.seed = n, batch, repeat, seed
-        self.rank, self.world = rank, world
-        self.augment = augment
+        self.rank, self.world, self.augment = rank, world, augment
         self.epoch = self.start = 0
         own = math.ceil(n * repeat / world)
         self.total = math.ceil(own / batch)
@@ -324,8 +307,7 @@ class TrainBatches:
     def skip(self, done: int) -> int:
         """Begin the epoch after `done` photos, at the last whole batch there: returns the photos that skips.
 
-        `done` may have been counted in batches of another size or by other processes. Photos may come
-        again then, but none is left out.
+        If `done` was counted in batches of another size, photos may come again, but none is left out.
         """
         whole = self.batch * self.world
         self.start = self.total if done >= self.n * self.repeat else done // whole
@@ -341,14 +323,13 @@ class TrainBatches:
 
 
 def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
-    """The batches of process `rank`. Together the processes' batches show each of n photos once, as it is.
+    """The batches of process `rank`: all processes' show each of n photos once, as it is.
 
-    They are cut before they are dealt out. So a photo's company, and with it its detections, are the same
-    for any `world`.
+    They are cut before they are dealt out, so a photo's company, and with it its detections, are the same for
+    any `world`.
     """
-    batches = [
-        [(index, None) for index in range(first, min(first + batch, n))] for first in range(0, n, batch)]
-    return batches[rank::world]
+    return [[(index, None) for index in range(first, min(first + batch, n))]
+            for first in range(rank * batch, n, world * batch)]
 
 
 def make_loader(dataset: FaceDataset, batches, workers: int, device: str = "cpu") -> DataLoader:
@@ -362,7 +343,6 @@ def _outlive_signals(_):
     """Leave signals to the main process, which saves first. Workers end when it asks them to, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # If it goes while the thread of multiprocessing hands it a batch, that thread would print a traceback.
-    # What goes wrong in loading comes to the main process by another way.
+    # If it goes while multiprocessing's thread hands it a batch, that thread would print a traceback.
     report = sys.excepthook
     sys.excepthook = lambda kind, *more: issubclass(kind, (EOFError, ConnectionError)) or report(kind, *more)

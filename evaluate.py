@@ -7,14 +7,11 @@
     python evaluate.py --wider --wider-part --data part.json           # only on the photos of part.json
     torchrun --nproc_per_node 4 evaluate.py --data data/val.json       # the same digits, from 4 processes
 
-Beside the detections FILE.json that --out writes, FILE.made.json says what made them. `python -m tools.NAME`
-goes on from there: threshold, worst, doubt, compare. Scoring predictions does not import torch.
+Beside the detections FILE.json that --out writes, FILE.made.json says what made them; tools.threshold, worst,
+doubt and compare read both. Scoring predictions does not import torch.
 """
 
 import os
-import platform
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
@@ -42,36 +39,31 @@ def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
     by_size = metrics.size_ap(*truth, *found, sizes)
     scores = {"coco": numbers,
               "AP50_by_size": {f"> {size} px" if size else "all faces": ap for size, ap in by_size.items()},
-              "operating_points": [asdict(point) for point in metrics.operating_points(outcomes)]}
+              "operating_points": metrics.operating_points(outcomes)}
     return scores, {f"IoU {iou}": curve for iou, curve in curves.items()}
 
 
 def score_wider(truth, detections):
     """Score Detections on the photos of a wider.GroundTruth: {level: AP}, and the curves by level."""
-    curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, detections.image, detections.xywh,
-                              detections.score)
+    found = detections.image, detections.xywh, detections.score
+    curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, *found)
     return {"wider": {level: curve.ap for level, curve in curves.items()}}, curves
 
 
 def table(scores):
     """Set the numbers as text that can be pasted anywhere."""
-    lines = []
     if "wider" in scores:
-        lines += ["WIDER FACE val AP", *(f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items())]
-    if "coco" in scores:
-        left, right = ([(name, f"{ap:.4f}" if ap >= 0 else "-") for name, ap in scores[part].items()]
-                       for part in ("coco", "AP50_by_size"))
-        lines += ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
-        for pair in zip_longest(left, right, fillvalue=("", "")):
-            lines.append("  " + "    ".join(f"{name:<12}{value:>8}" for name, value in pair).rstrip())
-        lines.append("score >=   precision   recall   false per photo   with faces   without faces")
-        for point in scores["operating_points"]:
-            apart = [f"{point[key]:.2f}" if point[key] >= 0 else "-"
-                     for key in ("false_with_faces", "false_without_faces")]
-            lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
-                         f"{point['false_per_picture']:10.2f}{apart[0]:>18}{apart[1]:>13}   ")
-        lines[-1] += f"   best F1 {point['f1']:.3f}"
-    return "\n".join(lines)
+        lines = [f"  {level:<10}{ap:8.4f}" for level, ap in scores["wider"].items()]
+        return "\n".join(["WIDER FACE val AP", *lines])
+    columns = [[f"{name:<12}{f'{ap:.4f}' if ap >= 0 else '-':>8}" for name, ap in scores[part].items()]
+               for part in ("coco", "AP50_by_size")]
+    lines = ["COCO" + " " * 22 + "VOC AP at IoU 0.5"]
+    lines += [f"  {left:<20}    {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")]
+    lines.append("score >=   precision   recall   false per photo")
+    for point in scores["operating_points"]:
+        lines.append(f"  {point['score']:.3f}{point['precision']:12.3f}{point['recall']:11.3f}"
+                     f"{point['false_per_picture']:10.2f}")
+    return "\n".join(lines) + f"           best F1 {point['f1']:.3f}"
 
 
 def hashes(model, **more):
@@ -83,16 +75,10 @@ def hashes(model, **more):
 
 
 def settings(args):
-    """What produced the numbers: model and data with their hashes, flags, versions, git commit."""
-    versions = {"python": platform.python_version()}
-    for package in ("numpy", "pillow", "torch", "torchvision", "onnxruntime", "openvino"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
+    """What produced the numbers: flags, the files' hashes, the git commit."""
     return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
             "sha256": hashes(args.model, data=args.data, predictions=args.predictions),
-            "versions": versions, "commit": git_commit()}
+            "commit": git_commit()}
 
 
 def parse_args(argv):
@@ -100,15 +86,14 @@ def parse_args(argv):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", help=f"COCO json (default {DATA})")
-    add("--predictions", metavar="PATH", help="score these instead of running a model: COCO results json, or "
-        "with --wider a folder in WIDER's format")
+    add("--predictions", metavar="PATH",
+        help="run no model: score this COCO results json or, with --wider, folder in WIDER's format")
     add("--wider", nargs="?", const=str(wider.GROUND_TRUTH), metavar="FOLDER",
         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
     add("--wider-part", action="store_true",
         help="on the photos of --data alone; without it WIDER's other photos count as without detections")
     add("--face-sizes", type=int, nargs="+", metavar="PX",
         help="AP50 of faces larger than these (default 0 30 60 100)")
-    add = parser.add_argument_group("running the model").add_argument
     add("--model", help="a checkpoint, .onnx or .xml (default: the shipped network)")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--tiles", action=TilesFlag)
@@ -120,12 +105,10 @@ def parse_args(argv):
     add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
     add("--skip-unreadable", action="store_true", default=None,
         help="leave photos out that cannot be read, with their faces")
-    add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
-    add("--plot", type=parse_picture, metavar="PNG",
-        help="precision-recall curves; precision, recall and false per photo against the score")
+    add("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -155,91 +138,86 @@ def run_model(args, annotations):
     """Run --model: (Annotations of the photos it could read, Detections, what the .made.json holds)."""
     import torch
 
-    from detector import MODEL, TiledDetector, detect_all, load_detector
+    from detector import MODEL, detect_all, load_detector
     from support.distributed import join_processes, leave_processes
     annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
-    detector = load_detector(args.model, args.size, device, args.colour, args.range)
-    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "size": detector.size,
-            "tiles": args.tiles}
+    detector = load_detector(args.model, args.size, device, args.colour, args.range, tiles=args.tiles)
+    made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "tiles": args.tiles,
+            "size": (detector.detector if args.tiles else detector).size}
     if not args.model.endswith(SUFFIXES):
         from model import read_checkpoint
         made["trained_on"] = read_checkpoint(args.model).get("photos")
-    if args.tiles:
-        detector = TiledDetector(detector, *args.tiles)
     workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
     detections, errors = detect_all(detector, annotations, args.batch_size, workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
-        lines = "; ".join(list(errors.values())[:5])
+        lines = f"{len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}"
         if not args.skip_unreadable:
-            raise InputError(f"{args.data}: {len(errors)} photos could not be used: {lines}; "
-                             "mend them or leave them out with --skip-unreadable")
+            raise InputError(f"{args.data}: {lines}; mend them or leave them out with --skip-unreadable")
         if rank == 0:
-            print(f"left out, with their faces: {len(errors)} photos that could not be used: {lines}")
+            print(f"left out, with their faces: {lines}")
         annotations, detections = annotations.without(errors, detections)
     return annotations, detections, made
 
 
 def load_detections(args, truth):
-    """Read the detections of --predictions, or run the model: (Annotations, Detections, made).
+    """Read the detections of --predictions, or run the model: (Annotations, names, Detections, made).
 
-    truth is the wider.GroundTruth or None. `made` says what made the detections of a model, else it is None.
+    truth is the wider.GroundTruth or None, `names` are the photos' for it, and `made` says what made the
+    detections of a model. Without --data the photos are those of `truth`, and there are no Annotations.
     """
-    annotations = read_annotations(args.data) if args.data else wider.only_photos(truth, args.wider)
+    annotations = read_annotations(args.data) if args.data else None
+    made = None
     if not args.predictions:
-        return run_model(args, annotations)
-    if not os.path.isdir(args.predictions):
-        return annotations, read_results(args.predictions, annotations), None
-    names = wider.wider_names(annotations.path, annotations.names)
-    detections, missing = wider.read_predictions(args.predictions, names)
-    if missing:
-        print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
-              f"the first is {missing[0]}")
-    return annotations, detections, None
+        annotations, detections, made = run_model(args, annotations)
+    names = truth.names if truth else None
+    if args.data and (truth or args.wider_out):
+        names = wider.wider_names(args.data, annotations.names)
+    if args.predictions and os.path.isdir(args.predictions):
+        detections, missing = wider.read_predictions(args.predictions, names)
+        if missing:
+            print(f"{args.predictions}: {len(missing)} images have no file and count as without detections, "
+                  f"the first is {missing[0]}")
+    elif args.predictions:
+        detections = read_results(args.predictions, annotations)
+    return annotations, names, detections, made
 
 
-def score(args, truth, annotations, detections):
+def score(args, truth, annotations, names, detections):
     """Score Detections on Annotations or on WIDER's ground truth: the numbers, and the curves by name."""
     if truth is None:
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
         return score_faces(annotations, detections, args.face_sizes)
-    names, all_names = wider.wider_names(annotations.path, annotations.names), truth.names
+    there, every = len(set(names) & set(truth.names)), len(truth.names)
     if args.wider_part:
         truth = truth.part(names)
-    absent = len(all_names) - len(set(names) & set(all_names))
-    if absent and args.wider_part:
-        print(f"{len(truth.names):,} of {len(all_names):,} photos, not comparable with published figures")
-    elif absent:
-        print(f"{absent:,} images of the ground truth are not in {args.data} and count as without "
+        if there < every:
+            print(f"{there:,} of {every:,} photos, not comparable with published figures")
+    elif there < every:
+        print(f"{every - there:,} images of the ground truth are not in {args.data} and count as without "
               "detections; --wider-part leaves them out")
-    return score_wider(truth, wider.renumber(detections, names, truth.names, args.wider))
+    return score_wider(truth, wider.renumber(detections, names, truth, args.wider))
 
 
-def write_outputs(args, scores, curves, annotations, detections, made):
+def write_outputs(args, scores, curves, annotations, names, detections, made):
     """Write the files that were asked for."""
     if args.out:
         write_json(args.out, to_results(annotations, detections))
-        if made:
-            write_json(made_path(args.out), made | {"detections": file_hash(args.out),
-                                                    "photos": photo_list(annotations)})
+    if args.out and made:
+        made |= {"detections": file_hash(args.out), "photos": photo_list(annotations)}
+        write_json(made_path(args.out), made)
     if args.wider_out:
-        names = wider.wider_names(annotations.path, annotations.names)
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
         write_json(args.json, scores | settings(args))
     if args.plot:
-        by_score = None
-        if not args.wider:
-            outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
-            by_score = metrics.score_curve(outcomes)
-        plot_curves(curves, args.plot, by_score)
-    for path in (args.out, args.wider_out, args.json, args.plot):
-        if path:
-            print(f"wrote {path}")
+        plot_curves(curves, args.plot)
+    for path in filter(None, (args.out, args.wider_out, args.json, args.plot)):
+        print(f"wrote {path}")
 
 
 def made_path(path):
@@ -249,15 +227,15 @@ def made_path(path):
 
 def photo_list(annotations):
     """What tells the photos of Annotations from others: ids, and names without their folders."""
-    return [(number, PurePosixPath(name).name)
-            for number, name in zip(annotations.ids.tolist(), annotations.names)]
+    names = [PurePosixPath(name).name for name in annotations.names]
+    return list(zip(annotations.ids.tolist(), names))
 
 
 def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict | None]:
     """Read the COCO json `data` and detections on its photos, for tools: (Annotations, Detections, made).
 
-    `made` is what the .made.json beside `path` holds, None without such a file. Photos that the model did not
-    look at (--skip-unreadable) are left out. Raises InputError if the photos are others.
+    `made` is what the .made.json beside `path` holds, if there is one. Photos that the model did not look at
+    are left out. Raises InputError if the photos are others.
     """
     annotations = read_annotations(data)
     detections = read_results(path, annotations)
@@ -265,9 +243,8 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
         return annotations, detections, None
     made = read_json(made_path(path))
     if not isinstance(made, dict) or made.get("detections") != file_hash(path):
-        raise InputError(f"{made_path(path)}: is not of {path} as it is now; "
-                         "write both again with evaluate.py --out")
-    own, seen = photo_list(annotations), {tuple(photo) for photo in made["photos"]}
+        raise InputError(f"{made_path(path)}: is not of {path} as it is now; write both again, with --out")
+    own, seen = photo_list(annotations), set(map(tuple, made["photos"]))
     if not seen <= set(own):
         raise InputError(f"{path}: is of other photos than {data}")
     unseen = [index for index, photo in enumerate(own) if photo not in seen]
@@ -278,16 +255,13 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
 def main(argv=None):
     """Read or detect, score, print, write."""
     args = parse_args(argv)
-    other = int(os.environ.get("RANK", 0)) > 0  # under torchrun one process scores
-    if other and args.predictions:
-        return
     truth = wider.read_ground_truth(args.wider) if args.wider else None
-    annotations, detections, made = load_detections(args, truth)
-    if other:
+    annotations, names, detections, made = load_detections(args, truth)
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun one process scores
         return
-    scores, curves = score(args, truth, annotations, detections)
+    scores, curves = score(args, truth, annotations, names, detections)
     print(table(scores))
-    write_outputs(args, scores, curves, annotations, detections, made)
+    write_outputs(args, scores, curves, annotations, names, detections, made)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,8 +69,7 @@ def train_one_epoch(trainer, stop):
             trainer.save()
         if stopping:
             raise SystemExit(stop.code)
-    progress.close()
-    trainer.finish_epoch(progress.photos, progress.seconds)
+    trainer.finish_epoch(*progress.close())
 
 
 class Trainer:
@@ -77,13 +77,9 @@ class Trainer:
     layout = torch.channels_last  # the order in memory that convolutions like best
 
     def __init__(self, args, model, dataset, content=None, run=None, rank=0, processes=1, device="cpu"):
-        """Begin a run, or with `content` continue that of a checkpoint.
-
-        `run` is kept in checkpoints as it is: which launch this is, the fingerprints of the photos that it
-        trains on and validates on, the commit.
-        """
+        """Begin a run, or with `content` continue that of a checkpoint. `run`: see `prepare`."""
         self.args = args
-        self.run = {"photos": None, "val": None, **(run or {})}
+        self.run = run or {}
         self.rank, self.processes, self.device = rank, processes, device
         if args.sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -110,7 +106,6 @@ class Trainer:
         self.epoch = 0         # epochs trained
         self.step = 0          # iterations in all
         self.done = 0          # photos of this epoch, of all processes
-        self.taken = 0         # iterations since this process began
         self.sums = torch.zeros(4, device=device)  # total, class, box loss and their number in this epoch
         self.record = None     # of the last epoch, as long as it is not validated
         self.best = -1.0       # AP50
@@ -133,7 +128,7 @@ class Trainer:
         self.sums = content["sums"].to(self.device)
         if self.ema:
             self.ema.load_state_dict(resume_model(self.args, content, averaged=True).state_dict())
-        if self.done and self.order_of(vars(self.args), self.run) != self.order_of(content["flags"], content):
+        if self.done and self.run["order"] != content.get("order"):
             self.done = 0
             self.sums = torch.zeros_like(self.sums)
             print_once("this epoch begins anew: its photos are other ones now, or come in another order")
@@ -143,11 +138,6 @@ class Trainer:
             self.best = -1.0
             self.waited = 0
             print_once("another validation set than before: best.pth begins anew")
-
-    @staticmethod
-    def order_of(flags, run):
-        """What the order of an epoch's photos follows from."""
-        return run["photos"], flags.get("seed"), flags.get("repeat")
 
     @property
     def finished(self):
@@ -217,19 +207,17 @@ class Trainer:
             module.train(not (self.args.freeze_bn and isinstance(module, _BatchNorm)))
 
     def count(self, batch, losses):
-        """Count a step, and remember photos that could not be read."""
+        """Count a step, and the photos that could not be used."""
         self.sums += torch.cat([losses, losses.new_ones(1)])
         self.step += 1
-        self.taken += 1
         self.done += self.args.batch_size * self.processes
-        self.check_readable(batch.errors)
+        self.unreadable |= batch.errors
+        self.check_readable(self.unreadable)
 
     def finish_epoch(self, photos, seconds):
         """Make the record of a trained epoch. All processes must come here."""
-        self.check_readable(gather(self.unreadable))
-        if len(self.unreadable) == self.batches.n:
-            raise InputError(f"{self.args.data[0]}: not one photo could be read, so nothing was learned: "
-                             + "; ".join(list(self.unreadable.values())[:5]))
+        self.unreadable = gather(self.unreadable)
+        self.check_readable(self.unreadable, reported=self.rank > 0)
         sums = mean(self.sums)
         check_finite(sums)
         total, class_loss, box_loss, count = sums.tolist()
@@ -249,14 +237,10 @@ class Trainer:
         detector = TorchDetector(model, device=self.device)
         detections, errors = detect_all(detector, annotations, None, self.args.workers, self.rank,
                                         self.processes, stop.check)
+        self.check_readable(errors, reported=self.rank > 0)
         if errors:
-            lines = "; ".join(list(errors.values())[:5])
-            if len(errors) > self.args.max_unreadable:
-                raise InputError(f"{self.args.val}: {len(errors)} photos could not be used "
-                                 f"(--max-unreadable {self.args.max_unreadable}): {lines}",
-                                 reported=self.rank > 0)
             print_once(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
-                       f"used: {lines}")
+                       f"used, such as {next(iter(errors.values()))}")
             annotations, detections = annotations.without(errors, detections)
         scores, _ = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
@@ -266,13 +250,11 @@ class Trainer:
         self.best = max(self.best, ap50)
         self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
-    def check_readable(self, errors):
-        """Remember unreadable photos {index: line}, and stop once there are too many."""
-        self.unreadable |= errors
-        if len(self.unreadable) > self.args.max_unreadable:
-            lines = "; ".join(list(self.unreadable.values())[:5])
-            raise InputError(f"{len(self.unreadable)} photos could not be used "
-                             f"(--max-unreadable {self.args.max_unreadable}): {lines}")
+    def check_readable(self, errors, reported=False):
+        """Stop if too many photos, or all, could not be used: `errors` are {index: line}."""
+        if len(errors) > min(self.args.max_unreadable, self.batches.n - 1):
+            raise InputError(f"{len(errors)} photos could not be used (--max-unreadable "
+                             f"{self.args.max_unreadable}): {'; '.join(list(errors.values())[:5])}", reported)
 
 
 def check_finite(losses):
@@ -294,7 +276,8 @@ def choose_precision(args, before, device):
         return args.precision
     if before:
         return before.get("precision", "fp32")
-    fast = device.startswith("cuda") or device == "cpu" and computes_bf16()
+    cpu = torch.cpu.get_capabilities()  # where it does not multiply bfloat16 itself, that is far slower
+    fast = device.startswith("cuda") or device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return "bf16" if fast else "fp32"
 
 
@@ -304,43 +287,28 @@ def choose_compile(args, before, device, processes, photos, pixels):
     `photos` are those of an epoch, of so many `pixels`. How many epochs there will be plays no part: it
     changes when a run is resumed.
     """
-    wanted = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
-    if before:
+    wanted = args.compile
+    if wanted is None and before:
         wanted = before.get("compile", False)
-    if args.compile is not None:
-        wanted = args.compile
-    if wanted:
-        print_once("trying the compiler, up to half a minute the first time")
-        trouble = cannot_compile(device)
-        if trouble:
-            print_once(f"cannot compile here ({trouble}): training goes on without, which is slower")
-            return False
-    return wanted
-
-
-def computes_bf16():
-    """Whether this CPU multiplies bfloat16 numbers itself. Where it does not, they are far slower."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def cannot_compile(device):
-    """Why torch.compile does not work here, in one line (no C++ compiler, no Python.h); None if it does."""
+    elif wanted is None:
+        wanted = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
+    if not wanted:
+        return False
+    print_once("trying the compiler, up to half a minute the first time")
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(64, device=device))
-    except Exception as error:  # the compilers' own kinds
-        return first_line(error)
+    except Exception as error:  # no C++ compiler, no Python.h: the compilers' own kinds
+        print_once(f"cannot compile here ({first_line(error)}): training goes on without, which is slower")
+        return False
+    return True
 
 
 def find_val(args):
     """The json to validate on, or None: that of --val, or the val.json beside the one train.json."""
-    if args.val == "none":
-        return None
-    if args.val:
-        return args.val
     beside = Path(args.data[0]).with_name("val.json")
-    alone = [Path(path).name for path in args.data] == ["train.json"]
-    return str(beside) if alone and beside.exists() else None
+    if not args.val and [Path(path).name for path in args.data] == ["train.json"] and beside.exists():
+        return str(beside)
+    return None if args.val == "none" else args.val
 
 
 def read_val(path):
@@ -348,12 +316,11 @@ def read_val(path):
     val = read_annotations(path)
     val.require_photos()
     absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
+    trouble = "holds no face to find, so there is no AP to choose best.pth by" if val.ignored.all() else ""
     if absent:
-        raise InputError(f"{path}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
-                         f"{absent[0]}; name another set with --val, or --val none")
-    if val.ignored.all():
-        raise InputError(f"{path}: holds no face to find, so there is no AP to choose best.pth by; "
-                         "name another set with --val, or --val none")
+        trouble = f"{len(absent)} of its {len(val.ids)} photos are missing, such as {absent[0]}"
+    if trouble:
+        raise InputError(f"{path}: {trouble}; name another set with --val, or --val none")
     return val
 
 
@@ -367,17 +334,7 @@ def read_inputs(args, content):
     faces = join(parts)
     if not len(faces.ids):
         raise InputError(f"{args.data[0]}: no photos to train on")
-    named = args.val
-    args.val = find_val(args)
-    val = None
-    if args.val:
-        try:
-            val = read_val(args.val)
-        except InputError as error:
-            if named:
-                raise
-            args.val = None  # it was found, not named: it need not be meant for this
-            print_once(f"{error}; training goes on without validation")
+    val = read_val(args.val) if args.val else None
     if args.patience and not val:
         raise InputError("--patience waits for a better AP50: name a set to validate on with --val")
     torch.manual_seed(args.seed)
@@ -387,14 +344,19 @@ def read_inputs(args, content):
 
 def prepare(args):
     """Everything before the loop: (Trainer, validation Annotations or None, Monitor, StopFlag)."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     rank, processes, device = join_processes(args.device)
     if args.sync_bn and not device.startswith("cuda"):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
+    args.val = find_val(args)
     faces, val, model = all_or_none(lambda: read_inputs(args, content))
+    # Kept in checkpoints as it is.
     run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
-           "val": val.fingerprint() if val else None}
+           "val": val.fingerprint() if val else None,
+           "order": f"{faces.fingerprint()} {args.seed} {args.repeat}"}  # of an epoch's photos
     size = model.config.input_size
     cache = PhotoCache(args.cache, size) if args.cache else None
     if cache:
@@ -410,7 +372,8 @@ def prepare(args):
     trainer = all_or_none(lambda: Trainer(args, model, dataset, content, run, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)
-    monitor = all_or_none(lambda: None if rank else Monitor(args, model, validated, trainer.batches.total))
+    photos = len(dataset) * args.repeat
+    monitor = all_or_none(lambda: None if rank else Monitor(args, model, validated, photos))
     stop = StopFlag()  # before the lines below: who has read them may count on a signal saving the run
     if rank == 0:
         if content:
@@ -430,7 +393,7 @@ def train(trainer, val, monitor, stop):
             trainer.save()  # a signal may end the validation; the run then resumes with it
             trainer.validate(val, stop)
         if monitor:  # before the save: an epoch that is done again loses its line, none is ever missing
-            monitor.epoch(trainer.record, trainer.taken, trainer.finished)
+            monitor.epoch(trainer.record, trainer.finished)
         trainer.record = None
         trainer.save()
         stop.check()
@@ -450,6 +413,8 @@ def main(argv=None):
     except (RuntimeError, SystemExit):
         if not stop.number:
             raise
+        report = threading.excepthook  # a GPU's loader has a thread that would report the end of its workers
+        threading.excepthook = lambda error: issubclass(error.exc_type, ConnectionError) or report(error)
         if trainer.rank == 0:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
                 tqdm.write(f"stopped; the run is saved in {last}. To go on:\n{again}", file=sys.stderr)

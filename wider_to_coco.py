@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from support.script import InputError, command, new_parser, write_json
+from support.script import InputError, command, new_parser, read_text, write_json
 
 from support.coco import clip
 from support.pictures import read_sizes
@@ -22,57 +22,45 @@ from support.pictures import read_sizes
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
 COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
 NUMBERS = re.compile(r"[-+.eE\s]*\d[-+.\deE\s]*", re.ASCII)  # int() would accept "1_000", float() "nan"
-INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
 LARGEST = 10 ** 15  # coordinates and areas must be smaller, also for read_annotations
 
 
 def read_wider(path):
-    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order.
+    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order, a row the ten numbers of `COLUMNS`.
 
-    A row is the ten numbers of `COLUMNS`. A byte order mark, CRLF and blank lines are accepted. A picture
-    without faces has the count 0; the row of zeros that follows it in the official files may be missing.
-    Raises InputError with `file:line` for any other format.
+    Blank lines are accepted. A picture without faces has the count 0; the row of zeros that follows it in the
+    official files may be missing. Raises InputError with `file:line` for any other format.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # universal newlines: CRLF becomes LF
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     # Not str.splitlines(): it also splits at characters that may be part of a name.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise InputError(f"{path}: lists no pictures")
 
-    pictures, first_line, at = [], {}, 0
+    pictures, at = {}, 0
     while at < len(lines):
         number, line = lines[at]
         name = _name(f"{path}:{number}", line)
-        if name in first_line:
-            raise InputError(
-                f"{path}:{number}: picture {name!r} is listed twice, first on line {first_line[name]}")
-        first_line[name] = number
+        if name in pictures:
+            raise InputError(f"{path}:{number}: picture {name!r} is listed twice")
         if at + 1 == len(lines):
             raise InputError(f"{path}:{number}: the file ends after the name {name!r}, is it truncated?")
-        count_line, count = lines[at + 1]
+        number, count = lines[at + 1]
         if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
             raise InputError(
-                f"{path}:{count_line}: the number of faces of {name!r} is expected, found {count[:60]!r}")
+                f"{path}:{number}: the number of faces of {name!r} is expected, found {count[:60]!r}")
+        said = f"{name!r} has {count} faces by line {number}"
         rows = lines[at + 2:at + 2 + int(count)]
         at += 2 + len(rows)
-        pictures.append((name, [_row(f"{path}:{n}", row, name, count, count_line) for n, row in rows]))
+        pictures[name] = [_row(f"{path}:{n}", row, said) for n, row in rows]
         if len(rows) < int(count):
-            raise InputError(
-                f"{path}:{count_line}: {name!r} has {count} faces but the file ends after {len(rows)}, "
-                "is it truncated?")
+            raise InputError(f"{path}:{number}: the file ends after {len(rows)} faces, but {said}")
         if at < len(lines) and NUMBERS.fullmatch(lines[at][1]):
-            place, extra = f"{path}:{lines[at][0]}", lines[at][1]
-            if int(count) or any(_row(place, extra, name, count, count_line)):
-                raise InputError(
-                    f"{place}: a row beyond the {count} faces of {name!r} (counted on line {count_line})")
+            place = f"{path}:{lines[at][0]}"
+            if rows or any(_row(place, lines[at][1], said)):
+                raise InputError(f"{place}: a row too many, {said}")
             at += 1  # the row of zeros after a picture without faces, as in the official train file
-    return pictures
+    return list(pictures.items())
 
 
 def _name(place, text):
@@ -87,28 +75,21 @@ def _name(place, text):
     return str(name)
 
 
-def _row(place, text, name, count, count_line):
-    """Parse the ten numbers of a face, ints where the text has ints. Raises InputError."""
-    tokens = text.split()
-    if not NUMBERS.fullmatch(text) or len(tokens) != len(COLUMNS):
-        raise InputError(f"{place}: a face's {len(COLUMNS)} numbers are expected, found {text[:60]!r} "
-                         f"({name!r} has {count} faces by line {count_line})")
+def _row(place, text, said):
+    """Parse the ten numbers of a face, whole ones to int. Raises InputError, with what is `said` of it."""
     try:
-        values = [int(token) if INTEGER.fullmatch(token) else float(token) for token in tokens]
-    except ValueError:
-        raise InputError(f"{place}: not a number in {text[:60]!r}") from None
-    if not all(abs(value) < LARGEST for value in values):
-        raise InputError(f"{place}: a number is too large in {text[:60]!r}")
-    if any(isinstance(value, float) for value in values[4:]):
-        raise InputError(f"{place}: {', '.join(ATTRIBUTES)} must be integers, found {text[:60]!r}")
-    return values
+        values = [float(token) for token in text.split()] if NUMBERS.fullmatch(text) else []
+    except ValueError:  # "+"
+        values = []
+    if (len(values) != len(COLUMNS) or not all(abs(value) < LARGEST for value in values)
+            or not all(value.is_integer() for value in values[4:])):
+        raise InputError(f"{place}: x y w h and six whole numbers ({', '.join(ATTRIBUTES)}) are expected, "
+                         f"found {text[:60]!r}; {said}")
+    return [int(value) if value.is_integer() else value for value in values]
 
 
 def to_coco(pictures, sizes, prefix):
-    """Make the COCO content of `pictures` and their `sizes`: (content, counts of what was found).
-
-    `prefix` is the folder to put before each name.
-    """
+    """Make the COCO content of `pictures` in the folder `prefix` and their `sizes`: (content, counts)."""
     images, annotations = [], []
     met = dict.fromkeys(("invalid", "empty", "rows of zeros", "clipped", "outside"), 0)
     for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures, sizes), 1):
@@ -130,42 +111,30 @@ def to_coco(pictures, sizes, prefix):
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
 
 
-def present(pictures, images, skip_missing):
-    """The entries of `pictures` that are in the folder `images`.
-
-    Raises InputError if that is not all of them, or with `skip_missing` if it is none.
-    """
-    there = [picture for picture in pictures if os.path.isfile(os.path.join(images, picture[0]))]
-    if len(there) < len(pictures) and not (skip_missing and there):
-        kept = {name for name, _ in there}
-        missing = [repr(name) for name, _ in pictures if name not in kept]
-        more = ", ..." if len(missing) > 3 else ""
-        raise InputError(f"{images}: of {len(pictures):,} pictures {len(missing):,} are missing "
-                         f"({', '.join(missing[:3])}{more}); of a partial download --skip-missing converts "
-                         "those that are there")
-    return there
-
-
 def convert(annotation, images, out, skip_missing=False):
-    """Convert the text file `annotation` and the folder `images` to the COCO file `out`.
-
-    Returns the counts of what was found. Raises InputError.
-    """
+    """Convert the text `annotation` and the folder `images` to the COCO file `out`: counts. Or InputError."""
     annotation, images, out = Path(annotation), Path(images), Path(out)
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures")
     if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
         raise InputError(
             f"{out}: is a folder or the annotation text itself, name another file for the output")
-    listed = read_wider(annotation)
-    pictures = present(listed, images, skip_missing)
+    pictures = dict(read_wider(annotation))
+    missing = [name for name in pictures if not os.path.isfile(images / name)]
+    if missing and not (skip_missing and len(missing) < len(pictures)):
+        first = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"{images}: of {len(pictures):,} pictures {len(missing):,} are missing ({first}); "
+                         "of a partial download --skip-missing converts those that are there")
+    for name in missing:
+        del pictures[name]
+    pictures = list(pictures.items())
     sizes = read_sizes(pictures, images, os.cpu_count())
     prefix = os.path.relpath(images, out.parent)
     if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
         prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))
     content, counts = to_coco(pictures, sizes, PurePosixPath(Path(prefix).as_posix()))
     write_json(out, content)
-    return counts | {"missing": len(listed) - len(pictures)}
+    return counts | {"missing": len(missing)}
 
 
 @command

@@ -1,6 +1,6 @@
-"""Draws docs/faces.jpg, the head of the README: what the shipped network finds on a photo and on drawn ones.
+"""Draw docs/faces.jpg, the head of the README: what the shipped network finds on five photos.
 
-    python sample.py data/sample --train 1 --val 60
+    python -m tools.sample data/sample --train 1 --val 60
     PYTHONPATH=. python docs/faces.py
 """
 from pathlib import Path

@@ -44,10 +44,7 @@ class PhotoCache:
                                      "remove that folder, or name another with --cache")
 
     def load(self, path):
-        """The photo `path`, reduced, uint8 `[h, w, 3]`, and its upright (width, height) on disk.
-
-        Raises InputError.
-        """
+        """The photo `path`, reduced, uint8 `[h, w, 3]`, its upright (width, height). Raises InputError."""
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such picture")
         file = self.file(path)

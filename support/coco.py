@@ -6,15 +6,17 @@ defined on it, to the last digit.
 
 import hashlib
 import os
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.script import InputError, read_json
+from support.script import InputError, read_json, require
 
 import numpy as np
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
+FILE_NAME = re.compile(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4095}")  # no half characters, which JSON can hold
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
 
@@ -61,16 +63,11 @@ class Annotations:
     sizes: np.ndarray         # [I, 2] int64, width and height as written, 0 if the file does not say
     image: np.ndarray         # [M] int64, the index (not the id) of each face's photo
     xywh: np.ndarray          # [M, 4] float64
-    area: np.ndarray  # [M] float64, width x height where the file gives none
+    area: np.ndarray          # [M] float64, width x height where the file gives none
     ignored: np.ndarray       # [M] bool: crowds, and what cannot be learned (empty, or outside its photo)
     crowd: np.ndarray         # [M] bool: iscrowd, a region to ignore: unclear faces, or a crowd
-    counts: dict = field(default_factory=dict)  # what the file holds, for the reports
     # [I] uint8: MADE somehow, COMPLETE (every face is labelled, by hand), or UNLABELLED (nobody looked)
     labels: np.ndarray | None = None
-
-    def __post_init__(self):
-        if self.labels is None:
-            self.labels = np.full(len(self.ids), MADE, np.uint8)
 
     def file(self, index: int) -> Path:
         """The path of photo `index`."""
@@ -83,16 +80,14 @@ class Annotations:
         """
         count = len(self.names)
         files = [self.file(n) for n in range(0, count, max(1, count // 20))]
-        if files and not any(os.path.isfile(file) for file in files):
-            raise InputError(f"{self.path}: its photos are not there, such as {files[0]}; python -m "
-                             f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
+        require(not files or any(os.path.isfile(file) for file in files),
+                f"{self.path}: its photos are not there, such as {files and files[0]}; python -m "
+                f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
 
     def fingerprint(self) -> str:
         """A hash of the boxes and the photos they are on. The same set has the same hash wherever it lies."""
-        digest = hashlib.sha256()
-        for array in (self.ids, self.sizes, self.image, self.xywh, self.ignored, self.crowd, self.labels):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        arrays = self.ids, self.sizes, self.image, self.xywh, self.ignored, self.crowd, self.labels
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     def unlabelled(self) -> "Annotations":
         """The same photos without their boxes: no anchor on them is face or background."""
@@ -132,52 +127,62 @@ def read_annotations(path: str | Path) -> Annotations:
     what cannot be read safely.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
-                         "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
-    if path.is_dir() or path.suffix.lower() in FOREIGN:
-        raise InputError(f"{path}: a COCO json is expected; {CONVERT}")
-    content = read_json(path)
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path}: not COCO annotations, no list \"{key}\"; {CONVERT}")
-    images, annotations = content["images"], content["annotations"]
-    _check_ids(path, "images", images)
-    _check_ids(path, "annotations", annotations)
+    images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
         name = entry.get("file_name")
-        if not isinstance(name, str) or not name or not _names_a_file(name):
-            raise InputError(
+        require(isinstance(name, str) and FILE_NAME.fullmatch(name),
                 f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's")
-
-    category = _face_category(path, content.get("categories"), annotations)
+    category = _face_category(path, categories, annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}
     for face in faces:
-        if not isinstance(face.get("image_id"), int) or face["image_id"] not in index_of:
-            raise InputError(f"{path}: annotation {face['id']} belongs to image {face.get('image_id')!r}, "
-                             "which is not in \"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
+        number, crowd = face.get("image_id"), face.get("iscrowd", 0)
+        if not isinstance(number, int) or number not in index_of:
+            raise InputError(f"{path}: annotation {face['id']} belongs to image {number!r}, which is not in "
+                             "\"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
+        if crowd not in (0, 1):  # as text, "0" would count as yes
+            raise InputError(
+                f"{path}: annotation {face['id']}: iscrowd is {repr(crowd)[:60]}, 0 or 1 expected")
     image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
-    numbers = [a["id"] for a in faces]
-    xywh = _numbers(path, "bbox", [a.get("bbox") for a in faces], numbers, (4,))
+    ids = [face["id"] for face in faces]
+    xywh = _numbers(path, "bbox", [face.get("bbox") for face in faces], ids, (4,))
     areas = [w * h if face.get("area") is None else face["area"]
              for face, (_, _, w, h) in zip(faces, xywh.tolist())]
-    area = _numbers(path, "area", areas, numbers, ())
-    sizes = [[_size(path, e, "width"), _size(path, e, "height")] for e in images]
+    area = _numbers(path, "area", areas, ids, ())
+    sizes = [_size(path, entry, key) for entry in images for key in ("width", "height")]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    crowd = np.array([_is_crowd(path, a) for a in faces], bool)
+    crowd = np.array([face.get("iscrowd", 0) for face in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
     size = sizes[image]
     known = (size > 0).all(1)
     outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
     order = np.argsort(image, kind="stable")
-    counts = {"images": len(images), "faces": len(faces),
-              "images without faces": len(images) - len(np.unique(image)),
-              "crowd": int(crowd.sum()), "empty boxes": int(empty.sum()), "boxes outside": int(outside.sum()),
-              "of other categories": len(annotations) - len(faces)}
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
                        [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
-                       (crowd | empty | outside)[order], crowd[order], counts)
+                       (crowd | empty | outside)[order], crowd[order],
+                       np.full(len(images), MADE, np.uint8))
+
+
+def _read_lists(path):
+    """The lists of images and annotations in a COCO file, with ids that differ, and its categories."""
+    require(path.exists(), f"{path}: no such file; wider_to_coco.py makes one of WIDER, "
+            "python -m tools.labels_to_coco of your labels, python -m tools.sample a sample")
+    require(not path.is_dir() and path.suffix.lower() not in FOREIGN,
+            f"{path}: a COCO json is expected; {CONVERT}")
+    content = read_json(path)
+    for kind in ("images", "annotations"):
+        require(isinstance(content, dict) and isinstance(content.get(kind), list),
+                f"{path}: not COCO annotations, no list \"{kind}\"; {CONVERT}")
+        seen = set()
+        for index, entry in enumerate(content[kind]):
+            number = entry.get("id") if isinstance(entry, dict) else None
+            if type(number) is not int or abs(number) >= 2 ** 63:
+                raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"; python -m "
+                                 "tools.labels_to_coco gives it one")
+            if number in seen:
+                raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
+            seen.add(number)
+    return content["images"], content["annotations"], content.get("categories")
 
 
 def join(parts: list[Annotations]) -> Annotations:
@@ -189,10 +194,9 @@ def join(parts: list[Annotations]) -> Annotations:
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts])
               for name in ("sizes", "xywh", "area", "ignored", "crowd", "labels")}
-    counts = {key: sum(part.counts[key] for part in parts) for key in first.counts}
     image = np.concatenate([part.image + before for part, before in zip(parts, start)])
     ids = np.arange(1, start[-1] + 1)
-    return Annotations(first.path, first.category, ids, names, image=image, counts=counts, **arrays)
+    return Annotations(first.path, first.category, ids, names, image=image, **arrays)
 
 
 def arrays(annotations: Annotations, detections: Detections) -> tuple:
@@ -208,21 +212,29 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     categories, for numbers that are not finite, and for boxes in fractions of the photo.
     """
     entries = read_json(path)
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise InputError(
+    require(isinstance(entries, list) and all(isinstance(e, dict) for e in entries),
             f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
-    numbers = _of_faces(path, entries, annotations)
+    face = annotations.category
+    categories = {face}
+    if any(entry.get("category_id") != face for entry in entries):
+        categories |= {c["id"] for c in read_json(annotations.path).get("categories") or []}
+    index_of = {number: index for index, number in enumerate(annotations.ids.tolist())}
+    numbers = []
+    for n, entry in enumerate(entries):
+        category, image = entry.get("category_id"), entry.get("image_id")
+        if type(category) not in (int, float) or category not in categories:
+            raise InputError(f"{path}: entry {n} is of category_id {repr(category)[:60]}, which is not in "
+                             f"{annotations.path}; its face is {face}")
+        if category == face and (type(image) not in (int, float) or image not in index_of):
+            raise InputError(f"{path}: entry {n} is of image {image!r}, which is not in {annotations.path}")
+        if category == face:
+            numbers.append(n)
+    require(numbers or not entries,
+            f"{path}: none of its {len(entries)} entries is of category_id {face}, the face")
     entries = [entries[n] for n in numbers]
-    index_of = {int(image_id): index for index, image_id in enumerate(annotations.ids)}
-    try:
-        image = np.array([index_of[e["image_id"]] for e in entries], np.int64)
-    except (KeyError, TypeError):
-        number, bad = next((n, e.get("image_id")) for n, e in zip(numbers, entries)
-                           if not isinstance(e.get("image_id"), int) or e["image_id"] not in index_of)
-        raise InputError(f"{path}: entry {number} is of image {bad!r}, "
-                         f"which is not in {annotations.path}") from None
-    xywh = _numbers(path, "bbox", [e.get("bbox") for e in entries], numbers, (4,))
-    score = _numbers(path, "score", [e.get("score") for e in entries], numbers, ())
+    image = np.array([index_of[entry["image_id"]] for entry in entries], np.int64)
+    xywh = _numbers(path, "bbox", [entry.get("bbox") for entry in entries], numbers, (4,))
+    score = _numbers(path, "score", [entry.get("score") for entry in entries], numbers, ())
     known = annotations.sizes[annotations.sizes > 0]
     if not len(known) or known.max() > 100:
         require_pixels(path, xywh)
@@ -231,27 +243,8 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
 
 def require_pixels(path, xywh):
     """Raise InputError if all boxes `[D, 4]` on photos of hundreds of pixels lie within about 0 to 1."""
-    if len(xywh) and 0 < np.abs(xywh).max() <= 1.5:
-        raise InputError(f"{path}: all boxes lie within 0-1, as fractions of the photo do; pixels are "
-                         "expected, so multiply by the photo's width and height")
-
-
-def _of_faces(path, entries, annotations):
-    """The numbers of the entries of the face category. Raises InputError for an unknown one."""
-    category = annotations.category
-    values = [e.get("category_id") for e in entries]
-    numbers = [n for n, value in enumerate(values) if type(value) in (int, float) and value == category]
-    if len(numbers) < len(entries):
-        listed = read_json(annotations.path).get("categories") or []
-        known = {c["id"] for c in listed} | {category}
-        for n, value in enumerate(values):
-            if type(value) not in (int, float) or value not in known:
-                raise InputError(f"{path}: entry {n} is of category_id {repr(value)[:60]}, which is not in "
-                                 f"{annotations.path}; its face is {category}")
-        if not numbers:
-            raise InputError(f"{path}: none of its {len(entries)} entries is of category_id {category}, "
-                             "the face")
-    return numbers
+    require(not 0 < np.abs(xywh).max(initial=0) <= 1.5, f"{path}: all boxes lie within 0-1, as fractions of "
+            "the photo do; pixels are expected, so multiply by the photo's width and height")
 
 
 def face_entries(annotations: Annotations) -> tuple[dict, list[dict]]:
@@ -271,61 +264,34 @@ def to_results(annotations: Annotations, detections: Detections) -> list[dict]:
             for i, box, s in zip(ids, detections.xywh.tolist(), detections.score.tolist())]
 
 
-def _names_a_file(name):
-    """Whether a file system can hold `name`."""
-    try:
-        return b"\0" not in os.fsencode(name) and len(name) < 4096
-    except UnicodeEncodeError:  # half a character, which JSON can hold and no file system has
-        return False
-
-
-def _check_ids(path, kind, entries):
-    """Check that every entry is an object with its own integer id."""
-    seen = set()
-    for index, entry in enumerate(entries):
-        number = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or abs(number) >= 2 ** 63:
-            raise InputError(f"{path}: {kind}[{index}] has no integer \"id\"; python -m "
-                             "tools.labels_to_coco gives it one")
-        if number in seen:
-            raise InputError(f"{path}: {kind}[{index}] repeats id {number}; ids must differ")
-        seen.add(number)
-
-
 def _face_category(path, categories, annotations):
     """Choose the id of the category `face`, or of the only one. Without `categories` those in use count."""
-    listed = categories
     if categories is None:
-        listed = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
-    if not isinstance(listed, list) or any(not isinstance(c, dict) or not isinstance(c.get("id"), int)
-                                           for c in listed):
-        raise InputError(f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
-                         "python -m tools.labels_to_coco gives them")
-    categories = list({c["id"]: c for c in listed}.values())
-    named = [c["id"] for c in categories if str(c.get("name")).strip().lower() == "face"]
-    if len(named) != 1 and len(categories) != 1:
-        names = ", ".join(str(c.get("name")) for c in categories) or "none"
-        raise InputError(f"{path}: which category is the face? One must be named \"face\", "
-                         f"there are: {names}; python -m tools.labels_to_coco --category chooses")
-    known = {c["id"] for c in categories}
+        categories = [{"id": a.get("category_id")} for a in annotations] or [{"id": 1}]
+    require(isinstance(categories, list) and all(
+        isinstance(c, dict) and isinstance(c.get("id"), int) for c in categories),
+        f"{path}: \"categories\" must be a list of {{id, name}} with integer ids; "
+        "python -m tools.labels_to_coco gives them")
+    names = {c["id"]: str(c.get("name")) for c in categories}
+    faces = [number for number, name in names.items() if name.strip().lower() == "face"]
+    require(len(faces) == 1 or len(names) == 1, f"{path}: which category is the face? One must be named "
+            f"\"face\", there are: {', '.join(names.values()) or 'none'}; "
+            "python -m tools.labels_to_coco --category chooses")
     for entry in annotations:  # left out silently, faces of a category that is misnumbered would be missed
-        if not isinstance(entry.get("category_id"), int) or entry["category_id"] not in known:
-            number = str(entry.get("category_id"))[:60]
-            raise InputError(f"{path}: annotation {entry['id']} is of category {number}, "
+        number = entry.get("category_id")
+        if not isinstance(number, int) or number not in names:
+            raise InputError(f"{path}: annotation {entry['id']} is of category {str(number)[:60]}, "
                              "which is not in \"categories\"")
-    return (named or [categories[0]["id"]])[0]
+    return (faces or list(names))[0]
 
 
-def _numbers(path, key, values, numbers, shape):
-    """Check `values`: one finite float64 array `[len(values), *shape]`.
-
-    The first bad value is named by its entry in `numbers`.
-    """
+def _numbers(path, key, values, entries, shape):
+    """The list `values` as finite float64 `[len(values), *shape]`; a bad one is named by its entry."""
     array = _as_numbers(values, shape)
     if array is None:  # one by one only to find the one to name: all at once is fast
-        number, bad = next((n, v) for n, v in zip(numbers, values) if _as_numbers([v], shape) is None)
+        entry, bad = next((n, v) for n, v in zip(entries, values) if _as_numbers([v], shape) is None)
         expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-        raise InputError(f"{path}: entry {number}: {key} is {str(bad)[:60]}, {expected} expected")
+        raise InputError(f"{path}: entry {entry}: {key} is {str(bad)[:60]}, {expected} expected")
     return array
 
 
@@ -339,17 +305,9 @@ def _as_numbers(values, shape):
     return array.astype(np.float64) if fits and (np.abs(array.astype(float)) < 1e15).all() else None
 
 
-def _is_crowd(path, entry):
-    """The `iscrowd` of a face: 0, 1 or their like. As text, "0" would count as yes."""
-    value = entry.get("iscrowd", 0)
-    if value not in (0, 1):
-        raise InputError(f"{path}: annotation {entry['id']}: iscrowd is {repr(value)[:60]}, 0 or 1 expected")
-    return bool(value)
-
-
 def _size(path, entry, key):
     """A side of the photo `entry`, 0 where the file does not say."""
     value = entry.get(key) or 0
-    if not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise InputError(f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
+    require(isinstance(value, (int, float)) and 0 <= value < 1e9,
+            f"{path}: image {entry['id']}: {key} is {value!r}, pixels expected")
     return int(value)

@@ -18,10 +18,7 @@ JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other 
 
 
 def choose_device(name: str | None = None) -> str:
-    """Check that the device `name` is there. Without a name, take cuda, mps or cpu, the first there is.
-
-    Raises InputError if it is not there.
-    """
+    """The device `name`, or else the first there is of cuda, mps, cpu. Raises InputError if absent."""
     if not name:
         gpu = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else gpu
@@ -96,7 +93,8 @@ def all_or_none(make):
         result = make()
     except (InputError, OSError) as caught:
         error = InputError(one_line(caught))
-    rank, machine = (dist.get_rank() if dist.is_initialized() else 0), os.environ.get("GROUP_RANK", "0")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    machine = os.environ.get("GROUP_RANK", "0")
     failed = gather({rank: (str(error), machine)} if error else {})
     if error:
         error.reported = (str(error), machine) in [own for other, own in failed.items() if other < rank]
@@ -105,29 +103,17 @@ def all_or_none(make):
         first = min(failed)
         known_here = any(where == machine for _, where in failed.values())
         raise InputError(f"process {first} has given up: {failed[first][0]}",
-                         reported=known_here or not _is_local())
+                         reported=known_here or os.environ.get("LOCAL_RANK", "0") != "0")
     return result
 
 
 def from_first(make):
     """Call `make()` in the first process, and give its result to all. Its InputError is raised in all."""
-    if not dist.is_initialized():
-        return make()
-    outcome = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = make()
-        except (InputError, OSError) as error:
-            outcome[1] = one_line(error)
-    dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise InputError(outcome[1], reported=not _is_local())
-    return outcome[0]
-
-
-def _is_local():
-    """Whether this is its machine's first process, which reports what all of them meet."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    result = [all_or_none(lambda: None if rank else make())]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 def share_weights(model: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Record a training run: what it prints, log.jsonl, the curves drawn from it, TensorBoard if asked for."""
+"""Record a training run: what it prints, log.jsonl, the curves drawn from it."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PRINTED = 60   # seconds between the lines of an epoch where there is no termina
 
 
 def describe_run(trainer, dataset, content):
-    """Print what is trained on what, from where, and what of the schedule lies beyond the run."""
+    """Print what is trained on what, and from where."""
     args = trainer.args
     config = trainer.raw_model.config
     goal = f"from epoch {trainer.epoch + 1}, iteration {trainer.step + 1}" if content else f"to {args.out}"
@@ -26,14 +26,9 @@ def describe_run(trainer, dataset, content):
           f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
     print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
           f"{args.precision}{', compiled in the first iteration' if args.compile else ''}; {goal}")
-    iterations = args.epochs * trainer.batches.total
-    if args.epochs and args.warmup >= iterations:
-        print(f"the run has {iterations:,} iterations, all within the warm-up of {args.warmup:,}: "
-              f"--warmup {iterations // 20} fits")
-    if args.epochs > 1 and args.milestones and min(args.milestones) >= args.epochs:
-        fitting = sorted({round(args.epochs * share) for share in (0.6, 0.8, 0.9)} - {0, args.epochs})
-        print(f"the learning rate never falls: its milestones {args.milestones} lie beyond the {args.epochs} "
-              f"epochs; --milestones {' '.join(map(str, fitting))} fits")
+    if args.milestones and min(args.milestones) >= args.epochs > 1:
+        print(f"the learning rate never falls: its --milestones {args.milestones} lie beyond the "
+              f"{args.epochs} epochs")
 
 
 class Progress:
@@ -43,25 +38,18 @@ class Progress:
     """
 
     def __init__(self, trainer, check_finite):
+        self.trainer = trainer
         self.check_finite = check_finite
-        self.processes = trainer.processes
-        self.quiet = trainer.rank > 0
-        self.title = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}"
         self.batches = len(trainer.batches)  # of this epoch, that are left
-        self.after = (trainer.args.epochs - trainer.epoch - 1) * trainer.batches.total
         self.photos = self.steps = 0
         self.began = self.read = self.printed = time.perf_counter()
-        self.bar = tqdm(total=self.batches, desc=self.title, leave=False,
-                        disable=True if self.quiet else None)
-
-    @property
-    def seconds(self):
-        """How long the epoch has taken until now."""
-        return time.perf_counter() - self.began
+        self.title = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}"
+        self.bar = tqdm(total=self.batches, desc=self.title, leave=False, disable=trainer.rank > 0 or None)
 
     def show(self, photos, losses, rate):
         """Count a step of `photos` in this process; show its losses `[3]` and the rate when it is time to."""
-        self.photos += photos * self.processes
+        trainer = self.trainer
+        self.photos += photos * trainer.processes
         self.steps += 1
         self.bar.update()
         now = time.perf_counter()
@@ -69,42 +57,38 @@ class Progress:
             return
         self.read = now
         loss = self.check_finite(losses)
-        speed = f"loss {loss:.3f}, lr {rate:.2g}, {self.photos / self.seconds:.0f} photos/s"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(speed)
-        elif not self.quiet and now - self.printed >= PRINTED:
+        seconds = now - self.began
+        text = f"loss {loss:.3f}, lr {rate:.2g}, {self.photos / seconds:.0f} photos/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and trainer.rank == 0 and now - self.printed >= PRINTED:
             self.printed = now
-            left = (self.batches - self.steps + self.after) * self.seconds / self.steps
-            print(f"{self.title}: {self.photos:,} photos, {self.steps / self.batches:.0%}, {speed}, "
-                  f"{left / 60:.0f} min left", flush=True)
+            epochs = trainer.args.epochs - trainer.epoch - 1
+            left = self.batches - self.steps + epochs * trainer.batches.total
+            print(f"{self.title}: {self.photos:,} photos, {self.steps / self.batches:.0%}, {text}, "
+                  f"{left * seconds / self.steps / 60:.0f} min left", flush=True)
 
     def close(self):
-        """Take the bar away."""
+        """Take the bar away: (photos, seconds) of the epoch since this process began."""
         self.bar.close()
+        return self.photos, time.perf_counter() - self.began
 
 
 class Monitor:
     """Records a run in its folder: one JSON line with the flags, then one per epoch."""
 
-    def __init__(self, args, model, epoch, batches):
-        """A run resumed after `epoch` epochs, of so many `batches`, loses the lines of later ones."""
+    def __init__(self, args, model, epoch, photos):
+        """A run resumed after `epoch` epochs, of so many `photos`, loses the lines of later ones."""
         self.out = Path(args.out)
-        self.epochs, self.batches = args.epochs, batches
-        self.started = self.drawn = time.perf_counter()
-        self.writer = None
-        self.troubles = set()
+        self.epochs = args.epochs
+        self.photos = photos
+        self.drawn = time.perf_counter()
+        self.undrawn = False  # whether drawing has failed: it is not tried again
         self.lock = claim(self.out)
         self.log = self.out / "log.jsonl"
         lines = read_log(self.log) if self.log.exists() and args.resume else []
         self.lines = [line for line in lines if line.get("epoch", 0) <= epoch]
         self.write({"flags": vars(args), "parameters": sum(p.numel() for p in model.parameters()),
                     "torch": torch.__version__, "commit": git_commit()})
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tensorboard needs it installed: pip install tensorboard") from None
-            self.writer = SummaryWriter(self.out, purge_step=epoch + 1)
 
     def write(self, line):
         """Add a line. The file is rewritten as a whole, so that a kill never leaves half a line."""
@@ -113,47 +97,32 @@ class Monitor:
             text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.lines)
             temporary.write_text(text, encoding="utf-8")
 
-    def epoch(self, record, steps, finished):
-        """Record an epoch: log line, a printed line, curves, TensorBoard.
-
-        `steps` are all iterations since this process began, for the time that is left. What draws never ends
-        a training: its trouble is printed once, and the run goes on.
-        """
+    def epoch(self, record, finished):
+        """Record an epoch: log line, printed line, curves. What draws never ends a training."""
         self.write(record)
-        seconds = record["seconds"] / self.batches
-        if steps:
-            seconds = (time.perf_counter() - self.started) / steps
-        left = seconds * (self.epochs - record["epoch"]) * self.batches
+        left = (self.epochs - record["epoch"]) * self.photos / record["photos_per_second"]
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
               f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
+        if self.undrawn or not finished and time.perf_counter() - self.drawn < REDRAWN:
+            return
         try:
-            if time.perf_counter() - self.drawn > REDRAWN or finished:
-                draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-                self.drawn = time.perf_counter()
-            if self.writer:
-                for key in ("loss", "class_loss", "box_loss", "lr", "photos_per_second", "AP", "AP50"):
-                    if key in record:
-                        self.writer.add_scalar(key, record[key], record["epoch"])
-                self.writer.flush()
+            draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
+            self.drawn = time.perf_counter()
         except Exception as error:  # matplotlib absent, a font broken, a disk full
-            if repr(error) not in self.troubles:
-                self.troubles.add(repr(error))
-                print(f"not drawn, the training goes on: {one_line(error)}", flush=True)
+            self.undrawn = True
+            print(f"curves.png is not drawn, the training goes on: {one_line(error)}", flush=True)
 
     def close(self):
         """Let another run write in the folder."""
         self.lock.close()
-        if self.writer:
-            self.writer.close()
 
 
 def claim(out):
-    """Lock the folder of a run: no other run may write there while the returned file is open.
+    """Lock the folder of a run while the returned file is open. What a killed run left half-written goes.
 
-    What a killed run left half-written is removed. The lock ends with this process. lockf, not flock: its
-    locks are not inherited by loading processes, which outlive a killed run by seconds.
+    lockf, not flock: its locks are not inherited by loading processes, which outlive a killed run by seconds.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "w")
@@ -185,20 +154,15 @@ def read_log(path):
 def draw_curves(records, path):
     """Draw losses, accuracy and learning rate over the epochs of a log to the PNG `path`."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    panels = {"loss": ("loss", "class_loss", "box_loss"), "AP on --val": ("AP", "AP50"),
-              "learning rate": ("lr",)}
-    if not any("AP" in record for record in records):
-        del panels["AP on --val"]
-    figure = Figure(figsize=(3.2 * len(panels), 3.2))
-    figure.subplots_adjust(left=0.2 / len(panels), right=0.98, bottom=0.15, top=0.9, wspace=0.35)
+    panels = {"loss": ("loss", "class_loss", "box_loss"), "learning rate": ("lr",)}
+    if any("AP" in record for record in records):
+        panels["AP on --val"] = ("AP", "AP50")
+    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:
             points = [(record["epoch"], record[key]) for record in records if key in record]
             axes.plot(*zip(*points), marker="." if len(points) < 30 else None, label=key)
-        axes.set(title=title, xlabel="epoch", xlim=(0.5, records[-1]["epoch"] + 0.5),
-                 yscale="log" if title == "learning rate" else "linear")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set(title=title, xlabel="epoch", yscale="log" if title == "learning rate" else "linear")
         axes.grid(alpha=0.3)
         axes.legend()
     with whole_file(path) as temporary:

@@ -3,31 +3,16 @@
 from support.script import whole_file
 
 
-def plot_curves(curves, path, by_score=None):
-    """Plot precision-recall curves {name: metrics.Curve} to a picture file, the APs in the legend.
-
-    With a metrics.ScoreCurve `by_score`, precision, recall and false detections a photo stand beside them,
-    against the score.
-    """
+def plot_curves(curves, path):
+    """Plot precision-recall curves {name: metrics.Curve} to a picture file, the APs in the legend."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12 if by_score else 6, 5), layout="constrained")
-    panels = figure.subplots(1, 2 if by_score else 1, squeeze=False)[0]
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
     for name, curve in curves.items():
         shown = curve.recall <= curve.recall.max()
-        panels[0].plot(curve.recall[shown], curve.precision[shown], label=f"{name}: AP {curve.ap:.3f}")
-    panels[0].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    panels[0].legend(loc="lower left")
-    if by_score:
-        panels[1].plot(by_score.score, by_score.precision, label="precision")
-        panels[1].plot(by_score.score, by_score.recall, label="recall")
-        panels[1].set(xlabel="score of at least", ylabel="precision, recall", ylim=(0, 1.02))
-        right = panels[1].twinx()
-        right.plot(by_score.score, by_score.false_per_photo, "C3", label="false per photo")
-        right.set(ylabel="false per photo", yscale="log" if by_score.false_per_photo.any() else "linear")
-        lines = panels[1].get_lines() + right.get_lines()
-        panels[1].legend(lines, [line.get_label() for line in lines], ncols=4, fontsize="small",
-                         loc="lower center", bbox_to_anchor=(0.5, 1))
-    for axes in panels:
-        axes.grid(alpha=0.3)
+        axes.plot(curve.recall[shown], curve.precision[shown], label=f"{name}: AP {curve.ap:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(loc="lower left")
+    axes.grid(alpha=0.3)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -39,6 +39,12 @@ class InputError(Exception):
         self.reported = reported
 
 
+def require(condition, message):
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
 def one_line(error):
     """What an InputError or OSError says, without "[Errno 28]" but with the file."""
     if getattr(error, "strerror", None):
@@ -229,14 +235,20 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, allow_nan=False, separators=(",", ":")), encoding="utf-8")
 
 
+def read_text(path):
+    """Read a UTF-8 text file, with a byte order mark or without. Raises InputError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # universal newlines: CRLF becomes LF
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
 def read_json(path):
     """Read a JSON file. Raises InputError if it is missing, not UTF-8 or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # -sig: a byte order mark is accepted
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise InputError(f"{path}: not JSON ({error})") from None
 

@@ -6,13 +6,14 @@ in the files. This file does not import torch.
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
-from support.coco import Annotations, Detections, require_pixels
+from support.coco import Detections, require_pixels
 from support.script import InputError, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
@@ -28,14 +29,13 @@ class GroundTruth:
     kept: dict          # {level: [M] bool}, the faces that belong to easy, medium and hard
 
     def part(self, names):
-        """The ground truth of those images alone that are in `names`. Raises InputError if none is."""
+        """The same without the faces of images that are not in `names`, or InputError if none is."""
         given = np.isin(self.names, list(names))  # [I]
         if not given.any():
             raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
         kept = given[self.image]
-        place = np.cumsum(given) - 1
-        return GroundTruth([name for name, there in zip(self.names, given) if there], place[self.image[kept]],
-                           self.xywh[kept], {level: own[kept] for level, own in self.kept.items()})
+        levels = {level: own[kept] for level, own in self.kept.items()}
+        return replace(self, image=self.image[kept], xywh=self.xywh[kept], kept=levels)
 
 
 def read_ground_truth(folder=GROUND_TRUTH):
@@ -61,17 +61,9 @@ def read_ground_truth(folder=GROUND_TRUTH):
     return GroundTruth(names, np.repeat(np.arange(len(names)), faces), np.concatenate(boxes), kept)
 
 
-def only_photos(ground_truth, folder):
-    """The images of a GroundTruth as Annotations without faces, whose photos nobody reads."""
-    count = len(ground_truth.names)
-    no_boxes, nothing = np.zeros((0, 4)), np.zeros(0, bool)
-    return Annotations(Path(folder), 1, np.arange(count), ground_truth.names, np.zeros((count, 2), np.int64),
-                       np.zeros(0, np.int64), no_boxes, np.zeros(0), nothing, nothing)
-
-
-def renumber(detections, names, target, where):
-    """Move Detections from the images called `names` to those called `target`, which `where` has."""
-    place = {name: index for index, name in enumerate(target)}
+def renumber(detections, names, ground_truth, where):
+    """Move Detections from the images called `names` to those of a GroundTruth, read from `where`."""
+    place = {name: index for index, name in enumerate(ground_truth.names)}
     image = np.array([place.get(name, -1) for name in names], np.int64)[detections.image]
     if (image < 0).any():
         name = names[detections.image[image < 0][0]]
@@ -82,8 +74,7 @@ def renumber(detections, names, target, where):
 def wider_names(path, file_names):
     """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
 
-    `path` is the COCO file, for error messages. Raises InputError if a name has fewer than two parts, or if
-    two names are equal.
+    Raises InputError, naming the file `path`, if a name has fewer than two parts, or if two are equal.
     """
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
              for name in file_names]
@@ -94,13 +85,9 @@ def wider_names(path, file_names):
 def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
-    The image numbers of the Detections, which are sorted by image, best first, are indices into `names`.
-    As in the official code, a file's path tells its image; the first line of the file is not used. Raises
-    InputError, with file and line, if a row is not five finite numbers.
+    The images of the Detections, sorted by image, best first, are indices into `names`. As in the official
+    code, the first line of a file is not used. Raises InputError, with file and line.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     image, values, missing = [], [np.zeros((0, 5))], []
     for index, name in enumerate(names):
         path = f"{folder}/{name}.txt"  # a string: 3,226 Path objects take longer than reading the files
@@ -113,8 +100,7 @@ def read_predictions(folder, names):
         image += [index] * len(boxes)
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
     if len(missing) == len(names):
-        first = f"{folder}/{names[0]}.txt"
-        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {first} are expected")
+        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {path} are expected")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing
@@ -123,9 +109,8 @@ def read_predictions(folder, names):
 def write_predictions(folder, names, detections):
     """Write predictions as the official evaluation expects them: `<folder>/<event>/<image>.txt`.
 
-    names `[I]` are all images; one without detections gets a file too. The image numbers of the Detections
-    are indices into `names`. All digits are written, so predictions score the same when read back. Raises
-    InputError for names that would lead out of `folder`, before anything is written.
+    The images of the Detections are indices into `names`; one without detections gets a file too. All digits
+    are written. Raises InputError for names that would lead out of `folder`, before anything is written.
     """
     _check_names(folder, names)
     image, score = detections.image, detections.score
@@ -141,38 +126,26 @@ def write_predictions(folder, names, detections):
 
 
 def _kept(gt_list, faces):
-    """Convert a level's lists of face numbers to a bool array `[M]` over all faces.
-
-    The lists count the faces of each image from 1. faces `[I]` is the number of faces per image. Raises
-    ValueError if the lists do not fit.
-    """
+    """The faces of a level, bool `[M]`, by lists that count from 1 the `faces` `[I]` of each image."""
     numbers = [np.asarray(number[0], np.int64).ravel() for event in gt_list for number in event[0]]
-    image = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
-    index = np.concatenate(numbers) - 1
-    if len(numbers) != len(faces) or (index < 0).any() or (index >= faces[image]).any():
-        raise ValueError("the lists are of other images or faces")
-    kept = np.zeros(faces.sum(), bool)
-    kept[(np.cumsum(faces) - faces)[image] + index] = True
-    return kept
+    kept = [np.zeros(count, bool) for count in faces]
+    for own, number in zip(kept, numbers, strict=True):
+        if (number < 1).any():
+            raise ValueError("a face's number is below 1")
+        own[number - 1] = True
+    return np.concatenate(kept)
 
 
 def _check_names(source, names):
     """Check that every name is `<event>/<image>`, cannot lead out of a folder, and occurs once."""
-    seen = set()
-    for name in names:
-        parts = name.split("/")
-        if len(parts) != 2 or not all(map(_plain, parts)):
+    for name, times in Counter(names).items():
+        parts = [part.strip(". ") for part in name.split("/")]
+        if (len(parts) != 2 or not all(parts) or not name.isprintable() or set(name) & set("\\:")
+                or len(name.encode()) > 250):
             raise InputError(
                 f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>")
-        if name in seen:
+        if times > 1:
             raise InputError(f"{source}: {name!r} is there twice")
-        seen.add(name)
-
-
-def _plain(part):
-    """Whether `part` is a safe name for one file or folder: printable, not special anywhere, not too long."""
-    return (part.isprintable() and not set(part) & set("\\:")
-            and bool(part.strip(". ")) and len(part.encode()) < 200)
 
 
 def _load_mat(path, *keys):
@@ -182,44 +155,32 @@ def _load_mat(path, *keys):
             content = loadmat(file, variable_names=keys)
         return {key: content[key] for key in keys}
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; download the archive eval_tools from http://shuoyang1213.me/WIDERFACE "
-            f"and unpack it under data, which gives {GROUND_TRUTH}") from None
+        raise InputError(f"{path}: no such file; download eval_tools from http://shuoyang1213.me/WIDERFACE "
+                         f"and unpack it under data, which gives {GROUND_TRUTH}") from None
     except Exception as error:  # scipy raises all kinds of errors for a damaged file
-        raise InputError(
-            f"{path}: not a MATLAB file with {', '.join(keys)} ({type(error).__name__})") from None
+        raise InputError(f"{path}: not a MATLAB file with {keys} ({type(error).__name__})") from None
 
 
 def _boxes(path, content):
-    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes; an empty file has none.
-
-    They follow the image's name and the number of boxes. Raises InputError if a row is not five finite
-    numbers, or if there are more or fewer rows than that.
-    """
+    """The boxes `[N, 5]`, x y w h score, of a prediction file's bytes: a name, their number, the rows."""
     lines = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     if not lines:
         return np.zeros((0, 5))
-    rows = [line for line in lines[2:] if line.strip()]
     try:
         count = float(lines[1])  # some tools write 5.0
     except (IndexError, ValueError):
         raise InputError(f"{path}:2: the number of boxes is expected in this line") from None
-    if count != len(rows):
-        raise InputError(f"{path}: {len(rows)} boxes, but line 2 says {lines[1].strip()[:20]}")
-    values = _numbers(rows)
-    if values is None:
-        number, bad = next((n, line) for n, line in enumerate(lines, 1)
-                           if n > 2 and line.strip() and _numbers([line]) is None)
-        raise InputError(
-            f"{path}:{number}: expected x y w h score, finite numbers, found {bad.strip()[:60]!r}")
-    return values
-
-
-def _numbers(rows):
-    """Parse lines of five finite numbers to an array `[len(rows), 5]`, or None if any line is bad."""
-    try:
-        values = np.loadtxt(rows, comments=None, ndmin=2) if rows else np.zeros((0, 5))
-    except ValueError:
-        return None
-    # NaN < x is False, so this refuses NaN too.
-    return values if values.shape == (len(rows), 5) and (np.abs(values) < 1e15).all() else None
+    boxes = []
+    for number, line in enumerate(lines[2:], 3):
+        if not line.strip():
+            continue
+        try:
+            boxes.append(list(map(float, line.split())))
+        except ValueError:
+            boxes.append([])
+        if len(boxes[-1]) != 5 or not sum(map(abs, boxes[-1])) < 1e15:  # the sum of NaN is none
+            raise InputError(
+                f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}")
+    if count != len(boxes):
+        raise InputError(f"{path}: {len(boxes)} boxes, but line 2 says {lines[1].strip()[:20]}")
+    return np.array(boxes).reshape(-1, 5)

@@ -235,14 +235,12 @@ def test_fit_finds_clusters():
 
 @pytest.mark.slow
 def test_command(sample, tmp_path, capsys, refused):
-    module.main(["--data", str(sample / "train.json"), "-k", "4", "--out", str(tmp_path / "a.png")])
+    module.main(["--data", str(sample / "train.json"), "-k", "4"])
     out = capsys.readouterr().out
-    assert ("hand-designed: mean best IoU" in out and "--anchors" in out
-            and (tmp_path / "a.png").stat().st_size > 5000)
+    assert "hand-designed: mean best IoU" in out and "--anchors" in out
     counts = []
     for least in ("0", "17", "30"):
-        module.main(["--data", str(sample / "train.json"), "-k", "2",
-                     "--out", str(tmp_path / "a.png"), "--min-face", least])
+        module.main(["--data", str(sample / "train.json"), "-k", "2", "--min-face", least])
         counts.append(int(capsys.readouterr().out.split(" faces; ")[0].split()[-1]))
     sides = read_annotations(sample / "train.json").xywh[:, 2:].min(1)
     assert counts == [(sides >= least).sum() for least in (0, 17, 30)] and counts[0] > counts[2]

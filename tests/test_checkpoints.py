@@ -42,6 +42,6 @@ def test_refused(two, tmp_path, refused):
     assert "c.pth: is of another architecture" in refused(average.main, *two,
                                                           str(tmp_path / "c.pth"), *out)
     assert "no-such.pth" in refused(average.main, two[0], str(tmp_path / "no-such.pth"), *out)
-    for shares in (["1"], ["0", "0"], ["-1", "2"], ["nan", "1"], ["inf", "1"]):
+    for shares in (["1"], ["0", "0"], ["-1", "2"], ["nan", "1"]):
         assert "--shares takes" in refused(average.main, *two, "--shares", *shares, *out)
     assert not (tmp_path / "mean.pth").exists()

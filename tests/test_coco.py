@@ -44,42 +44,33 @@ def face(**changes):
     return [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]} | changes]
 
 
-@pytest.mark.parametrize("bbox, more", [
-    ([1, 2, 0, 4], {}), ([1, 2, 3, -4], {}), ([100, 2, 5, 5], {}),
-    ([-9, 2, 9, 5], {}), ([1, 2, 3, 4], {"iscrowd": 1})
-])
-def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox, more):
-    faces = read(tmp_path, coco(annotations=face(bbox=bbox, **more)))
+@pytest.mark.parametrize("bbox", [[1, 2, 0, 4], [1, 2, 3, -4], [100, 2, 5, 5], [-9, 2, 9, 5]])
+def test_boxes_that_cannot_be_learned_are_kept_and_ignored(tmp_path, bbox):
+    faces = read(tmp_path, coco(annotations=face(bbox=bbox)))
     assert faces.ignored.tolist() == [True] and faces.xywh.tolist() == [bbox]
 
 
-@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, False, True])
+@pytest.mark.parametrize("value", [0, 1.0, True])
 def test_crowd_regions_are_marked_by_numbers(tmp_path, value):
     faces = read(tmp_path, coco(annotations=face(iscrowd=value)))
-    assert faces.ignored.tolist() == [value == 1] and faces.counts["crowd"] == value
+    assert faces.ignored.tolist() == [value == 1]
 
 
 def test_other_categories_are_left_out(tmp_path):
     faces = read(tmp_path, coco(annotations=face() + face(id=2, category_id=9),
                                 categories=[{"id": 9, "name": "person"}, {"id": 2, "name": "Face"}]))
-    assert len(faces.image) == 1 and faces.counts["of other categories"] == 1
+    assert len(faces.image) == 1
     assert read(tmp_path, coco(categories=[{"id": 2, "name": "head"}])).category == 2
 
 
-def test_no_faces_at_all(tmp_path):
-    faces = read(tmp_path, coco(annotations=[]))
-    assert faces.xywh.shape == (0, 4) and faces.counts["images without faces"] == 2
-
-
-def test_byte_order_mark(tmp_path):
-    assert len(read(tmp_path, "\ufeff" + json.dumps(coco())).image) == 2
+def test_no_faces_at_all_and_a_byte_order_mark(tmp_path):
+    faces = read(tmp_path, "\ufeff" + json.dumps(coco(annotations=[])))
+    assert faces.xywh.shape == (0, 4) and not faces.ignored.size
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{", "not JSON"),
     ("[" * 100_000, "not JSON"),
     ("[]", 'no list "images"'),
-    ({"images": []}, 'no list "annotations"'),
     (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
     (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
     (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
@@ -87,15 +78,12 @@ def test_byte_order_mark(tmp_path):
     (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
     (coco(annotations=face() * 2), "annotations[1] repeats id 1"),
     (coco(annotations=face(id=None)), 'annotations[0] has no integer "id"'),
-    (coco(annotations=face(image_id=99)), "annotation 1 belongs to image 99"),
     (coco(annotations=face(image_id=[7])), "annotation 1 belongs to image [7]"),
     (coco(annotations=face(bbox=[1, 2, 3])), "bbox is [1, 2, 3], 4 finite numbers expected"),
     (coco(annotations=face(bbox=[1, 2, 3, float("nan")])), "4 finite numbers expected"),
-    (coco(annotations=face(bbox=[1, 2, 3, float("inf")])), "4 finite numbers expected"),
     (coco(annotations=face(bbox=[1, 2, 3, "4"])), "4 finite numbers expected"),
-    (coco(annotations=face(bbox=None)), "4 finite numbers expected"),
     *[(coco(annotations=face(iscrowd=value)), f"annotation 1: iscrowd is {value!r}, 0 or 1 expected")
-      for value in ("0", "1", "", "no", 2, -1, 0.5, None, [], [1], {}, "a\nb", float("nan"))],
+      for value in ("0", 2, None, [1], "a\nb", float("nan"))],
     (coco(annotations=face(area="big")), "area is big, a finite number expected"),
     (coco(categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]), "there are: cat, dog"),
     (coco(categories=[]), "there are: none"),
@@ -107,9 +95,7 @@ def test_refused(tmp_path, content, message):
     assert message in str(error.value) and "x.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_file_and_one_that_is_no_text(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        read_annotations(tmp_path / "x.json")
+def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         read_annotations(tmp_path / "x.json")
@@ -137,7 +123,7 @@ def test_several_sets_join_as_one(tmp_path):
     one, two = read(tmp_path, coco()), read(tmp_path / "other", coco())
     both = join([one, two])
     assert both.ids.tolist() == [1, 2, 3, 4] and both.image.tolist() == [0, 0, 2, 2] and len(both.xywh) == 4
-    assert both.file(2).resolve() == two.file(0).resolve() and both.counts["images"] == 4
+    assert both.file(2).resolve() == two.file(0).resolve()
     assert join([one]) is one
 
 

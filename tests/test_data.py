@@ -81,13 +81,6 @@ def test_boxes_are_exact_where_a_photo_is_only_flipped(tmp_path):
     assert 0.35 < found[10, 20, 40, 70] / found.total() < 0.65 and found.total() > 40
 
 
-def test_the_seed_decides_the_augmentation(tmp_path):
-    dataset = dataset_of(tmp_path, [[(60, 40, 80, 70)]], [(240, 200)])
-    one, again, other = dataset[0, (1, 2)], dataset[0, (1, 2)], dataset[0, (1, 3)]
-    assert torch.equal(one.picture, again.picture) and np.array_equal(one.faces, again.faces)
-    assert not torch.equal(one.picture, other.picture)
-
-
 def test_views_follow_the_recipe():
     rng, faces, size = (np.random.default_rng(0),
                         np.array([[100.0, 50, 160, 130], [10, 10, 30, 40]]), (400, 300))
@@ -153,10 +146,8 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
         lit = pictures.sum(1) > 30  # not the black canvas
         statistics[name] = {
             "faces kept": len(boxes) / len(shown),
-            "photos with faces": np.mean([len(faces) > 0 for _, faces in shown]),
             "small": sides.quantile(0.25),
             "median": sides.median(),
-            "large": sides.quantile(0.75),
             "share of the view": (sides**2).mean() / 96**2,  # the IoU of a face within the crop with the crop
             "x": boxes[:, [0, 2]].mean(),
             "y": boxes[:, [1, 3]].mean(),
@@ -164,11 +155,7 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
             "mean": pictures.mean(),
             "deviation": pictures.std(),
             "colourful": (pictures.amax(1) - pictures.amin(1)).mean(),
-            "red": pictures[:, 0].mean(),
-            "green": pictures[:, 1].mean(),
-            "blue": pictures[:, 2].mean(),
             "contrast within": pictures.flatten(1).std(1).mean(),
-            "brightness between": pictures.flatten(1).mean(1).std(),
         }
     for key, value in statistics["theirs"].items():
         assert float(statistics["ours"][key]) == pytest.approx(float(value), rel=0.1), (key, statistics)
@@ -268,12 +255,6 @@ def test_no_photo_is_shown_twice_in_the_same_way():
     numbers = [np.random.default_rng(seed).random() for seed in seeds]
     assert len(set(numbers)) == len(numbers)
     assert {key for group in TrainBatches(6, 3, augment=False) for _, key in group} == {None}
-
-
-def test_uneven_processes_take_as_many_batches_each():
-    parts = [TrainBatches(7, 2, 1, 0, rank, 3) for rank in range(3)]
-    assert {len(list(part)) for part in parts} == {2}
-    assert {index for part in parts for group in part for index, _ in group} == set(range(7))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

@@ -72,37 +72,6 @@ def test_half_sure_detections_and_those_near_labels_are_no_doubts(planted):
         assert len(doubt.find_doubts(annotations, more, 100)) == 4 + count
 
 
-def test_photos_of_another_size_change_nothing(planted):
-    annotations, detections = planted
-    before = doubt.find_doubts(annotations, detections, 100)
-    scale = np.where(np.arange(PHOTOS) % 2, 1, 8)
-    annotations.sizes *= scale[:, None]
-    annotations.xywh *= scale[annotations.image, None]
-    detections.xywh *= scale[detections.image, None]
-    after = doubt.find_doubts(annotations, detections, 100)
-    assert [(one.photo, one.label) for one in after] == [(one.photo, one.label) for one in before]
-    assert [one.score for one in after] == pytest.approx([one.score for one in before])
-
-
-def test_usual_is_what_labels_of_about_the_same_size_have():
-    """20 of 40: the small ones are found with 0.2, the large ones with 0.8, one of them not at all."""
-    size = np.concatenate([np.arange(20), np.arange(100, 120)])
-    values = np.repeat([0.2, 0.8], 20)
-    usual = doubt.mean_of_alike(size, values, np.ones(40))
-    assert usual[0] == pytest.approx(0.2) and usual[39] == pytest.approx(0.8) and 0.2 < usual[20] < 0.8
-    many = doubt.mean_of_alike(np.arange(1000), np.repeat([0.0, 1.0], 500), np.ones(1000))
-    assert (many[:470] == 0).all() and (many[530:] == 1).all()  # 50 of 1,000
-    assert (doubt.mean_of_alike(size, values, np.zeros(40)) == 1).all()
-
-
-def test_the_order_of_detections_does_not_matter(planted):
-    annotations, detections = planted
-    order = np.random.default_rng(0).permutation(len(detections.score))
-    shuffled = Detections(detections.image[order], detections.xywh[order], detections.score[order])
-    one, other = (doubt.find_doubts(annotations, each, 4) for each in (detections, shuffled))
-    assert {(a.reason, a.photo, a.score) for a in one} == {(a.reason, a.photo, a.score) for a in other}
-
-
 def test_corrections_mend_the_set(planted, tmp_path):
     annotations, detections = planted
     doubts = doubt.find_doubts(annotations, detections, 4)

@@ -60,21 +60,47 @@ def test_patience_ends_a_run_however_often_it_is_resumed(sample, tmp_path, score
     assert run(sample, tmp_path / "r", "--epochs", 6, *flags[:2], "--resume")["waited"] == 0
 
 
-@pytest.mark.slow
-def test_another_validation_set_begins_the_patience_anew(sample, tmp_path, scored):
-    flags = ["--epochs", 9, "--patience", 1]
-    assert run(sample, tmp_path / "r", *flags, *scored(0.5, 0.4))["epoch"] == 2  # stopped early
-    scored(0.1, 0.1)
-    last = run(sample, tmp_path / "r", *flags, "--val", sample / "train.json", "--resume")
-    assert (last["epoch"], last["waited"], last["best"]) == (4, 1, 0.1)
-
-
 def test_patience_needs_photos_to_validate_on(sample, tmp_path, refused):
     line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r", "--val",
                    "none", "--patience", 3)
     assert "--patience waits for a better AP50: name a set to validate on with --val" in line
     assert not (tmp_path / "r").exists()
-    assert "--patience must be at least 1" in refused(train.main, "--patience", 0)
+
+
+def test_the_default_warm_up_is_four_epochs_of_a_small_set(sample, tmp_path):
+    words = [word for word in SMALL if word not in ("--warmup", "3")]
+    train.main([*words, "--data", str(sample / "train.json"), "--out", str(tmp_path / "r"), "--epochs", "0"])
+    assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["warmup"] == 4 * 3
+
+
+def test_without_a_terminal_there_are_lines_within_an_epoch(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "READ", 0)
+    monkeypatch.setattr(monitor, "PRINTED", 0)
+    run(sample, tmp_path / "r", "--epochs", 1, "--val", "none")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: ")]
+    assert lines[0].startswith("epoch 1/1: 5 photos, 33%, loss ") and lines[0].endswith("0 min left")
+    assert len(lines) == 4
+
+
+def test_curves_that_cannot_be_drawn_are_said_once_and_end_nothing(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(monitor, "REDRAWN", 0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as without matplotlib
+    assert run(sample, tmp_path / "r", "--epochs", 3, "--val", "none")["epoch"] == 3
+    assert capsys.readouterr().out.count("is not drawn, the training goes on") == 1
+
+
+def test_a_last_batch_of_one_photo_and_one_cell_is_refused(sample, tmp_path, refused):
+    words = ["--size", 16, "--anchors", "40x60", "--batch-size", 11, "--data", sample / "train.json", "--out",
+             tmp_path / "r"]
+    line = refused(train.main, *SMALL, *words)
+    assert "one photo, whose feature map is one cell" in line and not (tmp_path / "r/last.pth").exists()
+
+
+def test_threads(sample, tmp_path):
+    before = torch.get_num_threads()
+    run(sample, tmp_path / "r", "--epochs", 0, "--threads", 2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("resume, added", [(None, " --resume"), ("", ""), ("old/last.pth", " --resume")])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from detector import detect_all, load_detector
+from detector import detect_all
 from evaluate import score_faces
 from model import checkpoint, read_checkpoint
 from support import wider
@@ -61,9 +61,9 @@ def test_command_and_its_files(sample, tmp_path, model_file, capsys, monkeypatch
     words = "AP50", "AR_large", "> 100 px", "best F1", "6 photos", "wrote out/r.json", "wrote p.png"
     assert all(word in ran for word in words)
     numbers = json.loads((tmp_path / "n.json").read_text())
-    assert (len(numbers["coco"]) == 12 and len(numbers["sha256"]["model"]) == 64
-            and numbers["versions"]["torch"] and "commit" in numbers)
-    assert Image.open("p.png").width > 1000  # also the curves against the score
+    assert len(numbers["coco"]) == 12 and len(numbers["sha256"]["model"]) == 64
+    assert "commit" in numbers and numbers["flags"]["data"] == data
+    assert Image.open("p.png").width > 500
     evaluate.main(["--data", data, "--predictions", "out/r.json", "--json", "again.json"])
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[key] == numbers[key] for key in ("coco", "AP50_by_size", "operating_points"))
@@ -102,24 +102,17 @@ def answers(sample, tmp_path):
     return annotations, tmp_path / "answers.json"
 
 
-def test_photos_without_faces_stand_apart(sample, answers):
-    annotations, results = answers
-    lines = evaluate.table(score_faces(annotations, read_results(results, annotations))[0]).splitlines()
-    assert lines[-5].endswith("with faces   without faces")
-    empty = 6 - len(np.unique(annotations.image))
-    assert lines[-4].split()[2:] == ["1.000", "0.17", "0.00", f"{1 / empty:.2f}"]
-
-
 def test_every_size_asked_for_is_shown(sample):
     annotations = read_annotations(sample / "val.json")
-    perfect = Detections(annotations.image, annotations.xywh, np.ones(len(annotations.image)))
-    shown = evaluate.table(score_faces(annotations, perfect, range(1, 16))[0])
-    assert all(f"> {size} px" in shown for size in range(1, 16)) and "AR_large" in shown
+    nothing = Detections(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+    scores, _ = score_faces(annotations, nothing, range(1, 16))
+    assert all(f"> {size} px" in evaluate.table(scores) for size in range(1, 16))
+    assert scores["coco"]["AP"] == 0 and scores["operating_points"][-1]["recall"] == 0
 
 
 def test_an_irs_weights_are_hashed_with_it(tmp_path):
     for name in ("m.xml", "m.bin"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).touch()
     assert evaluate.hashes(str(tmp_path / "m.xml"), data=None).keys() == {"model", "weights"}
 
 
@@ -166,14 +159,6 @@ def test_scoring_predictions_does_without_torch(sample, tmp_path):
     assert "1.0000" in done.stdout
 
 
-def test_no_detections_at_all(sample):
-    annotations = read_annotations(sample / "val.json")
-    nothing = Detections(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-    scores, _ = score_faces(annotations, nothing)
-    assert scores["coco"]["AP"] == 0 and scores["operating_points"][-1]["recall"] == 0
-    assert "AP50" in evaluate.table(scores)
-
-
 def test_refused(sample, tmp_path, answers, refused):
     assert "no such model" in refused(evaluate.main, "--data", sample / "val.json",
                                       "--model", tmp_path / "absent.pth")
@@ -184,28 +169,21 @@ def test_refused(sample, tmp_path, answers, refused):
                         (["--batch-size", "0"], "at least 1"),
                         (["--wider-part"], "is for --wider"),
                         (["--wider", tmp_path, "--face-sizes", "9"], "--face-sizes would do nothing"),
-                        *((["--wider", tmp_path, "--predictions", tmp_path, *more], "need the photos")
-                          for more in (["--out", "x"], ["--wider-part"])),
-                        ([*results, "--workers", "0", "--tiles", "64"], "--tiles, --workers would do"),
-                        *(([*results, flag, value], f"{flag} would do nothing")
-                          for flag, value in (("--model", "x"), ("--size", "64"), ("--batch-size", "1"),
-                                              ("--colour", "rgb"), ("--range", "1"), ("--device", "cpu"))),
-                        ([*results, "--skip-unreadable"], "--skip-unreadable would do nothing")):
+                        (["--wider", tmp_path, "--predictions", tmp_path, "--out", "x"], "need the photos"),
+                        ([*results, "--workers", "0", "--tiles", "64", "--batch-size", "1", "--colour", "rgb",
+                          "--skip-unreadable"],
+                         "--tiles, --colour, --batch-size, --workers, --skip-unreadable would do nothing")):
         assert line in refused(evaluate.main, *words)
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"category_id": 0}, "entry 1 is of category_id 0, which is not in"),
-    ({"category_id": "1"}, "entry 1 is of category_id '1', which"),
-    ({"category_id": None}, "entry 1 is of category_id None, which"),
-    ({"category_id": True}, "entry 1 is of category_id True, which"),
-])
-def test_results_of_no_category_of_the_set_are_named(sample, answers, refused, change, line):
+@pytest.mark.parametrize("category", [0, "1", None, True])
+def test_results_of_no_category_of_the_set_are_named(sample, answers, refused, category):
     annotations, path = answers
     entries = json.loads(path.read_text())
-    entries[1] |= change
+    entries[1]["category_id"] = category
     write_json(path, entries)
-    assert line in refused(evaluate.main, "--data", sample / "val.json", "--predictions", path)
+    assert f"entry 1 is of category_id {category!r}, which is not in" in refused(
+        evaluate.main, "--data", sample / "val.json", "--predictions", path)
 
 
 def test_results_of_other_categories_are_left_out_but_not_all(sample, answers, tmp_path):
@@ -285,21 +263,6 @@ def test_photos_of_something_else_are_refused(wider_world, tmp_path, refused):
     words = ["--wider", tmp_path / "mat", "--data", tmp_path / "x.json", "--predictions", tmp_path / "r.json"]
     assert "none of the photos is one of WIDER" in refused(evaluate.main, *words, "--wider-part")
     assert "has no image q/z, but there are detections of it" in refused(evaluate.main, *words)
-
-
-@pytest.mark.slow
-def test_the_start_weights_have_their_published_accuracy(shared, tmp_path):
-    """A third of the photos, for speed. The README has the accuracy on all of them."""
-    content = json.loads((shared / "data/webcam_val.json").read_text())
-    kept = {image["id"] for image in content["images"][::3]}
-    content["images"] = [image | {"file_name": str(shared / "data" / image["file_name"])}
-                         for image in content["images"] if image["id"] in kept]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (tmp_path / "part.json").write_text(json.dumps(content))
-    annotations = read_annotations(tmp_path / "part.json")
-    detections, errors = detect_all(load_detector(shared / "weights/wider_face_tiny_ssd_075x.pth",
-                                                  device="cpu"), annotations, workers=0)
-    assert not errors and score_faces(annotations, detections)[0]["coco"]["AP50"] > 0.75
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_coco_annotations(folder, text, seed):
     faces = accepted(lambda: read_annotations(folder / "a.json"))
     if faces is None:
         return
-    assert all(all_finite(getattr(faces, name)) for name in ("sizes", "xywh", "area", "counts"))
+    assert all(all_finite(getattr(faces, name)) for name in ("sizes", "xywh", "area"))
     dataset, rng = FaceDataset(faces, 32, 32, 5), np.random.default_rng(seed)
     assert not len(dataset) or dataset[0, (seed,)].error
     for index in range(len(dataset)):

@@ -159,6 +159,28 @@ def test_a_confident_teacher_sets_the_box_and_what_it_sees_is_no_background_besi
     assert taught[:2].tolist() == [[False, False, True, False, True], [False] * 3 + [True] * 2]
 
 
+def test_unlabelled_photos_are_taught_no_more_strongly_than_labelled_ones():
+    """Few positives must not multiply the teacher's part: one photo of eight has labels."""
+    anchors = make_anchors(Config())
+    generator = torch.Generator().manual_seed(0)
+    teacher_logits = torch.randn(8, len(anchors), 2, generator=generator)
+    teacher_logits[..., 0] += 4                            # mostly background
+    teacher = teacher_logits, torch.zeros(8, len(anchors), 4)
+    faces = torch.tensor([[100.0, 100, 160, 170]]).expand(8, 4)
+    no = torch.zeros(8, dtype=torch.bool)
+    strength = {}
+    for unlabelled in (0, 7):
+        kinds = torch.tensor([0] * (8 - unlabelled) + [2] * unlabelled).byte()
+        kept = torch.arange(8) < 8 - unlabelled
+        own = faces * kept[:, None], no, no, torch.arange(8), kept, kinds
+        batch = Batch(torch.zeros(8, 3, 300, 300), *own)
+        logits = torch.zeros(8, len(anchors), 2, requires_grad=True)
+        outputs = logits, torch.zeros(8, len(anchors), 4)
+        Criterion(anchors, torch.zeros(2), (1, 0))(outputs, batch, teacher)[1].backward()
+        strength[unlabelled] = logits.grad.norm()
+    assert strength[7] < 3 * strength[0]  # by the labels alone it would be 8
+
+
 def test_padding_changes_nothing():
     """Not a bit of the losses and gradients, with and without a teacher."""
     generator = torch.Generator().manual_seed(0)

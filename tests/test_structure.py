@@ -37,15 +37,30 @@ def test_model_imports_nothing_of_ours():
 def test_scripts_named_in_the_docs_are_there():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"python (\w+\.py)\b", text):
+        for name in re.findall(r"\b(?:python|torchrun [^\n]*?) ((?:docs/)?\w+\.py)\b", text):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
-        for name in re.findall(r"python -m tools\.(\w+)", text):
+        for name in re.findall(r"\btools[./]([a-z_]+)", text):
             assert (ROOT / f"tools/{name}.py").exists(), f"{page.name}: tools.{name}"
+        for name in re.findall(r"@(recipes/\w+\.txt)", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("line", [
+    "python train.py --data data/train.json", "torchrun --nproc_per_node 4 train.py",
+    "python evaluate.py --wider", "python export.py --ir", "python detect.py photo.jpg"])
+def test_readme_says_the_commands(line):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert line in [shown.split(" #")[0].strip() for shown in lines]
 
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
-        absent = [link for link in links
-                  if not link.startswith("http") and not (page.parent / link).exists()]
-        assert not absent, f"{page.name}: {absent}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in anchors, f"{page.name}: {target}#{anchor}"

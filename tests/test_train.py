@@ -14,7 +14,6 @@ import train
 from anchors import make_anchors
 from data import FaceDataset, collate
 from support.coco import read_annotations
-from detector import MODEL
 from support.distributed import mean
 from loss import Criterion
 from model import SSD, Config, checkpoint, load_model
@@ -39,24 +38,11 @@ def test_learning_rate(step, epoch, expected):
     assert train.lr_at(step, epoch, 0.05, [40, 55, 65], 1200) == pytest.approx(expected)
 
 
-def test_defaults_are_the_recipe():
-    args = train.parse_args(["--data", "x.json"])
-    assert (args.epochs, args.batch_size, args.lr, args.milestones, args.warmup) == (
-        70, 65, 0.05, [40, 55, 65], None)
-    assert (args.repeat, args.momentum, args.weight_decay, args.min_face, args.out) == (
-        2, 0.9, 5e-4, 17, "runs/face")
-
-
 def test_recipes_are_flag_files_and_later_flags_override():
     args = train.parse_args(["@recipes/wider_face.txt", "--epochs", "3"])
     assert args.epochs == 3 and args.pretrained == "" and args.milestones == [40, 55, 65]
     for recipe in os.listdir("recipes"):
         train.parse_args([f"@recipes/{recipe}", "--load-from", "x.pth"])
-
-
-def test_load_from_without_a_value_is_the_shipped_network():
-    args = train.parse_args(["--load-from", "--epochs", "3"])
-    assert args.load_from == MODEL and train.parse_args([]).load_from is None
 
 
 def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
@@ -125,10 +111,9 @@ def test_an_epoch_of_which_all_is_done_ends_and_one_of_other_photos_begins_anew(
     last = run(tmp_path / "r", sample, "--epochs", 0)
     torch.save(last | {"done": 15, "sums": torch.ones(4)}, tmp_path / "r/last.pth")  # of 12, in batches of 5
     assert run(tmp_path / "r", sample, "--epochs", 1, "--resume", "--batch-size", 4)["step"] == 0
-    for change in ({"seed": 1}, {"repeat": 2}):
-        torch.save(last | {"done": 10, "sums": torch.ones(4), "flags": last["flags"] | change},
-                   tmp_path / "r/last.pth")
-        assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 3
+    for change, steps in ((["--seed", 1], 3), (["--repeat", 2], 5)):
+        torch.save(last | {"done": 10, "sums": torch.ones(4)}, tmp_path / "r/last.pth")
+        assert run(tmp_path / "r", sample, "--epochs", 1, "--resume", *change)["step"] == steps
         assert "this epoch begins anew" in capsys.readouterr().out
     torch.save(last | {"done": 10, "sums": torch.ones(4)}, tmp_path / "r/last.pth")
     assert run(tmp_path / "r", sample, "--epochs", 1, "--resume")["step"] == 1
@@ -194,14 +179,6 @@ def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused
 
 
 @pytest.mark.slow
-def test_averaged_weights_are_what_is_used(sample, tmp_path):
-    last = run(tmp_path / "r", sample, "--epochs", 1, "--ema", "0.9", "--val", sample / "val.json")
-    assert not same(last["ema"], last["state_dict"])
-    for name in ("last.pth", "best.pth"):
-        assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
 def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
     """Its decay starts at a tenth and rises to --ema, so that the untrained weights do not stay in it."""
@@ -217,13 +194,10 @@ def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, dec
                 torch.testing.assert_close(now["ema"][name], expected, rtol=1e-4, atol=1e-6)
         assert not same(now["state_dict"], before["state_dict"])
         average, before = now["ema"], now
-
-
-@pytest.mark.slow
-def test_frozen_batch_norms_keep_their_statistics(sample, tmp_path):
-    torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
-    last = run(tmp_path / "r", sample, "--load-from", tmp_path / "x.pth", "--epochs", 1, "--freeze-bn")
-    assert not last["state_dict"]["backbone.bn_first.running_mean"].any()
+    run(tmp_path / "r", sample, "--epochs", 4, *flags, "--resume", "--val", sample / "val.json")
+    for name in ("last.pth", "best.pth"):
+        last = torch.load(tmp_path / "r/last.pth", weights_only=True)
+        assert same(load_model(tmp_path / "r" / name).state_dict(), last["ema"])
 
 
 @pytest.mark.slow
@@ -236,22 +210,6 @@ def test_no_loading_process_outlives_a_run(sample, tmp_path):
         gc.enable()
 
 
-@pytest.mark.slow
-def test_photos_without_faces_are_ordinary(sample, tmp_path):
-    content = json.loads((sample / "train.json").read_text()) | {"annotations": []}
-    (sample / "no-faces.json").write_text(json.dumps(content))
-    train.main([*SMALL, "--data", str(sample / "no-faces.json"),
-                "--out", str(tmp_path / "r"), "--epochs", "2"])
-    assert json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])["class_loss"] > 0
-
-
-def test_one_photo_and_a_larger_batch(sample, tmp_path):
-    content = json.loads((sample / "train.json").read_text())
-    (sample / "one.json").write_text(json.dumps(content | {"images": content["images"][:1], "annotations": [
-        a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]}))
-    train.main([*SMALL, "--data", str(sample / "one.json"), "--out", str(tmp_path / "r"), "--epochs", "1"])
-
-
 def test_refused(sample, tmp_path, refused):
     common = [*SMALL, "--data", sample / "train.json", "--out", tmp_path / "r"]
     train.main([str(word) for word in (*common, "--epochs", 0)])
@@ -262,33 +220,15 @@ def test_refused(sample, tmp_path, refused):
     assert "--load-from" in refused(train.main, *common[:-1], tmp_path / "new",
                                     "--resume", tmp_path / "weights.pth")
     assert "no checkpoint to resume" in refused(train.main, *common[:-1], tmp_path / "new", "--resume")
-    assert "not available here" in refused(train.main, *common[:-1], tmp_path / "new", "--device", "xla")
-    assert "no such file" in refused(train.main, "--data", tmp_path / "absent.json",
-                                     "--out", tmp_path / "new")
-    assert "at least 1" in refused(train.main, "--batch-size", "0")
     assert "sides of at least a pixel" in refused(train.main, *common[:-1], tmp_path / "new", "--size", "24")
     assert "works on GPUs only" in refused(train.main, *common[:-1], tmp_path / "new", "--sync-bn")
-    assert "--clip must be above 0" in refused(train.main, "--clip", "inf")
-    assert "unrecognized" in refused(train.main, "--learning-rate", "1")
-    assert "No such file" in refused(train.main, "@absent.txt")
+    assert "--clip: inf is not above 0" in refused(train.main, "--clip", "inf")
 
 
 def test_a_loss_that_is_not_finite_stops(sample, tmp_path, refused):
     line = refused(train.main, *SMALL, "--data", sample / "train.json",
                    "--out", tmp_path / "r", "--epochs", 9, "--lr", "1e30")
     assert "not finite" in line
-
-
-@pytest.mark.slow
-def test_unreadable_photos_within_and_beyond_the_budget(sample, tmp_path, capsys, refused):
-    content = json.loads((sample / "train.json").read_text())
-    for image in content["images"][:2]:
-        image["file_name"] = "absent/" + image["file_name"]
-    (sample / "broken.json").write_text(json.dumps(content))
-    flags = [*SMALL, "--data", sample / "broken.json", "--epochs", "1", "--out"]
-    train.main([str(word) for word in (*flags, tmp_path / "r")])
-    assert capsys.readouterr().out.count("unreadable: ") == 2
-    assert "2 photos could not be used" in refused(train.main, *flags, tmp_path / "s", "--max-unreadable", 1)
 
 
 def batch_gradients(rank, world, folder, port, losses):
@@ -320,12 +260,3 @@ def test_two_processes_compute_the_gradients_of_one(sample, losses):
         for other in two:
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     assert all(gradient.any() for name, gradient in one.items() if name.startswith("bbox_head"))
-
-
-@pytest.mark.slow
-def test_tensorboard(sample, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run(tmp_path / "r", sample, "--val", sample / "val.json", "--epochs", 1, "--tensorboard")
-    events = EventAccumulator(str(tmp_path / "r"))
-    events.Reload()
-    assert {"loss", "lr", "AP50"} <= set(events.Tags()["scalars"])

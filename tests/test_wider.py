@@ -8,7 +8,6 @@ import pytest
 from scipy.io import savemat
 
 from support.script import InputError
-from metrics import wider_ap
 from test_metrics import assert_as_pycocotools
 from support.coco import Detections
 from support.wider import GROUND_TRUTH, read_ground_truth, read_predictions, wider_names, write_predictions
@@ -56,7 +55,7 @@ def test_ground_truth_structure(tmp_path):
 
 def test_missing_ground_truth_says_where_to_get_it(tmp_path):
     with pytest.raises(InputError,
-                       match=rf"no such file; download .* eval_tools .*WIDERFACE .*{GROUND_TRUTH}"):
+                       match=rf"no such file; download eval_tools .*WIDERFACE .*{GROUND_TRUTH}"):
         read_ground_truth(tmp_path)
     write_ground_truth(tmp_path)
     (tmp_path / "wider_hard_val.mat").unlink()
@@ -66,22 +65,21 @@ def test_missing_ground_truth_says_where_to_get_it(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"kept": ((3,), ())}, {"kept": ((0,), ())}, {"kept": ((1,),)}, {"boxes": (2,)},
-    {"events": ("..", "b")}, {"events": ("/etc", "b")}, {"events": ("a", "a")}
-])
+    {"kept": ((3,), ())}, {"kept": ((0,), ())}, {"kept": ((1,),)}, {"events": ("..", "b")},
+    {"events": ("a", "a")}])
 def test_wrong_ground_truth_is_refused(tmp_path, wrong):
     write_ground_truth(tmp_path, **wrong)
     with pytest.raises(InputError):
         read_ground_truth(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"no MATLAB file", None])
-def test_damaged_ground_truth_is_refused(tmp_path, damage):
+def test_damaged_ground_truth_is_refused(tmp_path):
     write_ground_truth(tmp_path)
     path = tmp_path / "wider_easy_val.mat"
-    path.write_bytes(path.read_bytes()[:200] if damage is None else damage)
-    with pytest.raises(InputError, match="wider_easy_val.mat: not a MATLAB file"):
-        read_ground_truth(tmp_path)
+    for damaged in (b"", b"no MATLAB file", path.read_bytes()[:200]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="wider_easy_val.mat: not a MATLAB file"):
+            read_ground_truth(tmp_path)
 
 
 # Predictions
@@ -113,16 +111,11 @@ def test_missing_files_are_named_and_equal_scores_stay_in_order(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ("x\n2\n1 2 3 4 0.5\n1 2 nan 4 0.5\n", r"0_Parade_2\.txt:4: .*'1 2 nan 4 0.5'"),
     ("x\n1\n\n1 2 3 4 inf\n", r"0_Parade_2\.txt:4: "),
-    ("x\n1\n1 2 3 4 1e400\n", r"0_Parade_2\.txt:3: "),
-    ("x\n1\n1 2 3 4\n", r"0_Parade_2\.txt:3: "),
     ("x\n1\n1 2 3 4 5 6\n", r"0_Parade_2\.txt:3: "),
     ("x\n1\n1,2,3,4,5\n", r"0_Parade_2\.txt:3: "),
-    ("x\n1\n1 2 3 4 0x1\n", r"0_Parade_2\.txt:3: "),
-    ("x\n1\n1 2 3 4 1_0\n", r"0_Parade_2\.txt:3: "),
     ("x\n3\n1 2 3 4 0.5\n", r"0_Parade_2\.txt: 1 boxes, but line 2 says 3"),
     ("x\nnan\n1 2 3 4 0.5\n", r"0_Parade_2\.txt: 1 boxes, but line 2 says nan"),
     ("x\n", r"0_Parade_2\.txt:2: the number of boxes"),
-    ("1 2 3 4 0.5\n1 2 3 4 0.5\n", r"0_Parade_2\.txt:2: the number of boxes"),
     (b"\x00\x01\xff" * 9, r"0_Parade_2\.txt:2: the number of boxes"),
 ])
 def test_bad_predictions_are_refused_with_file_and_line(tmp_path, content, message):
@@ -134,9 +127,9 @@ def test_bad_predictions_are_refused_with_file_and_line(tmp_path, content, messa
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no predictions"):
         read_predictions(tmp_path / "none", NAMES)
-    with pytest.raises(InputError, match="no predictions for WIDER FACE val, files such as .*0_Parade_1.txt"):
+    with pytest.raises(InputError, match="no predictions for WIDER FACE val, files such as .*_7.txt"):
         read_predictions(tmp_path, NAMES)
 
 
@@ -161,9 +154,8 @@ def one(box, score):
 
 
 @pytest.mark.parametrize("name", [
-    "../x", "../../a/x", "/etc/x", "/x", "a/..", "a/.", "./x", "a/b/x", "x", "",
-    "a/", "a/ ", "a\\b/x", "C:/x", "a/x\0", "a/x\n1", "a/\ud800", "a/" + "x" * 300
-])
+    "../x", "../../a/x", "/etc/x", "/x", "a/..", "./x", "a/b/x", "x", "", "a/ ", "a\\b/x", "C:/x", "a/x\0",
+    "a/x\n1", "a/\ud800", "a/" + "x" * 300])
 def test_hostile_names_are_refused_before_anything_is_written(tmp_path, name):
     folder = tmp_path / "out"
     with pytest.raises(InputError, match="is not the name of a WIDER FACE image") as error:
@@ -197,14 +189,6 @@ def official():
     return read_ground_truth(OFFICIAL / "ground_truth")
 
 
-@pytest.fixture(scope="module")
-def predictions(official, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("predictions")
-    with tarfile.open(OFFICIAL / "retinaface_mnet025_predictions.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    return read_predictions(folder / "retinaface_mnet025", official.names)
-
-
 def test_official_ground_truth(official):
     assert len(official.names) == len(set(official.names)) == 3226 and len(official.xywh) == 39708
     assert official.names[0] == "0--Parade/0_Parade_marchingband_1_465"
@@ -213,22 +197,12 @@ def test_official_ground_truth(official):
 
 
 @pytest.mark.slow
-def test_official_ap_of_published_predictions_also_when_written_by_us(official, predictions, tmp_path):
-    found, missing = predictions
+def test_coco_numbers_of_published_predictions_equal_pycocotools(official, tmp_path):
+    with tarfile.open(OFFICIAL / "retinaface_mnet025_predictions.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    found, missing = read_predictions(tmp_path / "retinaface_mnet025", official.names)
     assert len(found.score) == 297333 and missing == []
-
-    def numbers(found):
-        curves = wider_ap(official.image, official.xywh, official.kept, found.image, found.xywh, found.score)
-        return [curve.ap for curve in curves.values()]
-    expected = numbers(found)
-    assert expected == pytest.approx([0.9069584243856689, 0.8815790551288838, 0.7382863255381045], abs=1e-9)
-    write_predictions(tmp_path, official.names, found)
-    assert numbers(read_predictions(tmp_path, official.names)[0]) == expected
-
-
-@pytest.mark.slow
-def test_coco_numbers_of_published_predictions_equal_pycocotools(official, predictions):
-    image, xywh, score = predictions[0].image, predictions[0].xywh, predictions[0].score
+    image, xywh, score = found.image, found.xywh, found.score
     # One image in 20: pycocotools takes half a minute for all (they agree as well).
     gt, dt = official.image % 20 == 0, image % 20 == 0
     area = official.xywh[gt, 2] * official.xywh[gt, 3]

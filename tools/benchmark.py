@@ -1,18 +1,15 @@
-"""Measure speed, what is compared side by side: models, data loading, the training step, a whole recipe.
+"""Measure speed, what is compared side by side: models, the training step, a whole recipe.
 
     python -m tools.benchmark latency weights/face_ssd300.pth export/model.xml            # models alone
-    python -m tools.benchmark loading --data data/train.json   # data.py beside torchvision's transforms
     python -m tools.benchmark training --batch-sizes 65 260    # the step: precision, graphs, compiling
     python -m tools.benchmark recipe --data data/train.json    # minutes of the reference recipe, here
     python -m tools.benchmark peer yunet.onnx --data val.json --out yunet.json    # another detector's faces
 
-What is compared takes turns, round by round: other load on the machine slows all of it alike. Latency
-is the time for one input of the model's own size, through everything in its file, in float32 on the CPU unless
-the file is quantised.
+What is compared takes turns, round by round: other load on the machine slows all of it alike. Latency is the
+time for one input, through everything in the model's file, in float32 on the CPU unless it is quantised.
 """
 
 import functools
-import os
 import platform
 import subprocess
 import sys
@@ -26,9 +23,7 @@ from support.script import ROOT, InputError, command, new_parser, write_json
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import tv_tensors
 from torchvision.ops import nms
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import train
@@ -37,60 +32,49 @@ from detector import NMS_IOU, SCORE, TOP, load_detector, to_picture
 from model import SSD
 from support.coco import Detections, read_annotations, to_results, to_xywh
 from support.distributed import choose_device
+from support.options import at_least
 from support.pictures import load_picture
 from support.runtimes import SUFFIXES, open_network
+from support.threads import usable_cores
 from tools import sample
 
 VIEWS = 12_880 * 2 * 70  # of the reference recipe on WIDER FACE: photos, passes, epochs
 
 
 def interleaved(jobs, rounds, seconds=0.2):
-    """Time each job in turn, round by round: seconds per call `[len(jobs), rounds]`, the median of a round.
+    """Time each job in turn, round by round, about `seconds` in each.
 
-    In a round each job runs for about `seconds`. Two calls before the first round warm up; the second of them
-    determines how many calls a round has.
+    Returns the median seconds of a call `[len(jobs), rounds]`.
     """
+    def timed(job):
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+
     calls = []
     for job in jobs:
         job()
-        start = time.perf_counter()
-        job()
-        calls.append(max(3, round(seconds / (time.perf_counter() - start))))
+        calls.append(max(3, round(seconds / timed(job))))
     measured = np.zeros((len(jobs), rounds))
     for turn in tqdm(range(rounds), "rounds", leave=False, disable=None):
         for n, job in enumerate(jobs):
-            times = []
             job()  # warm up again: caches and threads were busy with another job
-            for _ in range(calls[n]):
-                start = time.perf_counter()
-                job()
-                times.append(time.perf_counter() - start)
-            measured[n, turn] = np.median(times)
+            measured[n, turn] = np.median([timed(job) for _ in range(calls[n])])
     return measured
 
 
-def report(names, notes, measured):
-    """Print a table of times, measured `[jobs, rounds]` in seconds: median, range in ms, and a ratio.
-
-    The ratio is to the first job, taken in each round; the table has the median over the rounds.
-    """
+def report(names, measured, unit):
+    """Print a row for each job, of figures `[jobs, rounds]`: median, range, ratio to the first."""
     width = max(map(len, names))
-    print(f"{'':{width}}  median ms    least -     most   ratio")
-    for name, note, times, ratio in zip(names, notes, measured * 1000, np.median(measured / measured[0], 1)):
-        spread = f"{times.min():8.2f} - {times.max():8.2f}"
-        print(f"{name:{width}}  {np.median(times):9.2f} {spread} {ratio:7.3f}   {note}")
-
-
-def speeds(names, measured):
-    """Print a table of photos a second, measured `[jobs, rounds]`, and the median ratio to the first job."""
     for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
-        print(f"{name:44} {np.median(values):8.1f} photos/s "
-              f"({values.min():.1f} - {values.max():.1f})  ratio {ratio:.2f}")
+        print(f"{name:{width}}  {np.median(values):8.2f} {unit} ({values.min():.2f} - {values.max():.2f})  "
+              f"ratio {ratio:.3f}")
 
 
 def latency(args):
     """Time the models alone, on random input of the shape that each takes."""
-    jobs, notes = [], []
+    jobs = []
+    names = []
     rng = np.random.default_rng(0)
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
@@ -102,37 +86,12 @@ def latency(args):
             call = load_detector(path, device="cpu")
             shape = [1, 3, *call.size[::-1]]
             noise = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
-            note = "PyTorch, FP32"
+            note = "PyTorch FP32"
         jobs.append(functools.partial(call, noise))
-        notes.append(f"{note}, {'x'.join(map(str, shape))}")
+        names.append(f"{path} ({note}, {'x'.join(map(str, shape))})")
     print(f"latency of one input; threads: {args.threads}, f32, {args.rounds} interleaved rounds, "
           f"{platform.machine()} CPU, torch {torch.__version__}")
-    report(args.models, notes, interleaved(jobs, args.rounds))
-
-
-def loading(args):
-    """Compare data.py with torchvision's transforms for the same steps: augmented 300x300 photos a second."""
-    with photos_for(args) as file:
-        annotations = read_annotations(file)
-        ours = FaceDataset(annotations, 300, 300)
-        corners = torch.from_numpy(ours.faces)
-        transform = v2.Compose([
-            v2.RandomPhotometricDistort(), v2.RandomZoomOut(0, (1, 2), 0.5), v2.RandomIoUCrop(0.1, 1, 0.5, 2),
-            v2.SanitizeBoundingBoxes(labels_getter=None), v2.Resize((300, 300)), v2.RandomHorizontalFlip()])
-
-        def theirs(index):
-            picture = v2.functional.pil_to_tensor(Image.open(annotations.file(index)).convert("RGB"))
-            own = corners[ours.starts[index]:ours.starts[index + 1]]
-            return transform(tv_tensors.Image(picture), tv_tensors.BoundingBoxes(
-                own, format="XYXY", canvas_size=picture.shape[1:]))
-
-        chosen = range(min(len(ours), args.photos))
-        jobs = [lambda: [theirs(index) for index in chosen],
-                lambda: [ours[index, (0, index)] for index in chosen]]
-        measured = interleaved(jobs, args.rounds, 0)
-    sizes = np.median(annotations.sizes, 0)
-    print(f"loading on one core, {len(chosen)} photos of {sizes[0]:.0f}x{sizes[1]:.0f} (median)")
-    speeds(["torchvision", "data.py"], len(chosen) / measured)
+    report(names, interleaved(jobs, args.rounds) * 1000, "ms")
 
 
 def training(args):
@@ -143,7 +102,8 @@ def training(args):
         ways = [("bf16", False, False), ("bf16", False, True), ("bf16", True, True)]
     with photos_for(args) as file:
         for size in args.batch_sizes:
-            jobs, names = [], []
+            jobs = []
+            names = []
             for precision, compiled, graph in ways:
                 started = time.perf_counter()
                 step = our_step(device, file, size, precision, compiled, graph)
@@ -153,14 +113,13 @@ def training(args):
                 names.append(f"{' '.join(filter(None, words))}, first step {seconds:.1f} s")
                 jobs.append(step)
             print(f"training step on {device}, batch {size}, {args.threads} threads")
-            speeds(names, size / interleaved(jobs, args.rounds, 1))
+            report(names, size / interleaved(jobs, args.rounds, 1), "photos/s")
 
 
 def our_step(device, file, size, precision="bf16", compiled=False, graph=True):
     """One step of train.py on a batch of augmented photos, as a function."""
     trainer = make_trainer(device, file, size, precision, 0, compiled)
-    if not graph:
-        trainer.graphs = None
+    trainer.graphs = trainer.graphs if graph else None
     trainer.start_epoch()
     photos = trainer.loader.dataset
     batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
@@ -185,7 +144,7 @@ def recipe(args):
             done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], text=True,
                                   capture_output=True)
         if done.returncode:
-            raise InputError(f"train.py: {done.stderr.strip()[-300:]}")
+            raise InputError(done.stderr.strip()[-300:])
         whole = float(done.stdout.rsplit(" photos/s", 1)[0].rsplit(None, 1)[1])
     slowest = "loader" if loader < step else "step"
     print(f"{device}, batch {size}, {args.workers} workers, photos a second: loader alone {loader:.0f}, "
@@ -268,11 +227,11 @@ def main(argv=None):
     """Measure what the first argument names."""
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run in (latency, loading, training, recipe, peer):
+    for run in (latency, training, recipe, peer):
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         add = one.add_argument
-        add("--threads", type=int, default=1, help="of the model, step or loader (default %(default)s)")
-        add("--rounds", type=int, default=5, help="rounds of measurement (default %(default)s)")
+        add("--threads", type=at_least(1), default=1, help="of the model, step or loader (default 1)")
+        add("--rounds", type=at_least(1), default=5, help="of measurement (default 5)")
         if run is latency:
             add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
         if run is peer:
@@ -280,18 +239,16 @@ def main(argv=None):
             add("--out", required=True, help="COCO results json to write")
         if run is not latency:
             add("--data", required=run is peer, help="COCO json (default: synthetic photos)")
-        if run in (loading, training, recipe):
-            add("--photos", type=int, default=64, help="to draw, or to load at most (default %(default)s)")
         if run in (training, recipe):
+            add("--photos", type=at_least(1), default=64, help="synthetic ones (default 64)")
             add("--device", help="cuda, mps or cpu (default: the first there is)")
-            add("--batch-sizes", type=int, nargs="+", default=[65], help="default 65; recipe uses the first")
+            add("--batch-sizes", type=at_least(1), nargs="+", default=[65],
+                help="default 65; recipe uses the first")
         if run is recipe:
-            add("--workers", type=int, default=os.cpu_count(), help="loading processes (default %(default)s)")
-            add("--epochs", type=int, default=2, help="of the real run (default %(default)s)")
+            add("--workers", type=at_least(0), default=usable_cores(), help="loading processes")
+            add("--epochs", type=at_least(1), default=2, help="of the real run (default %(default)s)")
         one.set_defaults(run=run)
     args = parser.parse_args(argv)
-    if args.threads < 1 or args.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
     torch.set_num_threads(args.threads)
     args.run(args)
 

@@ -5,10 +5,8 @@
 
 AP and AP50 are COCO's. Recall is at IoU 0.5 and the score, each model's own, from which there are `--false`
 false detections a photo; also by size of face at the network's input, and by blur, occlusion and event (the
-photo's folder) where the json has them. Detections that fit an `iscrowd` box do not count.
-
-The standard error of a difference is that of a paired bootstrap over photos (Efron 1979): both models are
-measured on the same resamples. A difference below two of them may be luck.
+photo's folder) where the json has them. What fits an `iscrowd` box does not count. The standard error is
+that of a paired bootstrap over photos (Efron 1979). A difference below two of them may be luck.
 """
 
 from pathlib import PurePosixPath
@@ -18,7 +16,7 @@ from support.script import InputError, command, new_parser
 import numpy as np
 
 from evaluate import read_detections
-from metrics import RECALLS, coco_matches, match_faces
+from metrics import coco_matches, coco_precision, outcomes
 from support.coco import Annotations, Detections, arrays, face_entries, read_annotations
 
 INPUT = 300                                   # px, the sides of the network's input that sizes refer to
@@ -32,12 +30,12 @@ class Matched:
 
     def __init__(self, annotations: Annotations, detections: Detections):
         self.image, self.hit, self.counted = coco_matches(*arrays(annotations, detections))
-        face, false, self.asked = match_faces(*arrays(annotations, detections))
-        self.face_image = annotations.image
+        found = outcomes(*arrays(annotations, detections), len(annotations.ids))
+        self.asked, self.face_image = found.asked, annotations.image
         self.face_score = np.full(len(annotations.image), -np.inf)  # of the detection that finds it
-        self.face_score[face[face >= 0]] = detections.score[face >= 0]
-        order = np.flatnonzero(false)[np.argsort(-detections.score[false], kind="stable")]
-        self.false_image, self.false_score = detections.image[order], detections.score[order]
+        self.face_score[found.face[found.hit]] = found.score[found.hit]
+        order = np.flatnonzero(found.false)[np.argsort(-found.score[found.false], kind="stable")]
+        self.false_image, self.false_score = found.image[order], found.score[order]
 
     def measure(self, weights: np.ndarray, groups: np.ndarray, rate: float) -> np.ndarray:
         """AP, AP50 and the recall of each group of faces at `rate` false detections a photo: `[2 + G]`.
@@ -45,22 +43,15 @@ class Matched:
         weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces.
         """
         faces = weights[self.face_image] * self.asked
-        ap = [average_precision(weights[self.image], hit, counted, faces.sum())
+        if not faces.any():
+            return np.full(2 + len(groups), np.nan)
+        ap = [coco_precision(hit, counted, faces.sum(), weights[self.image]).mean()
               for hit, counted in zip(self.hit, self.counted)]
         too_many = np.cumsum(weights[self.false_image]) > rate * weights.sum()
         threshold = self.false_score[too_many.argmax()] if too_many.any() else -np.inf
         with np.errstate(invalid="ignore"):
             recall = groups @ (faces * (self.face_score > threshold)) / (groups @ faces)
         return np.array([np.mean(ap), ap[0], *recall])
-
-
-def average_precision(weights, hit, counted, faces):
-    """COCO's AP of detections, best first, that count `weights` `[D]` times each. NaN without faces."""
-    if not faces:
-        return np.nan
-    found, shown = np.cumsum(weights[hit]), np.cumsum(weights * counted)[hit]
-    precision = np.maximum.accumulate((found / (shown + np.spacing(1)))[::-1])[::-1]
-    return np.append(precision, 0)[np.searchsorted(found / faces, RECALLS)].mean()
 
 
 def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:
@@ -108,7 +99,7 @@ def find(path: str, annotations: Annotations) -> Detections:
     detections, errors = detect_all(load_detector(path), annotations)
     if errors:
         raise InputError(f"{annotations.path}: {len(errors)} photos could not be used: "
-                         + "; ".join(list(errors.values())[:3]))
+                         + next(iter(errors.values())))
     return detections
 
 
@@ -116,10 +107,10 @@ def find(path: str, annotations: Annotations) -> Detections:
 def main(argv=None):
     """Read or detect, match, measure, print."""
     parser = new_parser(__doc__)
-    parser.add_argument("data", help="COCO json")
-    parser.add_argument("models", nargs=2, metavar="MODEL", help="detections (.json), or a model that is run")
-    parser.add_argument("--false", type=float, default=0.3, metavar="RATE",
-                        help="false detections a photo at which recall is read (default %(default)s)")
+    add = parser.add_argument
+    add("data", help="COCO json")
+    add("models", nargs=2, metavar="MODEL", help="detections (.json), or a model that is run")
+    add("--false", type=float, default=0.3, metavar="RATE", help="a photo (default %(default)s)")
     args = parser.parse_args(argv)
     annotations = read_annotations(args.data)
     if annotations.ignored.all() or not args.false > 0:

@@ -1,8 +1,8 @@
-"""In a few minutes: find faces on a photo, fine-tune on drawn faces, export, and measure after each step.
+"""In a few minutes: find faces on a photo, fine-tune on synthetic ones, export, and measure after each step.
 
     python -m tools.demo        # after pip install -r requirements.txt; make demo does both
 
-Results are in runs/demo, which is removed first; the drawn photos are in data/sample.
+Results are in runs/demo, which is removed first; the synthetic photos are in data/sample.
 """
 
 import json
@@ -14,19 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from support.script import InputError, command, new_parser
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from support.coco import read_annotations, read_results
-from support.pictures import save_picture
-from tools.worst import LINE, draw_judged, draw_legend, judge
+from support.script import ROOT, InputError, command, new_parser
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe
-SCORE = 0.5                 # detections of this score or more are drawn
-WIDTH = 640                 # of a photo in the comparison, pixels
+SCORE = 0.5  # of the table and the pictures
 
 
 def run(*arguments):
@@ -38,9 +30,11 @@ def run(*arguments):
 
 
 def measure(model, name):
-    """The numbers of a model on the validation photos; OUT/{name}_detections.json gets its detections."""
+    """The numbers of a model on the validation photos; OUT/{name}.png shows those with most mistakes."""
+    detections = OUT / f"{name}_detections.json"
     run("evaluate.py", "--model", model, "--data", DATA / "val.json", "--face-sizes", 0, 19, 30, 60,
-        "--json", OUT / f"{name}.json", "--out", OUT / f"{name}_detections.json")
+        "--json", OUT / f"{name}.json", "--out", detections)
+    run("-m", "tools.worst", DATA / "val.json", detections, "--score", SCORE, "--out", OUT / f"{name}.png")
     return json.loads((OUT / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -56,47 +50,13 @@ def table(measured):
     return "\n".join(lines)
 
 
-def draw_column(judged, index):
-    """Photo `index`, WIDTH pixels wide, with what was found, and the counts."""
-    photo, counts = draw_judged(judged, index, WIDTH), judged.counts
-    draw, font = ImageDraw.Draw(photo), ImageFont.load_default(18)
-    text = f"found {counts['found'][index]} of {counts['faces'][index]} faces, {counts['false'][index]} false"
-    draw.rectangle((0, photo.height - 28, draw.textlength(text, font) + 16, photo.height), "black")
-    draw.text((8, photo.height - 14), text, "white", font, "lm")
-    return photo
-
-
-def comparison(annotations, results, titles, rows=3):
-    """One picture of a few photos, with a column for each file of `results`.
-
-    The photos are those with most mistakes in the first results, and the one with most false detections
-    in the last, so that each kind of mistake is seen.
-    """
-    judged = [judge(annotations, read_results(path, annotations), SCORE) for path in results]
-    first, last = judged[0].counts, judged[-1].counts
-    worst = np.argsort(-first["missed"] - first["false"], kind="stable")
-    chosen = list(dict.fromkeys([*worst[:rows - 1], np.argmax(last["false"]), *worst]))[:rows]
-    drawn = [[draw_column(side, index) for side in judged] for index in chosen]
-
-    sheet = Image.new("RGB", (WIDTH * len(titles), sum(row[0].height for row in drawn) + 2 * LINE), "black")
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(22), LINE
-    for column, title in enumerate(titles):
-        draw.text((WIDTH * (column + 0.5), LINE / 2), title, "white", font, "mm")
-    for row in drawn:
-        for column, photo in enumerate(row):
-            sheet.paste(photo, (column * WIDTH, y))
-        y += row[0].height
-    draw_legend(sheet, f"detections of score {SCORE} or more")
-    return sheet
-
-
 @command
 def main(argv=None):
-    """Run every step, then draw the comparison and print the table."""
+    """Run every step, then print the table."""
     new_parser(__doc__).parse_args(argv)
-    print("A photo first, in seconds. Then drawn faces: measure, fine-tune, measure, export, measure.\n"
+    print("A photo first, in seconds. Then synthetic faces: measure, fine-tune, measure, export, measure.\n"
           "In all 3 to 8 minutes on two CPU cores.")
-    os.chdir(Path(__file__).resolve().parents[1])  # all paths here are the repository's
+    os.chdir(ROOT)  # all paths here are the repository's
     if OUT.is_dir():
         print(f"\n$ rm -r {OUT}")    # train.py never overwrites a run
         shutil.rmtree(OUT)
@@ -111,11 +71,7 @@ def main(argv=None):
     measured[tuned] = measure(OUT / "best.pth", "after")
     run("export.py", "--ir", "--model", OUT / "best.pth", "--out", OUT / "export")
     measured["exported to OpenVINO IR"] = measure(OUT / "export/model.xml", "exported")
-
-    results = [OUT / "before_detections.json", OUT / "after_detections.json"]
-    titles = ["before: the shipped network", f"after: {tuned}"]
-    save_picture(comparison(read_annotations(DATA / "val.json"), results, titles), OUT / "comparison.jpg")
-    print(f"\nFound, missed and false, before and after: {OUT}/comparison.jpg\n\n{table(measured)}")
+    print(f"\nPhotos with most mistakes: {OUT}/before.png, {OUT}/after.png\n\n{table(measured)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tools.doubt train.json detections.json --count 50        # what evaluate.py --out has written
 
 doubt.json is the whole set with the corrections made, doubt.png shows the first. There are four kinds, each
-with a doubt from 0 to 1, so that one ranking orders them:
+with a doubt from 0 to 1:
 
     unlabelled   the score of a detection far from every label
     off          score * (1 - (IoU / usual IoU) ** 2) of a label and the detection that stands for it
@@ -11,11 +11,9 @@ with a doubt from 0 to 1, so that one ranking orders them:
     doubled      the IoU of two labels
 
 "Usual" is the mean over labels of about the same size: a face of 6 px that no model finds is no suspect.
-Scores for boxes that are overlooked or badly placed are ObjectLab's (Tkachenko, Thyagarajan and Mueller
-2023), here for one class and beside what the model usually does.
+The scores are ObjectLab's (Tkachenko, Thyagarajan and Mueller 2023), beside what the model usually does.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from support.script import command, new_parser, write_json
@@ -36,17 +34,11 @@ IN_IGNORED = 0.5        # of its area: then it may be what is ignored there
 # Below it chance does as well. In parts of 80 faces of a set of masks, with one label in eight made wrong,
 # the doubts of 0.4 to 0.5 were right once in eight times, those above it five times in eight.
 LEAST = 0.5
+TO_IGNORE = "doubled", "not found"  # a person must say whether these are faces
 ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
 
 
-@dataclass
-class Doubt(Suspect):
-    """A suspect that a model points at."""
-    photo: int = -1     # its index in the Annotations
-    label: int = -1     # the index of the label in question, -1 for an unlabelled face
-
-
-def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Doubt]:
+def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Suspect]:
     """The `count` most doubtful labels and unlabelled faces of LEAST and more, the most doubtful first."""
     kept = np.flatnonzero(~annotations.ignored)
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
@@ -56,38 +48,30 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
     size = np.sqrt(annotations.xywh[:, 2:].clip(min=0).prod(1))
     if (annotations.sizes > 0).all():  # the network sees a photo at its input's size
         size = size / np.sqrt(annotations.sizes.prod(1))[annotations.image]
-    usual_score, usual_iou = np.zeros(len(labels)), np.ones(len(labels))
     good = iou[kept] >= FOUND_IOU
-    usual_score[kept] = mean_of_alike(size[kept], score[kept] * good, np.ones(len(kept)))
-    usual_iou[kept] = mean_of_alike(size[kept], iou[kept] * good, good)
+    usual_score, usual_iou = np.zeros(len(labels)), np.ones(len(labels))
+    usual_score[kept] = mean_of_alike(size[kept], score[kept] * good)
+    share = mean_of_alike(size[kept], good)
+    usual_iou[kept] = np.where(share > 0, mean_of_alike(size[kept], iou[kept] * good) / share.clip(1e-9), 1)
 
-    doubts = []
-
-    def add(doubt, reason, photo, shown, seen, detail=""):
-        doubts.append(Doubt(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown], found[seen],
-                            detail=detail, photo=int(photo), label=int(shown[0]) if shown else -1))
-
-    for n in free:
-        add(detections.score[n], "unlabelled", detections.image[n], [], [n])
-    for n in kept:
-        off = score[n] * max(0, 1 - (iou[n] / usual_iou[n]) ** 2)
-        missed = usual_score[n] * (usual_score[n] - score[n])
-        if off > max(missed, 0):  # then there is a detection
-            add(off, "off", annotations.image[n], [n], [partner[n]],
-                f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
-        elif missed > 0:
-            add(missed, "not found", annotations.image[n], [n], [], f"usual score {usual_score[n]:.2f}")
-    for one, other, shared in doubled(annotations.image[kept], labels[kept]):
-        one, other = sorted((kept[one], kept[other]), key=lambda n: iou[n] * score[n])  # the worse first
-        add(shared, "doubled", annotations.image[one], [one, other], [], f"IoU {shared:.2f}")
-
-    doubts = sorted((doubt for doubt in doubts if doubt.score >= LEAST), key=lambda doubt: -doubt.score)
-    seen, first = set(), []
-    for doubt in doubts:
-        if doubt.label < 0 or doubt.label not in seen:  # one for each label
-            seen.add(doubt.label)
-            first.append(doubt)
-    return first[:count]
+    off = score * (1 - (iou / usual_iou) ** 2).clip(0)
+    missed = (usual_score * (usual_score - score)).clip(0)
+    image = annotations.image
+    rows = [(detections.score[n], "unlabelled", detections.image[n], [], [n], "") for n in free]
+    rows += [(off[n], "off", image[n], [n], [partner[n]], f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
+             for n in kept[off[kept] > missed[kept]]]  # then there is a detection
+    rows += [(missed[n], "not found", image[n], [n], [], f"usual score {usual_score[n]:.2f}")
+             for n in kept[off[kept] <= missed[kept]]]
+    for first, second, shared in doubled(image[kept], labels[kept]):
+        pair = sorted((kept[first], kept[second]), key=lambda n: iou[n] * score[n])  # the worse first
+        rows.append((shared, "doubled", image[pair[0]], pair, [], f"IoU {shared:.2f}"))
+    doubts, seen = [], set()
+    for doubt, reason, photo, shown, other, detail in sorted(rows, key=lambda row: -row[0]):
+        if doubt >= LEAST and not seen & {*shown[:1]}:  # one for each label
+            seen.update(shown[:1])
+            doubts.append(Suspect(float(min(doubt, 1)), reason, annotations.file(photo), labels[shown],
+                                found[other], None, detail, int(photo), int(shown[0]) if shown else -1))
+    return doubts[:count]
 
 
 def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,41 +82,42 @@ def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray,
     """
     partner, ious = np.full(len(annotations.image), -1), np.zeros(len(annotations.image))
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
-    by_photo = np.argsort(detections.image, kind="stable")
-    places = np.arange(len(annotations.ids))
-    cuts = [np.searchsorted(image, places, side)
-            for image in (annotations.image, detections.image[by_photo]) for side in ("left", "right")]
-    free = []
-    for first, last, start, end in zip(*cuts):
-        own, seen = np.arange(first, last), by_photo[start:end]
+    free = [np.zeros(0, np.int64)]
+    for own, seen in zip(*(by_photo(part.image, len(annotations.ids)) for part in (annotations, detections))):
         faces, boxes = torch.from_numpy(labels[own]), torch.from_numpy(found[seen])
-        iou, ignored = box_iou(faces, boxes).numpy(), annotations.ignored[own]       # [N, K]
+        iou = box_iou(faces, boxes).numpy()       # [N, K]
         within = covered(boxes, faces[annotations.crowd[own]]).numpy() >= IN_IGNORED
         near = (iou >= NEAR_IOU).any(0) | within.any(0)
-        iou[ignored] = 0
+        iou[annotations.ignored[own]] = 0
         value = np.where(iou >= PARTNER_IOU, iou * detections.score[seen], 0)
-        for n, k in zip(*np.unravel_index(np.argsort(-value, axis=None, kind="stable"), value.shape)):
-            if value[n, k] <= 0:
-                break
-            if partner[own[n]] < 0 and not np.isin(seen[k], partner[own]):
-                partner[own[n]], ious[own[n]], near[k] = seen[k], iou[n, k], True
+        while value.any():
+            n, k = np.unravel_index(value.argmax(), value.shape)
+            partner[own[n]] = seen[k]
+            ious[own[n]] = iou[n, k]
+            near[k] = True
+            value[n] = value[:, k] = 0
         free.append(seen[~near])
-    return partner, ious, np.concatenate([np.zeros(0, np.int64), *free])
+    return partner, ious, np.concatenate(free)
 
 
-def mean_of_alike(size: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted mean of `values` `[M]` over the labels of about the same `size`; 1 where no weight is."""
+def by_photo(image, count):
+    """The places of 0, 1, ... `count` - 1 in `image`: a list of index arrays."""
+    ends = np.cumsum(np.bincount(image, minlength=count))
+    return np.split(np.argsort(image, kind="stable"), ends)[:count]
+
+
+def mean_of_alike(size: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean of `values` `[M]` over the labels of about the same `size`."""
     order = np.argsort(size, kind="stable")
     width = min(len(size), max(ALIKE[0], round(ALIKE[1] * len(size))))
     start = np.clip(np.arange(len(size)) - width // 2, 0, len(size) - width)
-    total, weight = (np.append(0, np.cumsum(part[order])) for part in (values, weights.astype(float)))
-    result = np.ones(len(size))
-    sums = total[start + width] - total[start], weight[start + width] - weight[start]
-    result[order] = np.where(sums[1] > 0, sums[0] / np.maximum(sums[1], 1), 1)
+    total = np.append(0.0, np.cumsum(values[order]))
+    result = np.zeros(len(size))
+    result[order] = (total[start + width] - total[start]) / max(width, 1)
     return result
 
 
-def corrected(annotations: Annotations, doubts: list[Doubt], path: str) -> dict:
+def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dict:
     """The COCO content of the whole set with all corrections made, the most doubtful photos first.
 
     Changed annotations say `"doubt"`, `"reason"` and, if their box is another now, `"bbox_before"`. An
@@ -152,7 +137,7 @@ def corrected(annotations: Annotations, doubts: list[Doubt], path: str) -> dict:
         else:
             face = faces[doubt.label]
         face |= {"doubt": round(doubt.score, 4), "reason": doubt.reason}
-        if doubt.reason in ("doubled", "not found"):
+        if doubt.reason in TO_IGNORE:
             face["iscrowd"] = 1
             continue
         if "bbox" in face:
@@ -184,7 +169,7 @@ def main(argv=None):
     print(f"wrote {args.out}, with {len(doubts)} corrections suggested")
     if len(doubts) < args.count:
         print(f"  not {args.count}: doubts below {LEAST} are right no more often than chance")
-    ignored = sum(doubt.reason in ("doubled", "not found") for doubt in doubts)
+    ignored = sum(doubt.reason in TO_IGNORE for doubt in doubts)
     if ignored:
         print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, "
               "which labelling tools show as ordinary faces")

@@ -1,10 +1,10 @@
 """Fit anchor sizes to a dataset, beside the hand-designed ones.
 
-    python -m tools.fit_anchors --data data/train.json            # nine anchors, scatter in anchors.png
+    python -m tools.fit_anchors --data data/train.json            # nine anchors
     python -m tools.fit_anchors --data data/train.json -k 6 --size 320x240
 """
 
-from support.script import InputError, command, new_parser, parse_picture, parse_size, whole_file
+from support.script import InputError, command, new_parser, parse_size
 
 import numpy as np
 
@@ -48,21 +48,6 @@ def network_sides(annotations, width, height, min_face=0):
     return sides[~annotations.ignored & (annotations.xywh[:, 2:] >= min_face).all(1)]
 
 
-def draw_scatter(path, sides, sets):
-    """Face sides as a log-log scatter with each of `sets` {label: anchors `[k, 2]`} over it, to a PNG."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 7), layout="constrained").subplots()
-    axes.loglog(*sides.T, ".", color="0.6", markersize=2, alpha=0.5, label=f"{len(sides):,} faces")
-    for marker, (label, anchors) in zip("sD", sets.items()):
-        axes.loglog(*anchors.T, marker, markersize=9, markerfacecolor="none", markeredgewidth=2, label=label)
-    axes.set(xlabel="width at the network's input [px]", ylabel="height at the network's input [px]")
-    axes.set_aspect("equal")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_file(path) as temporary:
-        axes.figure.savefig(temporary, dpi=110)
-
-
 @command
 def main(argv=None):
     """Fit anchors to a dataset and print them beside the hand-designed ones."""
@@ -72,7 +57,6 @@ def main(argv=None):
     add("-k", type=int, default=9, help="how many anchors (default 9)")
     add("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
     add("--min-face", type=int, default=17, help="smaller faces do not count (default 17 px), as in train.py")
-    add("--out", type=parse_picture, default="anchors.png", help="the scatter (default %(default)s)")
     args = parser.parse_args(argv)
     sides = network_sides(read_annotations(args.data), *args.size, args.min_face)
     distinct = len(np.unique(sides, axis=0))
@@ -86,9 +70,8 @@ def main(argv=None):
         recall = (best >= POSITIVE_IOU).mean()
         print(f"{label:>13}: mean best IoU {best.mean():.3f}, recall at {POSITIVE_IOU} {recall:.3f}  "
               + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors))
-    draw_scatter(args.out, sides, sets)
     at_300 = " ".join(f"{w:.1f}x{h:.1f}" for w, h in sets["fitted"] * 300 / np.array(args.size))
-    print(f"{len(sides)} faces; scatter in {args.out}; to train with the fitted ones:\n"
+    print(f"{len(sides)} faces; to train with the fitted ones:\n"
           f"python train.py --size {args.size[0]}x{args.size[1]} --anchors {at_300}")
 
 

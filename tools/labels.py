@@ -1,7 +1,6 @@
 """Labels of other tools: Pascal VOC, CVAT, Label Studio, COCO of any categories, CSV, RetinaFace's text.
 
-Nothing is opened but the labels. yolo.py reads YOLO; labels_to_coco.py recognises the format and finds the
-photos.
+Nothing is opened but the labels: labels_to_coco.py finds the photos. What cannot be read raises InputError.
 """
 
 import csv
@@ -14,8 +13,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.script import InputError
+from support.script import InputError, read_text, require
 
+import numpy as np
 from tqdm import tqdm
 
 from support.pictures import PICTURES
@@ -24,12 +24,14 @@ FLAGS = ("difficult", "ignore", "truncated", "occluded", "iscrowd")
 LARGEST = 10**12  # coordinates must be smaller, and their areas then are fit for read_annotations
 LABEL_FOLDERS = {"labels", "annotations"}  # photos may be beside these
 UNNAMED = "(no label)"
+COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
+           "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
+           "label": "label class class_name category name"}
 
 
 @dataclass
 class Label:
     """One labelled object."""
-
     category: str
     box: tuple | list  # xyxy, in pixels, or in fractions of the photo
     flags: dict = field(default_factory=dict)  # those of FLAGS that the file has: 0 or 1
@@ -38,7 +40,6 @@ class Label:
 @dataclass
 class Photo:
     """One labelled photo."""
-
     names: list  # what it may be called, best first
     place: str  # where the labels name it, for messages
     labels: list
@@ -50,7 +51,6 @@ class Photo:
 @dataclass
 class Labels:
     """What a file or a folder of labels holds."""
-
     format: str
     photos: list
     categories: list = field(default_factory=list)  # all that are declared, used or not
@@ -58,16 +58,11 @@ class Labels:
     left_out: Counter = field(default_factory=Counter)  # what is no box, or on no photo that was labelled
 
 
-def find_files(folder, suffixes, own=None):
+def find_files(folder, suffixes):
     """All files below a folder with these endings, sorted, but hidden ones (a Mac's zip is full of them)."""
-    own = own and Path(own).resolve()
-    return sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in suffixes
-        and p.is_file()
-        and not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
-        and (own is None or p.resolve() != own))
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    return sorted(path for path in files if not any(
+        part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts))
 
 
 def photos_around(folder):
@@ -79,27 +74,18 @@ def photos_around(folder):
     return folder
 
 
-def read_text(path):
-    """Read a text file as UTF-8. Raises InputError."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
 def number(place, what, value):
-    """Check and convert one finite number, given as a number or as text. Raises InputError."""
+    """Check and convert one finite number, given as a number or as text."""
     try:
         found = float(value) if not isinstance(value, bool) and "_" not in str(value) else math.nan
     except (TypeError, ValueError, OverflowError):
         found = math.nan
-    if not abs(found) < LARGEST:  # NaN too
-        raise InputError(f"{place}: {what} is {str(value)[:60]!r}, a number is expected")
+    require(abs(found) < LARGEST, f"{place}: {what} is {str(value)[:60]!r}, a number is expected")  # no NaN
     return found
 
 
 def numbers(place, entry, keys):
-    """The numbers that `entry` has under `keys`, words of a text. Raises InputError."""
+    """The numbers that `entry` has under `keys`, words of a text."""
     return [number(place, key, entry.get(key)) for key in keys.split()]
 
 
@@ -114,48 +100,48 @@ def read_flags(entry):
             for key in FLAGS if key in entry}
 
 
-def around(points):
-    """The box around points `[(x, y)]`."""
-    xs, ys = zip(*points)
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-def turned(box, degrees, pivot=None, stretch=(1, 1)):
-    """The box around an xyxy box that is turned clockwise about `pivot`, or else its centre.
+def around(points, degrees=0, pivot=None, stretch=(1, 1)):
+    """The xyxy box around points `[(x, y)]` that are turned clockwise about `pivot`, by default their middle.
 
     `stretch` (width, height) are the pixels of a unit, where these differ.
     """
-    if not degrees:
-        return box
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x0, y0 = pivot or ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    width, height = stretch
-    corners = [((x - x0) * width, (y - y0) * height) for x in box[::2] for y in box[1::2]]
-    return around([(x0 + (x * cos - y * sin) / width, y0 + (x * sin + y * cos) / height) for x, y in corners])
+    points = np.array(points, float)
+    if degrees:
+        pivot = (points.min(0) + points.max(0)) / 2 if pivot is None else pivot
+        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        points = (points - pivot) * stretch @ [[cos, sin], [-sin, cos]] / stretch + pivot
+    return *points.min(0).tolist(), *points.max(0).tolist()
 
 
-def around_ellipse(cx, cy, rx, ry, degrees=0, stretch=(1, 1)):
-    """The box around an ellipse of half axes rx, ry that is turned clockwise; `stretch` as in `turned`."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    rx, ry = rx * stretch[0], ry * stretch[1]
-    dx, dy = math.hypot(rx * cos, ry * sin) / stretch[0], math.hypot(rx * sin, ry * cos) / stretch[1]
-    return cx - dx, cy - dy, cx + dx, cy + dy
+def turned(box, *turn):
+    """The box around an xyxy box that is turned, with the arguments of `around`."""
+    return around([(x, y) for x in box[::2] for y in box[1::2]], *turn) if turn[0] else box
 
 
-# Pascal VOC and CVAT
+def around_ellipse(cx, cy, rx, ry, *turn):
+    """The box around an ellipse of half axes rx and ry, to 1 part in 10,000; `turn` as in `around`."""
+    angles = np.radians(np.arange(0, 360, 2))
+    return around(np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1), *turn)
+
+
+def read_polygon(place, points):
+    """The box around the points of a polygon, after a check that each is two numbers."""
+    for point in points:
+        require(isinstance(point, (list, tuple)) and len(point) == 2,
+                f"{place}: {str(point)[:60]!r} is no point x, y")
+    return around([[number(place, "points", value) for value in point] for point in points])
 
 
 def read_xml(path):
-    """Parse an XML file; the root element. Raises InputError, also where entities could make it explode."""
+    """Parse an XML file; the root element. Entities are refused, since they could make it explode."""
     text = read_text(path)
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise InputError(f"{path}: declares a document type or entities; labels need none, take them out")
+    require("<!DOCTYPE" not in text and "<!ENTITY" not in text,
+            f"{path}: declares a document type or entities; labels need none, take them out")
     try:
         root = ET.fromstring(text)
     except ET.ParseError as error:
         raise InputError(f"{path}: not XML ({error})") from None
-    if root.tag not in ("annotation", "annotations"):
-        raise InputError(
+    require(root.tag in ("annotation", "annotations"),
             f"{path}: <{root.tag[:40]}> is neither Pascal VOC's <annotation> nor CVAT's <annotations>")
     return root
 
@@ -165,16 +151,15 @@ def read_voc(files, folder):
     photos, base = [], photos_around(folder)
     for file in tqdm(files, "labels", disable=None):
         root = read_xml(file)
-        if root.tag != "annotation":
-            raise InputError(f"{file}: is CVAT's among {len(files)} xml files; name it alone")
+        require(root.tag == "annotation", f"{file}: is CVAT's among {len(files)} xml files; name it alone")
         own = Path(os.path.relpath(file, base))
         name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
         names = [(own.parent / name).as_posix()] if name else []
         labels = []
         for n, entry in enumerate(root.findall("object"), 1):
             box = numbers(f"{file}: object {n}", _texts(entry, "bndbox/*"), "xmin ymin xmax ymax")
-            flags = read_flags(_texts(entry, "*"))
-            labels.append(Label((entry.findtext("name") or "").strip() or UNNAMED, box, flags))
+            category = (entry.findtext("name") or "").strip() or UNNAMED
+            labels.append(Label(category, box, read_flags(_texts(entry, "*"))))
         size = read_size(file, _texts(root, "size/*"))
         photos.append(Photo([*names, own.as_posix()], str(file), labels, size))
     return Labels("Pascal VOC", photos)
@@ -187,13 +172,11 @@ def _texts(element, path):
 
 def read_cvat(path, root):
     """Read CVAT's xml for images 1.1: boxes, also turned ones, polygons, ellipses, masks."""
-    if root.find("track") is not None:
-        raise InputError(f'{path}: holds tracks of a video; export "CVAT for images 1.1"')
+    require(root.find("track") is None, f'{path}: holds tracks of a video; export "CVAT for images 1.1"')
     result = Labels("CVAT", [], [name.text or UNNAMED for name in root.iterfind("meta//labels/label/name")])
     for n, image in enumerate(root.findall("image")):
         place = f"{path}: image {image.get('id', n)}"
-        if not image.get("name"):
-            raise InputError(f"{place}: has no name")
+        require(image.get("name"), f"{place}: has no name")
         labels = []
         for shape in image:
             box = _cvat_box(f"{place}: <{shape.tag}>", shape)
@@ -207,29 +190,18 @@ def read_cvat(path, root):
 
 
 def _cvat_box(place, shape):
-    """The box of a CVAT shape, or None if it has none."""
+    """The box of a CVAT shape, or None if it has no area."""
     degrees = number(place, "rotation", shape.get("rotation") or 0)
     if shape.tag == "box":
         return turned(numbers(place, shape, "xtl ytl xbr ybr"), degrees)
     if shape.tag == "polygon":
-        return _polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
+        return read_polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
     if shape.tag == "ellipse":
         return around_ellipse(*numbers(place, shape, "cx cy rx ry"), degrees)
     if shape.tag == "mask":
         left, top, width, height = numbers(place, shape, "left top width height")
         return left, top, left + width, top + height
     return None
-
-
-def _polygon(place, points):
-    """The box around the points of a polygon, after a check that each has two coordinates."""
-    for point in points:
-        if not isinstance(point, (list, tuple)) or len(point) != 2:
-            raise InputError(f"{place}: {str(point)[:60]!r} is no point x, y")
-    return around([[number(place, "points", value) for value in point] for point in points])
-
-
-# Label Studio and COCO
 
 
 def read_label_studio(path, tasks):
@@ -240,40 +212,34 @@ def read_label_studio(path, tasks):
     result = Labels("Label Studio", [], relative=True)
     for n, task in enumerate(tasks):
         place = f"{path}: task {task.get('id', n)}"
-        data = task if "annotation_id" in task else task.get("data")  # JSON-MIN, or full
-        if not isinstance(data, dict):
-            raise InputError(f'{place}: neither "data" nor "annotation_id", so no task of Label Studio')
-        texts = [_file_name(value) for value in data.values() if isinstance(value, str)]
+        if "annotation_id" in task:  # JSON-MIN has one annotation, its regions beside the data
+            regions = [{"value": region} for value in task.values() for region in _dicts(value)]
+            finished = task["annotation_id"] is not None
+            task = {"data": task, "annotations": [task | {"result": regions}] if finished else []}
+        require(isinstance(task.get("data"), dict),
+                f'{place}: neither "data" nor "annotation_id", so no task of Label Studio')
+        texts = [_file_name(value) for value in task["data"].values() if isinstance(value, str)]
         name = next((text for text in texts if Path(text).suffix.lower() in PICTURES), None)
-        if name is None:
-            raise InputError(f"{place}: names no picture")
-        finished = _finished_annotations(task)
-        if not finished:
+        require(name, f"{place}: names no picture")
+        done = [one for one in _dicts(task.get("annotations", task.get("completions")))
+                if not one.get("was_cancelled") and not one.get("skipped")]
+        if not done:
             result.left_out["tasks not annotated"] += 1
             continue
-        result.left_out["older annotations"] += len(finished) - 1
-        photo = Photo([name], place, [], updated=str(task.get("updated_at") or _last_change(finished[-1])))
-        for region in _dicts(finished[-1].get("result")):
-            box, size = _region_box(place, region)
+        result.left_out["older annotations"] += len(done) - 1
+        newest = max(reversed(done), key=_last_change)
+        photo = Photo([name], place, [], updated=str(task.get("updated_at") or _last_change(newest)))
+        result.photos.append(photo)
+        for region in _dicts(newest.get("result")):
+            value = region.get("value") if isinstance(region.get("value"), dict) else {}
+            box, size = _region_box(place, region, value)
             if box is None:
                 result.left_out["regions without a box"] += 1
                 continue
             photo.size = size
-            photo.labels += [Label(name, box) for name in _region_names(region["value"])]
-        result.photos.append(photo)
+            lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
+            photo.labels += [Label(str(category), box) for category in sum(lists, []) or [UNNAMED]]
     return result
-
-
-def _finished_annotations(task):
-    """The annotations of a task that somebody finished, the newest last."""
-    if "annotation_id" not in task:
-        own = _dicts(task.get("annotations", task.get("completions")))
-        finished = [a for a in own if not a.get("was_cancelled") and not a.get("skipped")]
-        return sorted(finished, key=_last_change)
-    if task["annotation_id"] is None:
-        return []
-    regions = [{"value": region} for value in task.values() for region in _dicts(value)]
-    return [task | {"result": regions}]
 
 
 def _last_change(annotation):
@@ -295,31 +261,20 @@ def _file_name(text):
     return query["d"][0] if "d" in query else urllib.parse.unquote(parts.path)
 
 
-def _region_names(value):
-    """The categories of a Label Studio region: those of its rectanglelabels, polygonlabels and the like."""
-    lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
-    return [str(name) for own in lists for name in own] or [UNNAMED]
-
-
-def _region_box(place, region):
+def _region_box(place, region, value):
     """The box of a Label Studio region in fractions of the photo, or None, and the photo's size, if given."""
-    value = region.get("value")
-    if not isinstance(value, dict):
-        return None, None
     size = read_size(place, value | region, "original_width original_height")
-    stretch = size if all(size) else (1, 1)
     degrees = number(place, "rotation", value.get("rotation") or 0)
-    if degrees and not all(size):
-        raise InputError(f"{place}: a turned region without original_width and original_height")
+    require(not degrees or all(size), f"{place}: a turned region without original_width and original_height")
     if {"x", "y", "width", "height"} <= value.keys():
         x, y, width, height = numbers(place, value, "x y width height")
-        percent = turned((x, y, x + width, y + height), degrees, (x, y), stretch)
+        percent = turned((x, y, x + width, y + height), degrees, (x, y), size)
     elif {"x", "y", "radiusX", "radiusY"} <= value.keys():
-        percent = around_ellipse(*numbers(place, value, "x y radiusX radiusY"), degrees, stretch)
+        percent = around_ellipse(*numbers(place, value, "x y radiusX radiusY"), degrees, None, size)
     elif isinstance(value.get("points"), list) and value["points"]:
-        percent = _polygon(place, value["points"])
+        percent = read_polygon(place, value["points"])
     else:
-        return None, None
+        return None, size
     return tuple(side / 100 for side in percent), size
 
 
@@ -329,25 +284,24 @@ def read_coco(path, content):
     Ids match by value: "1", 1 and 1.0 are the same.
     """
     for key, needed in (("images", "id"), ("annotations", "image_id"), ("categories", "id")):
-        entries = content.get(key, [])
-        if not isinstance(entries, list) or any(_id(entry, needed) is None for entry in entries):
-            raise InputError(f'{path}: "{key}" must be a list of objects with an {needed} each')
-    above = {category.get("supercategory") for category in content.get("categories", [])}
-    names = {_id(category): str(category.get("name")) for category in content.get("categories", [])}
+        entries = content.setdefault(key, [])
+        require(isinstance(entries, list) and all(_id(entry, needed) is not None for entry in entries),
+                f'{path}: "{key}" must be a list of objects with an {needed} each')
+    above = {category.get("supercategory") for category in content["categories"]}
+    names = {_id(category): str(category.get("name")) for category in content["categories"]}
     photos = {}
     for image in content["images"]:
         place = f"{path}: image {_id(image)[:60]}"
         name = image.get("file_name")
-        if not isinstance(name, str) or not name or _id(image) in photos:
-            raise InputError(f"{place}: has no file_name, or is there twice")
+        require(isinstance(name, str) and name and _id(image) not in photos,
+                f"{place}: has no file_name, or is there twice")
         photos[_id(image)] = Photo([name], place, [], read_size(place, image))
-    for n, entry in enumerate(content.get("annotations", [])):
+    for n, entry in enumerate(content["annotations"]):
         place = f"{path}: annotation {_id(entry) or f'number {n}'}"[:200]
         image, category = _id(entry, "image_id"), _id(entry, "category_id")
-        if image not in photos or names and category not in names:
-            raise InputError(
+        require(image in photos and (not names or category in names),
                 f"{place}: belongs to image {image[:60]} and category {str(category)[:60]}, not both there")
-        more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}
+        more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}  # CVAT's
         box = turned(_coco_box(place, entry), number(place, "rotation", more.get("rotation") or 0))
         photos[image].labels.append(Label(names.get(category, UNNAMED), box, read_flags(more | entry)))
     used = {label.category for photo in photos.values() for label in photo.labels}
@@ -367,17 +321,10 @@ def _coco_box(place, entry):
         x, y, w, h = (number(place, "bbox", value) for value in entry["bbox"])
         return x, y, x + w, y + h
     polygons = entry.get("segmentation")
-    if entry.get("bbox") or not isinstance(polygons, list) or not polygons or not all(
-            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
-        raise InputError(f"{place}: has neither a bbox of four numbers nor polygons; export boxes")
-    return _polygon(place, [point for polygon in polygons for point in zip(polygon[::2], polygon[1::2])])
-
-
-# CSV and text
-
-COLUMNS = {"file": "file filename file_name image image_path path image_name", "x1": "x1 xmin x_min left",
-           "y1": "y1 ymin y_min top", "x2": "x2 xmax x_max right", "y2": "y2 ymax y_max bottom",
-           "label": "label class class_name category name"}
+    require(not entry.get("bbox") and isinstance(polygons, list) and polygons and all(
+        isinstance(own, list) and len(own) >= 6 and len(own) % 2 == 0 for own in polygons),
+        f"{place}: has neither a bbox of four numbers nor polygons; export boxes")
+    return read_polygon(place, [point for own in polygons for point in zip(own[::2], own[1::2])])
 
 
 def read_csv(path):
@@ -392,21 +339,18 @@ def read_csv(path):
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from None
     rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1) if any(map(str.strip, row))]
-    columns = {column: n for n, column in enumerate("file x1 y1 x2 y2 label".split())}
-    if rows and re.match("[A-Za-z]", (rows[0][1] + ["", ""])[1]):
+    head = list(COLUMNS)
+    if rows and re.match("[A-Za-z]", "".join(rows[0][1][1:2])):
         names = {alias: column for column, aliases in COLUMNS.items() for alias in aliases.split()}
-        head = [cell.lower() for cell in rows.pop(0)[1]]
-        columns = {names.get(cell, cell): n for n, cell in reversed(list(enumerate(head)))}
-    if not rows or not {"file", "x1", "y1", "x2", "y2"} <= columns.keys():
-        raise InputError(
+        head = [names.get(cell.lower(), cell.lower()) for cell in rows.pop(0)[1]]
+    require(rows and {"file", "x1", "y1", "x2", "y2"} <= {*head},
             f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
             "names these columns")
     photos, largest = {}, 0
     for n, row in rows:
         place = f"{path}:{n}"
-        own = {key: row[at] for key, at in columns.items() if at < len(row)}
-        if not own.get("file") or len(row) > max(columns.values()) + 1:
-            raise InputError(
+        own = dict(reversed(list(zip(head, row))))  # of two columns for one thing the first counts
+        require(own.get("file") and len(row) <= len(head),
                 f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
         photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], read_size(place, own)))
         if any(own.get(key) for key in ("x1", "y1", "x2", "y2")):
@@ -414,8 +358,7 @@ def read_csv(path):
             category = own.get("label") or (UNNAMED if "label" in own else "face")
             photo.labels.append(Label(category, box, read_flags(own)))
             largest = max(largest, *map(abs, box))
-    if 0 < largest <= 1:
-        raise InputError(f"{path}: all boxes are within 0 to 1, pixels are expected")
+    require(not 0 < largest <= 1, f"{path}: all boxes are within 0 to 1, pixels are expected")
     return Labels("CSV", list(photos.values()))
 
 
@@ -425,16 +368,18 @@ def read_retinaface(path):
     RetinaFace writes x y w h. SCRFD adds the photo's width and height to its name, and writes x1 y1 x2 y2
     (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped.
     """
-    photos = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):
+    photos, text = [], read_text(path)
+    require(text.startswith("#"),
+            f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
+    for n, line in enumerate(text.split("\n"), 1):
         place = f"{path}:{n}"
         if line.startswith("#"):
             name, *size = re.fullmatch(r"#\s*(.*?)(?:\s+(\d+)\s+(\d+))?\s*", line).groups()
             photos.append(Photo([name], place, [], tuple(map(int, size)) if all(size) else None))
         elif line.strip():
             tokens = line.split()
-            if not photos or len(tokens) < 4:
-                raise InputError(f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face in one")
+            require(len(tokens) >= 4,
+                    f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face in one")
             x, y, right, bottom = (number(place, "a value", token) for token in tokens[:4])
             if not photos[-1].size:
                 right, bottom = x + right, y + bottom

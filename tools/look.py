@@ -9,10 +9,10 @@
 import os
 from pathlib import Path
 
-from support.script import InputError, command, new_parser, parse_picture, parse_size, read_json, write_json
+from support.script import (InputError, command, new_parser, parse_picture, parse_size, read_json, require,
+                            write_json)
 
 import numpy as np
-from PIL import Image
 
 from data import FaceDataset, to_image
 from support.coco import Annotations, moved_images, read_annotations
@@ -22,13 +22,14 @@ from tools.suspects import report
 
 def describe(annotations: Annotations, min_face: int) -> list[str]:
     """Counts and face sizes as lines of text."""
-    sides = annotations.xywh[~annotations.ignored, 2:].min(1) if (~annotations.ignored).any() else np.zeros(0)
-    counts = annotations.counts.items()
-    lines = [", ".join(f"{count:,} {what}" for what, count in counts if count or what == "faces")]
+    kept, photos = ~annotations.ignored, len(annotations.ids)
+    lines = [f"{photos:,} photos, {photos - len(np.unique(annotations.image)):,} of them without faces; "
+             f"{kept.sum():,} faces, {(~kept).sum():,} more to ignore: crowds, empty boxes, boxes outside"]
+    sides = annotations.xywh[kept, 2:].min(1, initial=np.inf)
     if len(sides):
-        quantiles = np.quantile(sides, (0, 0.1, 0.5, 0.9, 1))
         text = "smaller side of faces, px: least {:.0f}, 10 % {:.0f}, median {:.0f}, 90 % {:.0f}, most {:.0f}"
-        lines.append(text.format(*quantiles) + f"; below {min_face} px: {(sides < min_face).sum():,}")
+        lines.append(text.format(*np.quantile(sides, (0, 0.1, 0.5, 0.9, 1)))
+                     + f"; below {min_face} px: {(sides < min_face).sum():,}")
     return lines
 
 
@@ -45,20 +46,6 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
         print(f"{path}: {len(images):,} photos, {len(faces):,} boxes")
 
 
-def show_one(dataset: FaceDataset, annotations: Annotations, index: int, seed: tuple | None) -> Image.Image:
-    """Draw one photo with its faces: augmented by `seed`, or as it is."""
-    if seed is None:
-        own = slice(dataset.starts[index], dataset.starts[index + 1])
-        image = load_picture(annotations.file(index))
-        faces, ignored = dataset.faces[own], dataset.ignored[own]
-    else:
-        item = dataset[index, seed]
-        if item.error:
-            raise InputError(item.error)
-        image, faces, ignored = to_image(item.picture), item.faces, item.ignored
-    return draw_faces(draw_faces(image, faces[~ignored]), faces[ignored], colour=IGNORED)
-
-
 def show(annotations: Annotations, args) -> list:
     """Draw `args.count` photos with their faces, of those that can be read; returns pictures (PIL).
 
@@ -67,13 +54,21 @@ def show(annotations: Annotations, args) -> list:
     dataset = FaceDataset(annotations, *args.size, args.min_face)
     pictures, errors = [], []
     for place, index in enumerate(np.random.default_rng(args.seed).permutation(len(dataset))):
-        if len(pictures) == args.count:
-            break
+        own = slice(dataset.starts[index], dataset.starts[index + 1])
+        faces, ignored = dataset.faces[own], dataset.ignored[own]
         try:
-            seed = (args.seed, place) if args.augment else None
-            pictures.append(show_one(dataset, annotations, index, seed))
+            if args.augment:
+                item = dataset[index, (args.seed, place)]
+                require(not item.error, item.error)
+                image, faces, ignored = to_image(item.picture), item.faces, item.ignored
+            else:
+                image = load_picture(annotations.file(index))
         except InputError as error:  # report() names all of them
             errors.append(error)
+            continue
+        pictures.append(draw_faces(draw_faces(image, faces[~ignored]), faces[ignored], colour=IGNORED))
+        if len(pictures) == args.count:
+            break
     if not pictures:
         raise errors[0]
     return pictures
@@ -94,19 +89,17 @@ def main(argv=None):
     add("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
     add("--seed", type=int, default=0, help="another seed shows other photos (default %(default)s)")
     add("--split", nargs=3, metavar=("N", "TRAIN", "VAL"),
-                        help="also write every N-th photo to the json VAL and the others to TRAIN")
+        help="also write every N-th photo to the json VAL and the others to TRAIN")
     args = parser.parse_args(argv)
-    sets = [read_annotations(path) for path in args.data[:2]]
-    annotations = sets[0]
     if len(args.data) > 2:
         parser.error("--data takes one json, or two: training and validation")
     if args.seed < 0:
         parser.error("--seed must be at least 0")
-    if not len(annotations.ids) or args.count < 1:
-        raise InputError(f"{annotations.path}: no photos to show")
-    if args.split and not (args.split[0].isdecimal() and 2 <= int(args.split[0]) <= len(annotations.ids)):
-        parser.error(f"--split {args.split[0]}: a number from 2 to that of the photos "
-                     f"({len(annotations.ids)}) expected")
+    sets = [read_annotations(path) for path in args.data]
+    annotations, photos = sets[0], len(sets[0].ids)
+    require(photos and args.count > 0, f"{annotations.path}: no photos to show")
+    if args.split and not (args.split[0].isdecimal() and 2 <= int(args.split[0]) <= photos):
+        parser.error(f"--split {args.split[0]}: a number from 2 to that of the photos ({photos}) expected")
     if args.split and len({os.path.realpath(path) for path in (args.data[0], *args.split[1:])}) < 3:
         parser.error("--split: TRAIN and VAL must be two other files")
     for each in sets:

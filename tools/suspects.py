@@ -1,15 +1,8 @@
-"""What a person should look at before training: suspect labels and photos, found without a model.
+"""What a person should look at before training: suspect labels and photos (tools.look).
 
-tools.look runs these checks. Each gives Suspects with a score from 0 to 1, and a reason, the likeliest to be
-a fault first:
-
-    leak              a photo of the validation set that is in the training set too
-    doubled           two boxes on one face
-    odd shape         a box of a shape unlike the others of its set, or unlike any face
-    odd size          a box too small to see a face in
-    near-duplicate    a photo that is twice in one set
-
-What varies among good photos is no suspect: their sizes, and large and small faces.
+Reasons, the likeliest faults first: leak (a photo of the validation set is in the training set too), doubled
+(two boxes on one face), odd shape and odd size (a box that can hardly be a face's), near-duplicate (a photo
+is twice in one set). What varies among good photos is no suspect: their sizes, and large and small faces.
 """
 
 import csv
@@ -21,7 +14,7 @@ from support.script import InputError, csv_cell, whole_file
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.ops import box_iou
 
 from support.coco import Annotations, to_xywh, to_xyxy
@@ -30,12 +23,11 @@ from tools.duplicates import near_duplicates, thumbnails
 
 RANKS = ("leak", "doubled", "odd shape", "odd size", "near-duplicate")
 DOUBLED_IOU = 0.5           # two labels that overlap as much are suspect
-FAR = 4                     # robust standard deviations from the median
-LEAST_SPREAD = 0.15         # of a logarithm: where all are alike, a factor below 1.8 still passes
-FACE_SHAPE = 0.4, 2         # width / height of faces in general
+FACE_SHAPE = 0.4, 2         # width / height: faces lie between
 LEAST_SIZE = 3              # px, square root of the area: below it nothing can be seen
 NO_BOXES = np.zeros((0, 4))
 SIDE, SHOWN = 320, 100      # px of a photo in the picture of suspects, and how many it has at most
+CAPTION, LETTERS = 36, 50   # below it: px of two lines, letters of one
 
 
 @dataclass
@@ -48,6 +40,8 @@ class Suspect:
     found: np.ndarray = field(default_factory=lambda: NO_BOXES)   # [K, 4] what a model sees instead
     other: Path | None = None                             # the photo it resembles
     detail: str = ""
+    photo: int = -1     # where a model points at it: the index of the photo in the Annotations
+    label: int = -1     # and that of the label, -1 for an unlabelled face
 
 
 def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotations], list[str]]:
@@ -59,32 +53,22 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     files = [annotations.file(index) for annotations in sets for index in range(len(annotations.ids))]
     place = np.repeat(np.arange(len(sets)), [len(annotations.ids) for annotations in sets])
     read, pixels = thumbnails(files)
-    errors = [str(size) for size in read if isinstance(size, Exception)]
-    sizes = np.array([(0, 0) if isinstance(size, Exception) else size for size in read]).reshape(-1, 2)
     written = np.concatenate([annotations.sizes for annotations in sets])
-    for n in np.flatnonzero((written > 0).all(1) & (sizes > 0).all(1) & (written != sizes).any(1)):
-        errors.append("{}: is {}x{}, but its json says {}x{}".format(files[n], *sizes[n], *written[n]))
-    known = [np.where(written > 0, written, sizes)[place == n] for n in range(len(sets))]
-    sets = [replace(annotations, sizes=own) for annotations, own in zip(sets, known)]
-
+    errors = []
+    for n, size in enumerate(read):
+        if isinstance(size, Exception):
+            errors.append(str(size))
+        elif not written[n].all():
+            written[n] = size
+        elif tuple(written[n]) != size:
+            errors.append("{}: is {}x{}, but its json says {}x{}".format(files[n], *size, *written[n]))
+    sets = [replace(annotations, sizes=written[place == n]) for n, annotations in enumerate(sets)]
     suspects = []
-    for n, (other, score, mirrored) in partners(*near_duplicates(pixels, place), place).items():
+    for n, (other, score, mirrored) in near_duplicates(pixels, place).items():
         reason = "leak" if place[n] != place[other] else "near-duplicate"
-        suspects.append(Suspect(score, reason, files[n], other=files[other],
-                                detail="mirrored" if mirrored else ""))
+        detail = "mirrored" if mirrored else ""
+        suspects.append(Suspect(score, reason, files[n], other=files[other], detail=detail))
     return suspects, sets, errors
-
-
-def partners(pairs, correlation, mirrored, place) -> dict:
-    """Which earlier photo each near-duplicate resembles most: {index: (index, correlation, mirrored)}.
-
-    A photo of the training set is preferred, so that each leak is found. Arguments are as near_duplicates
-    returns them, and the number of each photo's set.
-    """
-    best = {}
-    for n in np.lexsort((-correlation, place[pairs[:, 0]] == place[pairs[:, 1]])):
-        best.setdefault(pairs[n, 1], (pairs[n, 0], float(min(correlation[n], 1)), mirrored[n]))
-    return best
 
 
 def check_labels(annotations: Annotations) -> list[Suspect]:
@@ -94,9 +78,10 @@ def check_labels(annotations: Annotations) -> list[Suspect]:
     suspects = [Suspect(float(iou), "doubled", annotations.file(image[one]), xyxy[[one, other]])
                 for one, other, iou in doubled(image, xyxy)]
     width, height = annotations.xywh[kept, 2:].T
+    shape = width / height
     whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
-    far = {"odd shape": oddness(width / height) * whole, "odd size": LEAST_SIZE / np.sqrt(width * height)}
-    for reason, values in far.items():
+    odd_shape = np.maximum(FACE_SHAPE[0] / shape, shape / FACE_SHAPE[1]) * whole
+    for reason, values in (("odd shape", odd_shape), ("odd size", LEAST_SIZE / np.sqrt(width * height))):
         for n in np.flatnonzero(values > 1):
             suspects.append(Suspect(float(1 - 0.5 / values[n]), reason, annotations.file(image[n]), xyxy[[n]],
                                     detail=f"{width[n]:.0f}x{height[n]:.0f} px"))
@@ -113,20 +98,6 @@ def doubled(image: np.ndarray, xyxy: np.ndarray) -> list[tuple]:
     return pairs
 
 
-def oddness(shapes: np.ndarray) -> np.ndarray:
-    """How far `shapes` `[M]`, width / height, are out: above 1 beyond 4 spreads of the set, or FACE_SHAPE.
-
-    Measured in logarithms, against the median and the median absolute deviation, which a few errors do not
-    move (Hampel 1974).
-    """
-    if not len(shapes):
-        return np.zeros(0)
-    logs = np.log(shapes)
-    off = np.abs(logs - np.median(logs))
-    spread = max(1.4826 * np.median(off), LEAST_SPREAD)  # 1.4826: the standard deviation of a normal one
-    return np.maximum.reduce([off / (FAR * spread), FACE_SHAPE[0] / shapes, shapes / FACE_SHAPE[1]])
-
-
 def write_csv(suspects: list[Suspect], path: Path) -> None:
     """Write one row per suspect, as ordered; a box is that of the first label in question, or the model's."""
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
@@ -140,43 +111,42 @@ def write_csv(suspects: list[Suspect], path: Path) -> None:
 
 
 def draw_suspects(suspects: list[Suspect], path) -> None:
-    """Draw the first 100: labels in question red, a model's boxes yellow, with reason and file name.
-
-    A photo that cannot be read is left grey.
-    """
-    save_picture(contact_sheet([_tile(suspect) for suspect in suspects[:SHOWN]], 4, SIDE), path)
+    """Draw the first 100: labels in question red, a model's boxes yellow; unreadable photos are grey."""
+    tiles = [_tile(suspect) for suspect in suspects[:SHOWN]]
+    save_picture(contact_sheet(tiles, 4, SIDE + CAPTION), path)
 
 
 def _tile(suspect):
     """One suspect: the part of the photo that matters, enlarged, or two photos side by side; a caption."""
-    tile = Image.new("RGB", (SIDE, SIDE), "#404040")
-    files, boxes = [suspect.file, suspect.other][:1 + bool(suspect.other)], (suspect.labels, suspect.found)
-    room = SIDE // len(files), SIDE - 36
-    for n, file in enumerate(files):
+    files = [file for file in (suspect.file, suspect.other) if file]
+    parts = []
+    for file in files:
         try:
-            part = _part(load_picture(file), boxes, room)
+            parts.append(_part(load_picture(file), (suspect.labels, suspect.found)))
         except InputError:  # named elsewhere
-            continue
-        tile.paste(part, (n * room[0] + (room[0] - part.width) // 2, (room[1] - part.height) // 2))
+            parts.append(Image.new("RGB", (SIDE, SIDE), "#404040"))
+    tile = contact_sheet(parts, len(parts), SIDE // len(parts))
+    tile = ImageOps.expand(tile, (0, 0, 0, CAPTION), "#404040")
     text = f"{suspect.score:.2f} {suspect.reason}, {suspect.detail}".rstrip(", ")
     names = " | ".join(file.name for file in files)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-    for y, line in ((SIDE - 34, text), (SIDE - 18, names)):
-        plain = drawable(line)
-        draw.text((4, y), plain if len(plain) <= 50 else f"{plain[:24]}...{plain[-23:]}", "white", font)
+    for line, above in ((text, 34), (names, 18)):
+        draw.text((4, tile.height - above), drawable(line)[-LETTERS:], "white", font)
     return tile
 
 
-def _part(image, boxes, room):
-    """Cut the boxes with their size around them out of a photo, fit it into `room`, draw them."""
+def _part(image, boxes):
+    """Cut the boxes with their size around them out of a photo, enlarge the part, draw them."""
     view = np.array([0, 0, *image.size], float)
-    together = np.concatenate(boxes)
-    if len(together):
-        low, high = together[:, :2].min(0), together[:, 2:].max(0)
-        centre, half = (low + high) / 2, max(1.5 * (high - low).max(), 20)
+    every = np.concatenate(boxes)
+    if len(every):
+        low, high = every[:, :2].min(0), every[:, 2:].max(0)
+        centre = ((low + high) / 2).clip(0, view[2:])
+        half = max(1.5 * (high - low).max(), 20)
         view = np.concatenate([centre - half, centre + half]).clip(0, view[[2, 3, 2, 3]])
-    scale = min(room / np.maximum(view[2:] - view[:2], 1))
-    target = [max(1, round(side)) for side in (view[2:] - view[:2]) * scale]
+    sides = np.maximum(view[2:] - view[:2], 1)
+    scale = SIDE / sides.max()
+    target = [max(1, round(side)) for side in sides * scale]
     part = image.resize(target, Image.Resampling.BILINEAR, tuple(view))
     for own, colour in zip(boxes, (MISSED, FALSE)):
         part = draw_faces(part, (own - np.tile(view[:2], 2)) * scale, colour=colour)
@@ -191,11 +161,9 @@ def report(sets: list[Annotations], folder: Path) -> list[str]:
     suspects, sets, errors = check_photos(sets)
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
     suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))
-    lines = []
-    if errors:
-        lines.append(f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5]))
     counts = Counter(suspect.reason for suspect in suspects)
     counted = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    lines = [f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5])] if errors else []
     lines.append(f"suspects: {counted or 'none'}")
     if suspects:
         draw_suspects(suspects, folder / "suspects.png")

@@ -4,16 +4,15 @@
     python -m tools.threshold val.json detections.json false=0.1 --save runs/face/best.pth runs/face/sure.pth
 
 A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
-lowest score that meets it on the photos at hand meets it on only about half of all others: it was chosen for
-them, with their luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979),
-each with one mistake more than it has. Without that one, photos that happen to have no mistake would meet any
-target, as all their resamples have none either. (Conformal risk control, Angelopoulos et al. 2022, adds it
-for the same reason.)
+lowest score that meets it on some photos meets it on only about half of all others: it has their luck. So it
+has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979), each with one mistake more than
+it has (conformal risk control, Angelopoulos et al. 2022): photos without any would meet every target.
 """
 
 import argparse
-import math
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from support.script import InputError, bad_values, command, new_parser
@@ -21,9 +20,10 @@ from support.script import InputError, bad_values, command, new_parser
 import numpy as np
 
 from evaluate import hashes, made_path, read_detections
-from metrics import MEASURES, Outcomes, ScoreCurve, measure, outcomes, score_curve
+from metrics import Outcomes, outcomes, rates, score_curve
 from support.coco import arrays, read_annotations
 
+STEPS = 1000             # thresholds between 0 and 1: three decimals are easy to write down
 RESAMPLES, SEED = 1000, 0
 BLOCK = 100              # resamples computed at once; limits the memory
 SURE = 0.9               # the share of resamples in which the target has to be met
@@ -32,74 +32,52 @@ MOST = 100_000           # photos; more are not advised
 
 
 class Target(NamedTuple):
-    """Precision or recall of at least `value`, or at most `value` false detections a photo."""
-    measure: str    # of metrics.MEASURES
+    """Precision or recall of at least `value`, or at most `value` false detections a picture."""
+    measure: str    # of metrics.rates
     value: float
 
     def __str__(self):
-        return f"{self.measure.removesuffix('_per_photo')}={self.value:g}"
+        return f"{self.measure.removesuffix('_per_picture')}={self.value:g}"
 
-    def met(self, value):
-        """Whether a value of the measure meets the target."""
-        return value <= self.value if self.measure == "false_per_photo" else value >= self.value
+    def met(self, measured):
+        """Whether the `metrics.rates` meet the target."""
+        value = measured[self.measure]
+        return value <= self.value if self.measure == "false_per_picture" else value >= self.value
 
 
 def parse_target(text):
     """Parse `precision=0.95`, `recall=0.9` or `false=0.1` to a Target, for argparse."""
     name, _, value = text.partition("=")
-    try:
-        value = float(value)
-    except ValueError:
-        value = math.nan
-    if not (name in ("precision", "recall") and 0 < value < 1 or name == "false" and 0 < value < 1e9):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
-    return Target("false_per_photo" if name == "false" else name, value)
+    with suppress(ValueError):
+        most = {"precision": 1, "recall": 1, "false": 1e9}.get(name, 0)
+        if 0 < float(value) < most:
+            return Target(name.replace("false", "false_per_picture"), float(value))
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: precision=0.95 or recall=0.9 (between 0 and 1) or false=0.1 (a photo) expected")
 
 
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
-    """The cheapest thresholds that meet a target: on these photos alone, and on others too; None: no score.
+    """The lowest (of a recall the highest) thresholds that meet a target: on these photos, on others too.
 
-    Cheapest is the lowest for precision and false detections, and the highest for recall. `times` asks what
-    would be chosen if there were so many times as many photos such as these.
+    None: no score. `times` asks what would be chosen of so many times as many photos such as these.
     """
-    every = score_curve(found)
-    curve = thin(every)
-    hits = shown_by_photo(found, found.hit, curve.score)
-    false = shown_by_photo(found, found.false, curve.score)
-    share = np.zeros(len(curve.score))
+    scores = np.unique(np.floor(found.score[found.hit | found.false] * STEPS) / STEPS)[::-1]
+    hits = shown_by_photo(found, found.hit, scores)
+    false = shown_by_photo(found, found.false, scores)
+    share = np.zeros(len(scores))
     for weights in _resamples(len(found.faces), times):  # [b, I]
-        counts = weights @ hits, weights @ false, (weights @ found.faces)[:, None], times * len(found.faces)
-        values = measure(target.measure, *counts, spare=1)
-        share += target.met(values).sum(0) / RESAMPLES
-    here = target.met(getattr(curve, target.measure))
-    scores = []
-    for met in (here, here & (share > SURE - 1e-9)):
-        if met.any():
-            score = curve.score[met][0 if target.measure == "recall" else -1]
-            scores.append(_round_down(score, every.score[every.score < score].max(initial=-np.inf)))
-        else:
-            scores.append(None)
-    return tuple(scores)
-
-
-def thin(curve: ScoreCurve, points: int = 1000) -> ScoreCurve:
-    """Leave about `points` points of a longer curve: even steps of recall, and of log(1 + false detections).
-
-    The first and the last stay: each step of the curve has a hit or a false detection more.
-    """
-    if len(curve.score) <= points:
-        return curve
-    false = np.log1p(curve.false_per_photo / (curve.false_per_photo.max() or 1) * len(curve.score))
-    steps = sum(values / values.max() for values in (curve.recall, false) if values.max() > 0)
-    kept = np.diff(np.floor(steps * points / 2), prepend=-1) > 0
-    return ScoreCurve(*(values[kept] for values in vars(curve).values()))
+        faces = (weights @ found.faces)[:, None]
+        resampled = rates(weights @ hits, weights @ false, faces, times * len(found.faces), spare=1)
+        share += target.met(resampled).sum(0) / RESAMPLES
+    here = target.met(score_curve(found, scores))
+    best = 0 if target.measure == "recall" else -1
+    return tuple(float(scores[met][best]) if met.any() else None
+                 for met in (here, here & (share > SURE - 1e-9)))
 
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How many of the detections in `flags` `[D]` each threshold shows on each photo: float64 `[I, T]`.
-
-    scores `[T]` are thresholds, highest first, the last of which shows them all.
+    """How many of the detections in `flags` `[D]` each of the thresholds `scores` `[T]`, highest first, shows
+    on each photo: float64 `[I, T]`. The last one shows them all.
     """
     first = np.searchsorted(-scores, -found.score[flags])  # the highest threshold that shows each
     cells = found.image[flags] * len(scores) + first
@@ -109,20 +87,16 @@ def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np
 
 def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     """Say in one line why `choose` found no score for others."""
-    if not found.faces.sum() and target.measure != "false_per_photo":
-        return f"{target}: there are no faces to measure it on"
     if here is not None:
         needed = photos_needed(found, target)
         advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
         return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
                 f"to say so of others; {advice} enough")
-    curve = score_curve(found)
-    values = getattr(curve, target.measure)
-    if not len(values):
-        return f"{target}: there are no detections to choose from"
-    best = (np.argmin if target.measure == "false_per_photo" else np.argmax)(values)
-    return (f"{target}: no score meets it; the best is {Target(target.measure, values[best].round(3))} "
-            f"at score {curve.score[best]:.3g}")
+    reached = score_curve(found)[target.measure]
+    if not len(reached) or not found.faces.sum():
+        return f"{target}: there are no detections to choose from, or no faces"
+    best = reached.min() if target.measure == "false_per_picture" else reached.max()
+    return f"{target}: no score meets it; the best is {best:.3g}"
 
 
 def photos_needed(found: Outcomes, target: Target) -> int | None:
@@ -135,21 +109,23 @@ def photos_needed(found: Outcomes, target: Target) -> int | None:
 
 
 def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
-    """Precision, recall and false detections a photo at a threshold: {name: (value, low, high)}.
-
-    From `low` to `high` lie 95 % of the resamples of the photos.
+    """The `metrics.rates` at a threshold, and between what values lie 95 % of the resamples of the photos:
+    {name: (value, low, high)}.
     """
     photos, shown = len(found.faces), found.score >= score
     hits = np.bincount(found.image[shown & found.hit], minlength=photos)
     false = np.bincount(found.image[shown & found.false], minlength=photos)
     counts = np.stack([hits, false, found.faces])                                          # [3, I]
     resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
-    result = {}
-    for name in MEASURES:
-        value = measure(name, *counts.sum(1), photos)
-        low, high = np.quantile(measure(name, *resampled, photos), INTERVAL)
-        result[name] = float(value), float(low), float(high)
-    return result
+    values, spread = rates(*counts.sum(1), photos), rates(*resampled, photos)
+    return {name: (float(value), *np.quantile(spread[name], INTERVAL).tolist())
+            for name, value in values.items()}
+
+
+def said(found, score):
+    """The `intervals` as text."""
+    return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *own)
+                     for name, own in intervals(found, score).items())
 
 
 def _resamples(photos, times=1):
@@ -159,24 +135,13 @@ def _resamples(photos, times=1):
         yield generator.multinomial(times * photos, np.full(photos, 1 / photos), BLOCK).astype(np.float64)
 
 
-def _round_down(score, below):
-    """`score` with as few decimals as leave it above `below`, at least 3: easy to write down, same effect."""
-    for digits in range(3, 8):
-        rounded = math.floor(score * 10 ** digits) / 10 ** digits
-        if below < rounded <= score:
-            return rounded
-    return float(score)
-
-
 def read_model(args, made):
     """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
     from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    if not model.endswith(".pth") or not new.endswith(".pth"):
+    if {Path(model).suffix, Path(new).suffix} != {".pth"} or os.path.realpath(new) == os.path.realpath(model):
         raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
                          "the threshold into .onnx and .xml")
-    if os.path.realpath(new) == os.path.realpath(model):
-        raise InputError(f"--save {new}: is the model itself, name a new file")
     with bad_values():
         content = read_checkpoint(model)
     if not made:
@@ -204,22 +169,18 @@ def main(argv=None):
               "on others it does worse than what follows")
     found = outcomes(*arrays(annotations, detections), len(annotations.ids))
     here, score = choose(found, args.target)
-
-    def costs(at):
-        return ", ".join("{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), *values)
-                         for name, values in intervals(found, at).items())
     if here is not None:
-        print(f"{args.target}: score {here:g} meets it on these photos alone: {costs(here)}")
+        print(f"{args.target}: score {here:g} meets it on these photos alone: {said(found, here)}")
     if score is None:
         raise InputError(f"{args.data}: {refusal(found, args.target, here)}")
     print(f"{args.target}: score {score:g} meets it, also with one mistake more, in {SURE:.0%} of "
-          f"{RESAMPLES:,} resamples of these photos: {costs(score)}")
+          f"{RESAMPLES:,} resamples of these photos: {said(found, score)}")
     if args.save:
         from checkpoints import write_content
         data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
                 "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
-        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"],
-                 "data": data, "measured": {name: own[0] for name, own in intervals(found, score).items()}}
+        entry = {"score": score, "target": str(args.target), "data": data}
+        entry |= {key: made[key] for key in ("size", "tiles")}
         write_content(args.save[1], content | {"threshold": entry})
         print(f"wrote {args.save[1]}")
 

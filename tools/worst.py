@@ -12,57 +12,56 @@ from dataclasses import dataclass
 from support.script import command, csv_cell, new_parser, parse_picture, whole_file
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import read_detections
-from metrics import match_faces, operating_points, outcomes
+from metrics import Outcomes, operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
-from support.pictures import FACE, FALSE, IGNORED, MISSED, draw_faces, drawable, load_picture, save_picture
+from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
+                              load_picture, save_picture)
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
 LINE = 40                            # the height of a line of text, pixels
-TILE, COLUMNS = 640, 3               # the sides of a photo on the sheet of the worst, and photos in a row
-CAPTION, LETTERS = 56, 66            # below each: pixels for two lines, letters of one
+TILE, CAPTION = 640, 56              # pixels of a photo with its caption on the sheet, and of that alone
+LETTERS = 66                         # of a line of the caption
 
 
 @dataclass
 class Judged:
-    """The detections of at least `score`, compared with the annotated faces."""
+    """The D detections on M annotated faces, and what is to be seen of them from `score` on."""
     annotations: Annotations
+    detections: Detections
+    outcomes: Outcomes      # of all detections
     score: float
-    found: Detections       # the D detections of at least `score`
-    hit: np.ndarray         # [D] bool: finds a face
-    false: np.ndarray       # [D] bool; neither are those on regions to ignore
-    asked: np.ndarray       # [M] bool: the faces that are to be found
+    hit: np.ndarray         # [D] bool: is shown and finds a face
+    false: np.ndarray       # [D] bool: is shown and false; those on regions to ignore are neither
     missed: np.ndarray      # [M] bool
     counts: dict            # {"faces", "ignored", "found", "missed", "false"}: [I] int64 each, by photo
 
 
-def judge(annotations: Annotations, detections: Detections, score: float) -> Judged:
-    """Compare the detections of at least `score` with the annotated faces, at IoU 0.5."""
-    shown = detections.score >= score
-    found = Detections(detections.image[shown], detections.xywh[shown], detections.score[shown])
-    face, false, asked = match_faces(*arrays(annotations, found))
-    missed = asked.copy()
-    missed[face[face >= 0]] = False
-    images = {"faces": annotations.image[asked], "ignored": annotations.image[~asked],
-              "found": annotations.image[asked & ~missed], "missed": annotations.image[missed],
-              "false": found.image[false]}
+def judge(annotations: Annotations, detections: Detections, score: float | None = None) -> Judged:
+    """Compare the detections of at least `score` (default: that of the best F1) with the annotated faces."""
+    every = outcomes(*arrays(annotations, detections), len(annotations.ids))
+    score = operating_points(every)[-1]["score"] if score is None else score
+    hit, false = every.hit & (every.score >= score), every.false & (every.score >= score)
+    missed = every.asked & ~np.isin(np.arange(len(every.asked)), every.face[hit])
+    images = {"faces": annotations.image[every.asked], "ignored": annotations.image[~every.asked],
+              "found": every.image[hit], "missed": annotations.image[missed], "false": every.image[false]}
     counts = {name: np.bincount(image, minlength=len(annotations.ids)) for name, image in images.items()}
-    return Judged(annotations, score, found, face >= 0, false, asked, missed, counts)
+    return Judged(annotations, detections, every, score, hit, false, missed, counts)
 
 
 def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf) -> Image.Image:
     """Photo `index`, fitted into `width` x `height` pixels, faces and detections in the legend's colours."""
-    annotations, found = judged.annotations, judged.found
+    annotations, found = judged.annotations, judged.detections
     photo = load_picture(annotations.file(index))
     scale = min(width / photo.width, height / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
     faces, own = annotations.image == index, found.image == index
     right, false = own & judged.hit, own & judged.false
     for boxes, scores, colour in (
-            (annotations.xywh[faces & ~judged.asked], None, IGNORED),
-            (annotations.xywh[faces & judged.asked & ~judged.missed], None, TRUTH),
+            (annotations.xywh[faces & annotations.ignored], None, IGNORED),
+            (annotations.xywh[faces & ~annotations.ignored & ~judged.missed], None, TRUTH),
             (found.xywh[right], found.score[right], FACE),
             (found.xywh[false], found.score[false], FALSE),
             (annotations.xywh[faces & judged.missed], None, MISSED)):
@@ -84,43 +83,37 @@ def draw_legend(sheet, text):
 
 def worst_sheet(judged: Judged, count: int) -> Image.Image:
     """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
-    counts = judged.counts
-    worst = np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]
-    photos = [draw_judged(judged, index, TILE, TILE) for index in worst]
-    height = max(photo.height for photo in photos) + CAPTION
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), math.ceil(len(worst) / COLUMNS) * height + LINE), "black")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    for n, (index, photo) in enumerate(zip(worst, photos)):
-        x, y = n % COLUMNS * (TILE + 8) + 4, n // COLUMNS * height
-        sheet.paste(photo, (x, y))
-        y += photo.height
-        draw.text((x, y + 6), drawable(judged.annotations.names[index])[-LETTERS:], "white", font)
-        draw.text((x, y + 28), f"{counts['missed'][index]} missed, {counts['false'][index]} false, "
-                  f"{counts['found'][index]} of {counts['faces'][index]} found", "white", font)
+    counts, font = judged.counts, ImageFont.load_default(18)
+    tiles = []
+    for index in np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]:
+        photo = draw_judged(judged, index, TILE, TILE - CAPTION)
+        text = (f"{drawable(judged.annotations.names[index])[-LETTERS:]}\n{counts['missed'][index]} missed, "
+                f"{counts['false'][index]} false, {counts['found'][index]} of {counts['faces'][index]} found")
+        tiles.append(Image.new("RGB", (TILE, TILE)))
+        tiles[-1].paste(photo)
+        ImageDraw.Draw(tiles[-1]).text((0, photo.height + 6), text, "white", font)
+    sheet = ImageOps.expand(contact_sheet(tiles, 3, TILE), (0, 0, 0, LINE))
     draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
     return sheet
 
 
-def write_per_photo(judged: Judged, detections: Detections, path):
-    """Write a CSV with a row for each photo, in the order of the annotations.
-
-    Counts are at the threshold. `best_false` and `lowest_found` are scores, among all Detections: a
-    threshold above the first would show nothing false on the photo, one up to the second finds all that can
-    be found. They are empty where there is none.
+def write_per_photo(judged: Judged, path):
+    """Write a CSV with a row for each photo: the counts, and of all detections, shown or not, the scores of
+    the best false one and of the lowest that finds a face.
     """
-    photos = len(judged.annotations.ids)
-    every = judge(judged.annotations, detections, -math.inf)
-    best_false, lowest_found = np.full(photos, -np.inf), np.full(photos, np.inf)
-    np.maximum.at(best_false, detections.image[every.false], detections.score[every.false])
-    np.minimum.at(lowest_found, detections.image[every.hit], detections.score[every.hit])
+    every, best_false, lowest_found = judged.outcomes, {}, {}
+    for n in np.argsort(every.score):
+        if every.false[n]:
+            best_false[every.image[n]] = f"{every.score[n]:.5f}"
+        elif every.hit[n]:
+            lowest_found.setdefault(every.image[n], f"{every.score[n]:.5f}")
     with whole_file(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["file", *judged.counts, "best_false", "lowest_found"])
             for index, name in enumerate(judged.annotations.names):
-                scores = (f"{score:.5f}" if math.isfinite(score) else ""
-                          for score in (best_false[index], lowest_found[index]))
-                rows.writerow([csv_cell(name), *(own[index] for own in judged.counts.values()), *scores])
+                counts = [own[index] for own in judged.counts.values()]
+                rows.writerow([csv_cell(name), *counts, best_false.get(index), lowest_found.get(index)])
 
 
 @command
@@ -138,14 +131,11 @@ def main(argv=None):
     if args.count < 1:
         parser.error("--count must be at least 1")
     annotations, detections, _ = read_detections(args.data, args.detections)
-    if args.score is None:
-        found = outcomes(*arrays(annotations, detections), len(annotations.ids))
-        args.score = operating_points(found)[-1].score
     judged = judge(annotations, detections, args.score)
     save_picture(worst_sheet(judged, args.count), args.out)
     print(f"wrote {args.out}")
     if args.csv:
-        write_per_photo(judged, detections, args.csv)
+        write_per_photo(judged, args.csv)
         print(f"wrote {args.csv}")
 
 

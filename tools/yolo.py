@@ -2,15 +2,16 @@
 
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from support.script import InputError
+from support.script import InputError, read_text, require
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
-from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around, read_text
+from tools.labels import Label, Labels, Photo, around, find_files, number, photos_around
 
 NAME_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "_darknet.labels")
 
@@ -36,39 +37,36 @@ def read_yolo(path):
     places = [folder, *list(folder.resolve().parents)[:2]]
     files = [path, *(place / name for place in places for name in NAME_FILES)]
     file = next((file for file in files if file.is_file()), None)
-    names, keypoints = _yolo_names(file) if file else ([], None)
-    base, lines, by_length = photos_around(folder), [], {}
+    names, keypoints = read_names(file) if file else ([], None)
+    base, photos, lines, by_length = photos_around(folder), [], [], defaultdict(list)
     for text in tqdm(find_files(folder, {".txt"}), "labels", disable=None):
         photo = Photo([Path(os.path.relpath(text, base)).as_posix()], str(text), [])
-        own = []
+        photos.append(photo)
         try:
-            own = _read_lines(text, names, file)
+            lines += [(photo, *line) for line in _read_lines(text, names, file)]
         except InputError as error:
             photo.problem = error
-        lines.append((photo, own))
-        for _, _, values in own:
-            by_length.setdefault(len(values), []).append(values)
+    for _, _, _, values in lines:
+        by_length[len(values)].append(values)
     corners = _count_corners({count: np.array(rows) for count, rows in by_length.items()}, keypoints, folder)
-    for photo, own in lines:
+    for photo, place, category, values in lines:
         try:
-            photo.labels = [Label(category, _box(place, values, corners)) for place, category, values in own]
+            photo.labels.append(Label(category, _box(place, values, corners)))
         except InputError as error:
-            photo.problem = error
-    return Labels("YOLO", [photo for photo, _ in lines], names, relative=True)
+            photo.problem = photo.problem or error
+    return Labels("YOLO", photos, names, relative=True)
 
 
 def _read_lines(text, names, file):
     """The lines of a txt: [(place, category, numbers after the class)]. Raises InputError."""
     lines = []
+    expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
     for n, line in enumerate(read_text(text).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{text}:{n}"
-        category, *values = [number(place, "a value", token) for token in line.split()]
-        if not category.is_integer() or category < 0 or names and category >= len(names):
-            expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
-            raise InputError(f"{place}: class {line.split()[0]!r}; {expected}")
-        lines.append((place, names[int(category)] if names else str(int(category)), values))
+        if line.strip():
+            category, *values = [number(f"{text}:{n}", "a value", token) for token in line.split()]
+            require(category.is_integer() and 0 <= category < (len(names) or np.inf),
+                    f"{text}:{n}: class {line.split()[0]!r}; {expected}")
+            lines.append((f"{text}:{n}", names[int(category)] if names else str(int(category)), values))
     return lines
 
 
@@ -90,10 +88,10 @@ def _count_corners(rows, keypoints, folder):
             corners[length] = length - 1 if length % 2 else length - 2 * (tracks and length > 7)
     long = [length for length, count in corners.items() if count > 7]
     alike = keypoints is None and long and max(long) - min(long) <= 2  # polygons are of any length
-    if alike and all(_holds_the_rest(rows[length], corners[length]) for length in long):
-        raise InputError(
-            f"{folder}: lines have {long[0] + 1} numbers: a box and its landmarks, or a polygon? Write "
-            "kpt_shape: [5, 2] for 5 landmarks, or kpt_shape: [0, 0] for polygons, into data.yaml")
+    require(not alike or not all(_holds_the_rest(rows[length], corners[length]) for length in long),
+            f"{folder}: lines have {max(long, default=0) + 1} numbers: "
+            "a box and its landmarks, or a polygon? Write kpt_shape: [5, 2] for 5 landmarks, "
+            "or kpt_shape: [0, 0] for polygons, into data.yaml")
     return corners
 
 
@@ -117,22 +115,20 @@ def _holds_the_rest(rows, count):
 
 
 def _box(place, values, corners):
-    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's. Raises InputError."""
+    """The xyxy box of one line. `corners` says how many of its numbers are a polygon's."""
     count = corners.get(len(values))
-    if count is None:
-        raise InputError(
-            f"{place}: {len(values) + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
+    require(count is not None, f"{place}: {len(values) + 1} numbers; class cx cy w h, or "
+            "class x1 y1 x2 y2 x3 y3 ... expected")
     shape = values[:count or 4]
-    if max(map(abs, shape)) > 2:
-        raise InputError(f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-                         "YOLO's numbers are from 0 to 1")
+    require(max(map(abs, shape)) <= 2, f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
+            "YOLO's numbers are from 0 to 1")
     if count:
-        return around(zip(shape[::2], shape[1::2]))
+        return around(list(zip(shape[::2], shape[1::2])))
     cx, cy, w, h = shape
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
 
-def _yolo_names(file):
+def read_names(file):
     """The class names, and how many numbers the keypoints of data.yaml take: (names, number or None)."""
     text = read_text(file)
     if file.suffix not in (".yaml", ".yml"):
@@ -145,11 +141,11 @@ def _yolo_names(file):
     names, shape = content.get("names", ["0"]), content.get("kpt_shape", ["0", "0"])
     if isinstance(names, dict) and list(names) == [str(n) for n in range(len(names))]:
         names = list(names.values())
-    if not names or not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(str(side).isdecimal() for side in shape):
-        raise InputError(f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
-                         "write kpt_shape: [5, 2] for 5 landmarks of x and y")
+    require(names and isinstance(names, list) and all(isinstance(name, str) and name for name in names),
+            f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
+    require(isinstance(shape, list) and len(shape) == 2 and all(str(side).isdecimal() for side in shape),
+            f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
+            "write kpt_shape: [5, 2] for 5 landmarks of x and y")
     keypoints = int(shape[0]) * int(shape[1]) if "kpt_shape" in content else None
     return names if "names" in content else [], keypoints
 
@@ -163,15 +159,14 @@ def write_yolo(folder, photos):
     folder, texts = Path(folder), {}
     for path, name, _, _ in photos:
         text = PurePosixPath(name).with_suffix(".txt")
-        if texts.setdefault(text, path) != path:
-            raise InputError(f"{path}: would share the label {text} with {texts[text]}; rename one")
+        require(texts.setdefault(text, path) == path,
+                f"{path}: would share the label {text} with {texts[text]}; rename one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for path, name, (width, height), faces in tqdm(photos, "copying", disable=None):
-            picture = temporary / "images" / name
-            text = (temporary / "labels" / name).with_suffix(".txt")
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            text.parent.mkdir(parents=True, exist_ok=True)
+            picture, text = temporary / "images" / name, (temporary / "labels" / name).with_suffix(".txt")
+            for file in (picture, text):
+                file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, picture)
             rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
                     for x, y, w, h in faces]
