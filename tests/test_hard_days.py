@@ -92,7 +92,7 @@ CASES = [  # script, arguments, part of the message; all exit with 2
      "'x.what' is no name for a picture"),
     ("tools.look", "--data good.json --out good.json/x.png", "good.json"),
     ("detect", "e/a.jpg --model good.pth --out good.json", "good.json"),
-    ("export", "--model good.pth --out good.json", "File exists; not written"),
+    ("export", "--model good.pth --out good.json", "good.json: File exists"),
     ("tools.sample", "good.json --train 1 --val 1", "good.json"),
     ("wider_to_coco", "wider_val_bbx_gt.txt val good.json/x", "good.json"),
     ("train", "--data good.json --out good.json/x", "good.json"),
