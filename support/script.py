@@ -220,7 +220,8 @@ def whole_file(path):
     except OSError as error:  # a full disk does not say which file
         raise InputError(f"{path}: {error.strerror or error}; not written, what was there is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it need not be there, nor its folder
+            temporary.unlink()
 
 
 def csv_cell(text):
