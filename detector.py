@@ -204,7 +204,7 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
     with suppress(KeyError, TypeError, ValueError, RecursionError):
         entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
         width, height = entry["size"]
-        side, overlap = entry["tiles"] or (1, 0)
+        side, overlap = (1, 0) if entry["tiles"] is None else entry["tiles"]
         numbers = (entry["score"], width, height, side, overlap)
         if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
                 and min(width, height, side) >= 1 and isinstance(entry["target"], str)):

@@ -220,7 +220,7 @@ def whole_file(path):
     except OSError as error:  # a full disk does not say which file
         raise InputError(f"{path}: {error.strerror or error}; not written, what was there is kept") from None
     finally:
-        with suppress(OSError):  # it need not be there, nor its folder
+        with suppress(OSError):  # it may not be there, nor its folder
             temporary.unlink()
 
 

@@ -84,4 +84,4 @@ def test_command(sample, tmp_path, monkeypatch, capsys, refused):
     assert "wrote w.jpg" in capsys.readouterr().out
     assert sum(int(row["false"]) for row in csv.DictReader(open("p.csv"))) == 1
     assert "at least 1" in refused(main, sample / "val.json", "r.json", "--count", "0")
-    assert "something like w.png" in refused(main, sample / "val.json", "r.json", "--out", "w.txt")
+    assert "w.png would be" in refused(main, sample / "val.json", "r.json", "--out", "w.txt")
