@@ -100,11 +100,12 @@ class Monitor:
     def epoch(self, record, finished):
         """Record an epoch: log line, printed line, curves. What draws never ends a training."""
         self.write(record)
-        left = (self.epochs - record["epoch"]) * self.photos / record["photos_per_second"]
+        speed = record["photos_per_second"]
+        left = (self.epochs - record["epoch"]) * self.photos / speed if speed else 0  # nothing was left to do
         accuracy = f", AP {record['AP']:.4f}, AP50 {record['AP50']:.4f}" if "AP" in record else ""
         print(f"epoch {record['epoch']}/{self.epochs}: loss {record['loss']:.4f} "
               f"(class {record['class_loss']:.3f}, box {record['box_loss']:.3f}), lr {record['lr']:.2g}"
-              f"{accuracy}, {record['photos_per_second']:.0f} photos/s, {left / 60:.0f} min left", flush=True)
+              f"{accuracy}, {speed:.0f} photos/s, {left / 60:.0f} min left", flush=True)
         if self.undrawn or not finished and time.perf_counter() - self.drawn < REDRAWN:
             return
         try:

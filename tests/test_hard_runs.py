@@ -58,7 +58,7 @@ def test_large_pictures_up_to_the_limit_against_bombs(tmp_path, monkeypatch, rec
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_pictures_are_named(world, refused, name):
-    (world / "u.json").write_text(json.dumps(pictured([name])))
+    (world / "u.json").write_text(json.dumps(pictured([name, "1x1.png"])))  # not all are missing
     line = refused(look.main, "--data", "u.json", "--out", "u.png", "--augment")
     assert UNREADABLE[name] in line and name[:4] in line.encode().decode("unicode_escape")
 
