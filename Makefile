@@ -1,8 +1,8 @@
 # make demo     the shipped network on a photo, fine-tuned, exported, measured (tools.demo)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
-# make weights PHOTOS=folder RELEASED=wider_face_tiny_ssd_075x.pth     weights/face_ssd300.pth anew, see its
-#              README.md. FLAGS="--device cuda" and the like are handed on to train.py
+# make weights PHOTOS=folder RELEASED=wider_face_tiny_ssd_075x.pth     runs/face_ssd300.pth, made as the
+#              shipped one. FLAGS="--device cuda" and the like are handed on to train.py
 # make weights-1.0 ... and weights-0.5 ...     the same at those widths
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from support.script import InputError
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
 OWN_SIDES = (0.6, 0.75, 0.9, 1, 1.1, 1.2)  # of views that keep the picture's shape, in its sides
-LEAST_ROWS = 64  # of a Batch's faces
+ROWS = 64  # a Batch has a multiple of so many for its faces
 # From RGB. The first row, Y, is the grey.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(YIQ)
@@ -235,8 +236,8 @@ class FaceDataset(Dataset):
 class Batch:
     """B photos and all faces on them, T rows.
 
-    T is the next power of two: few shapes keep a GPU's graphs few. The rows beyond the faces are empty
-    boxes, which no anchor overlaps, so they change nothing.
+    T is a multiple of ROWS, on a GPU a power of two: few shapes keep its graphs few. The rows beyond the
+    faces are empty boxes, which no anchor overlaps, so they change nothing.
     """
     images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
     faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
@@ -267,11 +268,14 @@ class Batch:
         return replace(self, **{name: change(getattr(self, name)) for name in self.TENSORS})
 
 
-def collate(items: list[Item]) -> Batch:
-    """Make a Batch of Items."""
+def collate(items: list[Item], few_shapes: bool = False) -> Batch:
+    """Make a Batch of Items. `few_shapes`: its rows for faces are a power of two."""
     counts = torch.tensor([len(item.faces) for item in items])
     total = int(counts.sum())
-    more = max(LEAST_ROWS, 1 << (total - 1).bit_length()) - total
+    rows = max(1, math.ceil(total / ROWS)) * ROWS
+    if few_shapes:
+        rows = 1 << (rows - 1).bit_length()
+    more = rows - total
 
     def joined(name):
         values = torch.from_numpy(np.concatenate([getattr(item, name) for item in items]))
@@ -334,9 +338,10 @@ def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
 
 def make_loader(dataset: FaceDataset, batches, workers: int, device: str = "cpu") -> DataLoader:
     """A DataLoader of Batches. Its `workers` live as long as it does."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=_outlive_signals, persistent_workers=workers > 0,
-                      pin_memory=torch.device(device).type == "cuda")
+    on_gpu = torch.device(device).type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=partial(collate, few_shapes=on_gpu),
+                      num_workers=workers, worker_init_fn=_outlive_signals, persistent_workers=workers > 0,
+                      pin_memory=on_gpu)
 
 
 def _outlive_signals(_):

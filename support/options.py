@@ -72,7 +72,7 @@ def make_parser(description=None):
         help="iterations from lr / 3 to lr (default 1200, or four epochs if that is less)")
     add("--momentum", type=DECAY, default=0.9, help="default 0.9")
     add("--weight-decay", type=WEIGHT, default=5e-4, help="default 5e-4")
-    add("--clip", type=POSITIVE, help="greatest norm of the gradient (default: any)")
+    add("--clip", type=POSITIVE, help="greatest norm of the gradient (default: no limit)")
     add("--ema", type=DECAY, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
     add("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
     add("--patience", type=at_least(1), metavar="N",

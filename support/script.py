@@ -95,6 +95,10 @@ def keep_memory():
 
 def _fail(main, text, reported=False):
     """Print one line, with the name of `main`'s script, and exit with 2: under torchrun one a machine."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for torchrun's summary, in torch's form
+        content = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(InputError, OSError):
+            write_json(os.environ["TORCHELASTIC_ERROR_FILE"], {"message": content})
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_initialized()
     if reported or not joined and os.environ.get("LOCAL_RANK", "0") != "0":
