@@ -73,6 +73,7 @@ def test_the_default_warm_up_is_four_epochs_of_a_small_set(sample, tmp_path):
     assert torch.load(tmp_path / "r/last.pth", weights_only=True)["flags"]["warmup"] == 4 * 3
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_are_lines_within_an_epoch(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(monitor, "READ", 0)
     monkeypatch.setattr(monitor, "PRINTED", 0)

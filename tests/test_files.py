@@ -62,6 +62,7 @@ def test_a_new_onnx_removes_the_ir_of_an_older_export(tmp_path, model_file):
     assert sorted(os.listdir(tmp_path)) == ["model.onnx"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_left_is_swept_under_the_lock_alone(tmp_path):
     left = [".last.123.pth", ".best.7.pth", ".log.99.jsonl", ".curves.1.png"]
     for name in [*left, ".last.pth", "last.pth", ".mine.5.pth"]:

@@ -23,6 +23,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_the_shipped_network(tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, ROOT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -90,6 +90,7 @@ def assert_as_pycocotools(arguments):
     np.testing.assert_allclose([curves[0.5].precision, curves[0.75].precision], precision, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(SEEDS)
 def test_coco_equals_pycocotools_on_crowds_areas_and_ties(seed):

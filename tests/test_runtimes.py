@@ -150,6 +150,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_without_torch(tmp_path):
     """The shipped .onnx: detect.py and the README's lines of Python give what they give with torch."""
     def run(*words):

@@ -44,6 +44,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
+@pytest.mark.slow
 def test_the_flag_reaches_pytorch_and_exported_networks(tmp_path, refused):
     """Also where torch is imported after the flag is read, as evaluate.py does."""
     code = ("import evaluate; evaluate.parse_args(['--threads', '1', '--data', 'x.json'])\n"

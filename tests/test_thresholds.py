@@ -110,6 +110,7 @@ def test_intervals_hold_the_value_and_narrow_with_photos():
     assert high - low == pytest.approx(2 * 1.96 * counts.std() / 3000 ** 0.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_target_is_kept_on_other_photos():
     """Drawn from one source: chosen on 60 photos, what it gives on 20,000 others, 40 times."""
     other = random_outcomes(99, 20_000, apart=0.4)
