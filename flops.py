@@ -1,4 +1,4 @@
-"""Count the network's multiply-accumulates (MACs) and parameters.
+"""Count the network's multiply-accumulates (MACs) and parameters, layer by layer.
 
     python flops.py
     python flops.py --width 1.0 --size 320x240
@@ -15,28 +15,39 @@ from model import SSD, Config, load_model
 
 
 def count(model, width, height):
-    """Count the MACs for one picture of `width` x `height`: (those of convolutions alone, of all layers).
+    """Count each layer of `model` for one picture of `width` x `height`: a list of dicts, one per layer.
 
-    The second adds one operation per bias and per ReLU element and two per BatchNorm element, as the
-    published 0.51 GMACs do.
+    The keys are layer, type, output (shape without the batch), parameters, convolution (MACs of convolutions
+    alone) and all. The last adds one operation per bias and per ReLU element and two per BatchNorm element;
+    the published 0.51 GMACs are counted in this way.
     """
-    extras = {nn.BatchNorm2d: 2, nn.ReLU: 1}  # operations per element of the output
-    convolutions, more = [], []
+    names = {module: name for name, module in model.named_modules() if not list(module.children())}
+    rows = []
 
     def note(module, _, output):
+        if module not in names:
+            return
+        elements = output.numel()
+        macs = extra = 0
         if isinstance(module, nn.Conv2d):
-            convolutions.append(output.numel() * module.weight[0].numel())  # an element sums over one filter
-            more.append(output.numel() * (module.bias is not None))
-        more.append(output.numel() * extras[type(module)] if type(module) in extras else 0)
+            macs = elements * module.weight[0].numel()  # each output element is a sum over one filter
+            extra = elements if module.bias is not None else 0
+        elif isinstance(module, nn.BatchNorm2d):
+            extra = 2 * elements
+        elif isinstance(module, nn.ReLU):
+            extra = elements
+        rows.append({"layer": names[module], "type": type(module).__name__, "output": tuple(output.shape[1:]),
+                     "parameters": sum(p.numel() for p in module.parameters()), "convolution": macs,
+                     "all": macs + extra})
 
     with register_module_forward_hook(note), torch.no_grad():
         model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))  # computes shapes only
-    return sum(convolutions), sum(convolutions + more)
+    return rows
 
 
 @command
 def main(argv=None):
-    """Print the totals."""
+    """Print the table of layers and the totals."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model", help="a checkpoint, instead of --width")
@@ -47,12 +58,19 @@ def main(argv=None):
         model = load_model(args.model) if args.model else SSD(Config(width=args.width))
     width, height = args.size or model.config.input_size
     parameters = sum(p.numel() for p in model.parameters())
-    convolutions, everything = count(model, width, height)
-    print(f"width {model.config.width:g}, input {width} x {height}")
+    rows = count(model, width, height)
+    total = {key: sum(row[key] for row in rows) for key in ("convolution", "all")}
+
+    print(f"{'layer':<32}{'type':<13}{'output':>15}{'parameters':>12}{'MACs':>14}{'share':>8}")
+    for row in rows:
+        shape = "x".join(map(str, row["output"]))
+        print(f"{row['layer']:<32}{row['type']:<13}{shape:>15}{row['parameters']:>12,}{row['all']:>14,}"
+              f"{row['all'] / total['all']:>8.2%}")
+    print(f"\nwidth {model.config.width:g}, input {width} x {height}")
     print(f"parameters                {parameters:>13,}  ({parameters / 1e6:.2f} M, with two loss weights)")
-    print(f"MACs, convolutions only   {convolutions:>13,}")
-    print(f"MACs, all layers          {everything:>13,}  "
-          f"({everything / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)")
+    print(f"MACs, convolutions only   {total['convolution']:>13,}")
+    print(f"MACs, all layers          {total['all']:>13,}  "
+          f"({total['all'] / 1e9:.2f} G: with biases, BatchNorm x 2, ReLU)")
 
 
 if __name__ == "__main__":

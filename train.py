@@ -212,12 +212,12 @@ class Trainer:
         self.step += 1
         self.done += self.args.batch_size * self.processes
         self.unreadable |= batch.errors
-        self.check_readable(self.unreadable)
+        self.check_readable(self.unreadable, self.batches.n)
 
     def finish_epoch(self, photos, seconds):
         """Make the record of a trained epoch. All processes must come here."""
         self.unreadable = gather(self.unreadable)
-        self.check_readable(self.unreadable, reported=self.rank > 0)
+        self.check_readable(self.unreadable, self.batches.n, reported=self.rank > 0)
         sums = mean(self.sums)
         check_finite(sums)
         total, class_loss, box_loss, count = sums.tolist()
@@ -237,7 +237,7 @@ class Trainer:
         detector = TorchDetector(model, device=self.device)
         detections, errors = detect_all(detector, annotations, None, self.args.workers, self.rank,
                                         self.processes, stop.check)
-        self.check_readable(errors, reported=self.rank > 0)
+        self.check_readable(errors, len(annotations.ids), f"{self.args.val}: ", self.rank > 0)
         if errors:
             print_once(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
                        f"used, such as {next(iter(errors.values()))}")
@@ -250,10 +250,10 @@ class Trainer:
         self.best = max(self.best, ap50)
         self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
 
-    def check_readable(self, errors, reported=False):
-        """Stop if too many photos, or all, could not be used: `errors` are {index: line}."""
-        if len(errors) > min(self.args.max_unreadable, self.batches.n - 1):
-            raise InputError(f"{len(errors)} photos could not be used (--max-unreadable "
+    def check_readable(self, errors, photos, file="", reported=False):
+        """Stop if too many of `photos`, or all, could not be used: `errors` are {index: line}."""
+        if len(errors) > min(self.args.max_unreadable, photos - 1):
+            raise InputError(f"{file}{len(errors)} photos could not be used (--max-unreadable "
                              f"{self.args.max_unreadable}): {'; '.join(list(errors.values())[:5])}", reported)
 
 
