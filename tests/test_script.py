@@ -78,7 +78,7 @@ def test_exit_codes(tmp_path, body, code, line):
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(f"{sys.executable} flops.py | head -1", shell=True, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("width")
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("layer")
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
