@@ -20,8 +20,7 @@ def make_anchors(config: Config, size: tuple | None = None, rounded: bool = True
     `size` (width, height) of the input is the configuration's own unless given. `rounded`: corners are
     rounded in pixel-inclusive coordinates before they are shifted to their cells, as training and the
     generic export have it. Else they are unrounded and centred on the cell, as PriorBoxClustered (the
-    DetectionOutput export) has it.
-    """
+    DetectionOutput export) has it."""
     columns, rows = grid_size(*(size or config.input_size))
     sides = torch.tensor(config.anchors, dtype=torch.float64)               # [n, 2]
     if rounded:  # half to even, on the inclusive corners of a box centred in the cell's pixels 0..15
@@ -56,8 +55,7 @@ def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, ima
           chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Match the anchors with the faces of a whole batch: labels `[B, A]` and offsets `[B, A, 4]`.
 
-    As `assign`, with the offsets to each anchor's face; they are 0 where there is no face.
-    """
+    As `assign`, with the offsets to each anchor's face; they are 0 where there is no face."""
     labels, face = assign(anchors, faces, ignored, image, batch, crowd, chosen)
     boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
     return labels, encode(boxes, anchors).masked_fill(labels[..., None] != 1, 0)
@@ -77,8 +75,7 @@ def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, im
     Positive are the chosen anchors of faces that are not ignored. Besides, each such face takes its best
     anchor, if it overlaps any. Of faces that share an anchor, the one of highest IoU takes it, but those
     whose best it is come first. Of the other anchors, neither are those whose IoU with an ignored face is
-    0.4 or more, and those with half their area or more in a crowd region.
-    """
+    0.4 or more, and those with half their area or more in a crowd region."""
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
     near = iou >= POSITIVE_IOU
@@ -105,8 +102,7 @@ def highest_of_images(values, image, batch):
 def first_of_highest(values, image, batch):
     """The highest `[B, A]` of values `[T, A]` in each image, and the first face `[B, A]` that has it.
 
-    The places are counted backwards and in floats, exact below 2 ** 24: Apple's MPS reduces no integers.
-    """
+    The places are counted backwards and in floats, exact below 2 ** 24: Apple's MPS reduces no integers."""
     top = highest_of_images(values, image, batch)
     backwards = torch.arange(len(values), 0, -1, device=values.device, dtype=values.dtype)
     last = highest_of_images((values == top[image]) * backwards[:, None], image, batch)
@@ -121,8 +117,7 @@ def task_aligned(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Ten
     Each face's anchors are ranked by score x IoU ** 6, the IoU of the box they predict with the face. Chosen
     are the best nine of those whose own IoU with it is 0.2 or more; small faces have fewer. So scores and
     boxes are learned in the same places. logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's
-    outputs; the rest is as in `assign`.
-    """
+    outputs; the rest is as in `assign`."""
     scores = logits.float().softmax(-1)[..., 1][image]                      # [T, A]
     iou = pair_iou(decode(offsets.float(), anchors)[image], faces[:, None])
     alignment = scores * iou ** 6 * (box_iou(faces, anchors) >= LEAST_IOU)

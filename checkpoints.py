@@ -24,8 +24,7 @@ def find_checkpoint(args):
     """Settle --resume: the content of the checkpoint to continue, or None for a new run.
 
     A run is never overwritten. One that this launch of torchrun began, or resumed, goes on by itself when
-    torchrun restarts it.
-    """
+    torchrun restarts it."""
     last = Path(args.out) / "last.pth"
     path = str(last) if args.resume == "" else args.resume
     if last.exists() and (path is None or os.path.realpath(path) != os.path.realpath(last)):
@@ -107,8 +106,7 @@ def start_from(path, args):
 def resume_model(args, content, averaged=False):
     """The model of a checkpoint's content, with its averaged weights if asked for and there.
 
-    Raises InputError if the flags ask for another architecture, or the weights do not fit.
-    """
+    Raises InputError if the flags ask for another architecture, or the weights do not fit."""
     path = content["path"]
     config = config_of(content, path)
     wanted = asdict(wanted_config(args, config))

@@ -45,8 +45,7 @@ def random_view(rng: np.random.Generator, size: tuple, faces: np.ndarray) -> np.
     """Choose the part of a picture to train on: xyxy in its pixels. What lies outside the picture is black.
 
     It may lie on a canvas of 1-2 times its size. Of that a part is taken that some face overlaps with a
-    random least IoU (SSD, Liu et al. 2016, section 2.2). size (width, height); faces `[N, 4]`, xyxy.
-    """
+    random least IoU (SSD, Liu et al. 2016, section 2.2). size (width, height); faces `[N, 4]`, xyxy."""
     size = np.array(size, float)
     origin, canvas = np.zeros(2), size
     if rng.random() < 0.5:
@@ -88,8 +87,7 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
 
     brightness +-32 of 255, contrast and saturation x 0.5-1.5, hue +-18 degrees (Howard 2013, with SSD's
     ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four are one affine
-    map of RGB: one pass over the pixels, one rounding, after the crop.
-    """
+    map of RGB: one pass over the pixels, one rounding, after the crop."""
     coins = rng.random(4) < 0.5
     if not coins.any():
         return image
@@ -145,8 +143,7 @@ class FaceDataset(Dataset):
     Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of
     integers, fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of
     the network input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented ones
-    come from the `cache`, if there is one. Without `width` and `height` the photos keep their sizes.
-    """
+    come from the `cache`, if there is one. Without `width` and `height` the photos keep their sizes."""
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
                  min_face: float = 0, min_size: float = 0, own_shape: float = 0,
@@ -237,8 +234,7 @@ class Batch:
     """B photos and all faces on them, T rows.
 
     T is a multiple of ROWS, on a GPU a power of two: few shapes keep its graphs few. The rows beyond the
-    faces are empty boxes, which no anchor overlaps, so they change nothing.
-    """
+    faces are empty boxes, which no anchor overlaps, so they change nothing."""
     images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
     faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
     ignored: torch.Tensor  # bool `[T]`
@@ -311,8 +307,7 @@ class TrainBatches:
     def skip(self, done: int) -> int:
         """Begin the epoch after `done` photos, at the last whole batch there: returns the photos that skips.
 
-        If `done` was counted in batches of another size, photos may come again, but none is left out.
-        """
+        If `done` was counted in batches of another size, photos may come again, but none is left out."""
         whole = self.batch * self.world
         self.start = self.total if done >= self.n * self.repeat else done // whole
         return self.start * whole
@@ -330,8 +325,7 @@ def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
     """The batches of process `rank`: all processes' show each of n photos once, as it is.
 
     They are cut before they are dealt out, so a photo's company, and with it its detections, are the same for
-    any `world`.
-    """
+    any `world`."""
     return [[(index, None) for index in range(first, min(first + batch, n))]
             for first in range(rank * batch, n, world * batch)]
 

@@ -43,8 +43,7 @@ def is_video(source):
 def find_inputs(arguments, out):
     """List the pictures and videos in files, folders and globs, each once, and tell what was left out.
 
-    Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing.
-    """
+    Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing."""
     found, others, left_out = [], Counter(), ""
     out = Path(out).resolve()
     for argument in arguments:
@@ -72,8 +71,7 @@ def find_inputs(arguments, out):
 def name_outputs(sources, out):
     """Choose where each source's drawing goes: flat in the folder `out`, x-2.jpg for the second x.jpg.
 
-    Raises InputError where a drawing would overwrite an input.
-    """
+    Raises InputError where a drawing would overwrite an input."""
     targets, taken = {}, set()
     inputs = {source.resolve() for source in sources if isinstance(source, Path)}
     for source in sources:
@@ -98,8 +96,7 @@ def search(detector, files, score, use):
     """Find the faces on pictures: yields `use(file, picture, faces [K, 5])` of each, in order.
 
     A file that cannot be read gives its InputError as the picture, and None. Threads read the next pictures
-    and use the last ones while some go through the network.
-    """
+    and use the last ones while some go through the network."""
     def read(file):
         try:
             image = load_picture(file)

@@ -54,8 +54,7 @@ def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tens
     """Make faces of raw outputs: logits `[B, A, 2]`, offsets `[B, A, 4]`, anchors `[A, 4]`.
 
     Returns B tensors `[K, 5]` on the CPU: xyxy in pixels of the network input and the score, best first, at
-    most 200, after NMS. Boxes may reach outside the input; `to_picture` clips them.
-    """
+    most 200, after NMS. Boxes may reach outside the input; `to_picture` clips them."""
     scores = logits.float().softmax(-1)[..., 1:]
     # One copy for the whole batch: NMS on a GPU would have it wait for every picture.
     every = torch.cat([decode(offsets.float(), anchors), scores], 2).cpu()  # [B, A, 5]
@@ -96,8 +95,7 @@ class ExportedDetector:
     """An exported network with its input convention; it is used as a TorchDetector is.
 
     `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's. Raises
-    ValueError or KeyError if it does not.
-    """
+    ValueError or KeyError if it does not."""
 
     threshold = None
 
@@ -139,8 +137,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
 
     Without `path` it is the shipped network. `size` (width, height) overrides a checkpoint's input size.
     `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of others takes. `threads` limits
-    an exported model's. `tiles` (side, overlap) makes a TiledDetector of it. Raises InputError.
-    """
+    an exported model's. `tiles` (side, overlap) makes a TiledDetector of it. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such model; train.py makes one, --model names it")
     if size:
@@ -197,8 +194,7 @@ def check_threshold(entry: dict | str | None, path) -> dict | None:
 
     `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
     with which it was measured; `target`, such as "precision=0.95"; and more plain values. Raises InputError
-    if it makes no sense.
-    """
+    if it makes no sense."""
     if entry is None:
         return None
     with suppress(KeyError, TypeError, ValueError, RecursionError):
@@ -231,8 +227,7 @@ def detect(detector, image: str | Path | Image.Image | np.ndarray | list) -> np.
     """Find the faces on one picture: float64 `[K, 5]`, xyxy in its pixels and the score, best first.
 
     `image` is a file, a PIL image, or an RGB array uint8 `[H, W, 3]`; a list of them gives a list. Doubtful
-    faces are there too: keep those above 0.4, for example. Raises InputError for what is no picture.
-    """
+    faces are there too: keep those above 0.4, for example. Raises InputError for what is no picture."""
     images = [_as_picture(one) for one in (image if isinstance(image, list) else [image])]
     found = find(detector, [to_pixels(detector, one) for one in images], [one.size for one in images])
     return found if isinstance(image, list) else found[0]
@@ -256,8 +251,7 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
     """Find the faces on all photos of some Annotations.
 
     Returns Detections sorted by photo, and {index: line} of photos that cannot be read; in each of several
-    processes both are whole. `check()` is called before each batch, as often in every process.
-    """
+    processes both are whole. `check()` is called before each batch, as often in every process."""
     need_torch("detect_all")
     device = getattr(detector, "device", "cpu")
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
@@ -283,8 +277,7 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
 def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
 
-    Neighbours share `overlap` pixels or more. A picture no larger than a tile is its own only view.
-    """
+    Neighbours share `overlap` pixels or more. A picture no larger than a tile is its own only view."""
     def starts(length):
         count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
         return np.linspace(0, max(0, length - side), count).round().astype(int)
@@ -298,8 +291,7 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Merge the faces `[K, 5]` of all views so that each counts once: `[N, 5]`, best first.
 
     `part` `[K]` marks those that may be cut by a tile's border: half a face has too small an IoU with the
-    whole for NMS. So it is dropped where it lies mostly inside another, which has the better score then.
-    """
+    whole for NMS. So it is dropped where it lies mostly inside another, which has the better score then."""
     whole = torch.from_numpy(faces[~part])
     merged = whole[nms(whole[:, :4], whole[:, 4], NMS_IOU)].numpy()
     wholes = len(merged)
@@ -321,8 +313,7 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
 class TiledDetector:
     """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`, K unlimited.
 
-    `side` and `overlap` are pixels of the picture. `size` is None: it takes pictures of any size.
-    """
+    `side` and `overlap` are pixels of the picture. `size` is None: it takes pictures of any size."""
 
     size = threshold = None
 

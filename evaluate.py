@@ -167,8 +167,7 @@ def load_detections(args, truth):
     """Read the detections of --predictions, or run the model: (Annotations, names, Detections, made).
 
     truth is the wider.GroundTruth or None, `names` are the photos' for it, and `made` says what made the
-    detections of a model. Without --data the photos are those of `truth`, and there are no Annotations.
-    """
+    detections of a model. Without --data the photos are those of `truth`, and there are no Annotations."""
     annotations = read_annotations(args.data) if args.data else None
     made = None
     if not args.predictions:
@@ -235,8 +234,7 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
     """Read the COCO json `data` and detections on its photos, for tools: (Annotations, Detections, made).
 
     `made` is what the .made.json beside `path` holds, if there is one. Photos that the model did not look at
-    are left out. Raises InputError if the photos are others.
-    """
+    are left out. Raises InputError if the photos are others."""
     annotations = read_annotations(data)
     detections = read_results(path, annotations)
     if not made_path(path).exists():

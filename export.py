@@ -130,8 +130,7 @@ def add_nms(model, size):
 def add_detection_output(model, config, size):
     """Append OpenVINO's DetectionOutput: `[1, 1, 200, 7]`, image, label, score and box in 0-1.
 
-    The anchors of its PriorBoxClustered are not rounded.
-    """
+    The anchors of its PriorBoxClustered are not rounded."""
     node = helper.make_node
     widths, heights = zip(*config.anchors)
     nodes = [
@@ -184,8 +183,7 @@ def describe(path, content, model, size, head):
 def write_ir(model, metadata, path, size, fp16=False, annotations=None):
     """Write an ONNX model of ours, which is changed, as IR (.xml and .bin) with BGR input.
 
-    `fp16` stores the weights in float16, `annotations` are photos to quantise on. Returns its precision.
-    """
+    `fp16` stores the weights in float16, `annotations` are photos to quantise on. Returns its precision."""
     import openvino as ov
     swap_colours(model)
     ir = openvino_core().read_model(model.SerializeToString())
@@ -250,8 +248,7 @@ def differences(detector, reference, pictures, least):
 
     A row is the distance in pixels of the network input and the difference in score of a face that one of
     them scores `least` or more from the nearest face of the other. Of several anchors with the same score,
-    rounding decides which survives NMS: there it is the nearest of all the reference's boxes.
-    """
+    rounding decides which survives NMS: there it is the nearest of all the reference's boxes."""
     rows = []
     for picture in pictures:
         scale = np.append(np.tile(np.divide(reference.size, picture.size), 2), 1)

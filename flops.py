@@ -19,8 +19,7 @@ def count(model, width, height):
 
     The keys are layer, type, output (shape without the batch), parameters, convolution (MACs of convolutions
     alone) and all. The last adds one operation per bias and per ReLU element and two per BatchNorm element;
-    the published 0.51 GMACs are counted in this way.
-    """
+    the published 0.51 GMACs are counted in this way."""
     names = {module: name for name, module in model.named_modules() if not list(module.children())}
     rows = []
 

@@ -15,7 +15,6 @@ dependencies = ["torch"]
 def face_ssd300(pretrained=True):
     """The SSD in evaluation mode: images `[B, 3, 300, 300]`, RGB in 0-1, to logits `[B, A, 2]` and offsets.
 
-    detector.postprocess makes faces of them. Without `pretrained` the weights are random.
-    """
+    detector.postprocess makes faces of them. Without `pretrained` the weights are random."""
     path = Path(__file__).resolve().parent / "weights/face_ssd300.pth"
     return load_model(path) if pretrained else SSD().eval()

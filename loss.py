@@ -18,8 +18,7 @@ def batch_divisor(positive):
 
     positive `[B, A]` bool.
     The whole batch is that of all processes. Divided by their number, since gradients are averaged over them
-    afterwards: N processes with batch B / N then follow one process with batch B.
-    """
+    afterwards: N processes with batch B / N then follow one process with batch B."""
     count = positive.sum().float()
     if not dist.is_initialized():
         return count.clamp(min=len(positive))
@@ -35,8 +34,7 @@ def multibox_loss(logits, offsets, labels, targets, anchors, loss_weights, divis
     logits `[B, A, 2]`, offsets `[B, A, 4]`, labels `[B, A]` (1 face, 0 background, -1 neither), targets
     `[B, A, 4]` (finite everywhere), anchors `[A, 4]`, loss_weights `[2]`. The parts are those of CLASS_LOSSES
     and BOX_LOSSES with these names. Balance: exp(-w0) class + w0 / 2 + exp(-w1) box + w1 / 2 (Kendall et al.
-    2018). Computed in float32 whatever the inputs are.
-    """
+    2018). Computed in float32 whatever the inputs are."""
     inputs = logits.float(), offsets.float(), labels, targets, anchors
     parts = torch.stack([CLASS_LOSSES[class_loss](*inputs), BOX_LOSSES[box_loss](*inputs)]) / divisor
     total = (torch.exp(-loss_weights) * parts + 0.5 * loss_weights).sum()
@@ -46,8 +44,7 @@ def multibox_loss(logits, offsets, labels, targets, anchors, loss_weights, divis
 def hard_cross_entropy(logits, offsets, labels, targets, anchors):
     """Cross-entropy of all positives and, per image, of the max(3 x positives, 10) hardest negatives, summed.
 
-    SSD, Liu et al. 2016, section 2.2.
-    """
+    SSD, Liu et al. 2016, section 2.2."""
     positive, negative = labels == 1, labels == 0
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), positive.flatten().long(), reduction="none")
     cross_entropy = cross_entropy.view_as(labels)
@@ -62,8 +59,7 @@ def quality_focal(logits, offsets, labels, targets, anchors):
     """Quality focal loss (Li et al. 2020), the sum over faces and background.
 
     A face's score shall be the IoU of the box that is predicted with it, background's 0: cross-entropy to
-    that, times the squared distance from it. No negatives are chosen; easy ones weigh nothing.
-    """
+    that, times the squared distance from it. No negatives are chosen; easy ones weigh nothing."""
     with torch.no_grad():
         quality = pair_iou(decode(offsets, anchors), decode(targets, anchors)) * (labels == 1)      # [B, A]
     background, face = logits.log_softmax(-1).unbind(-1)
@@ -80,8 +76,7 @@ def eiou(logits, offsets, labels, targets, anchors):
     """EIoU loss (Zhang et al. 2022) of the positives' boxes, summed.
 
     1 - IoU, and three distances squared: of the centres, by the diagonal of the box around both, and of
-    the widths and heights, by its sides.
-    """
+    the widths and heights, by its sides."""
     # Over all anchors: to pick the positives a GPU would have to wait for their number.
     boxes, faces = decode(offsets, anchors), decode(targets, anchors)                   # [B, A, 4]
     around = torch.maximum(boxes[..., 2:], faces[..., 2:]) - torch.minimum(boxes[..., :2], faces[..., :2])
@@ -107,8 +102,7 @@ def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, taught, 
     Shapes and divisor are as in `multibox_loss`; taught `[B, A]` bool and weight `[B, A]` are from
     `soft_targets`. Scores: the divergence from the teacher's (Hinton et al. 2015, at temperature 1). Boxes:
     the L1 distance, weighted by its confidence. L1 is felt however small it is, and the last percents of a
-    box are what a strict IoU asks for.
-    """
+    box are what a strict IoU asks for."""
     teacher = teacher_logits.float().softmax(-1)                                        # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), teacher, reduction="none").sum(-1)
     distance = (offsets.float() - teacher_offsets.float()).abs().sum(-1) * weight
@@ -139,8 +133,7 @@ class Criterion:
     def __call__(self, outputs, batch, teacher=None):
         """The losses `[3]` (total, class, box) and what distillation adds to the first of them.
 
-        outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None.
-        """
+        outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None."""
         labels, targets = self.match(outputs, batch)
         divisor = batch_divisor(labels == 1)
         distilled = 0
@@ -168,8 +161,7 @@ def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces, co
     confident the teacher is, the nearer the box target is to its box. A face that the teacher sees and nobody
     labelled is not taught as background. Photos without any face are the exception: there somebody looked at
     the whole. Where labels are complete the teacher's boxes do not count, and a face that it alone sees is
-    background, whatever its score.
-    """
+    background, whatever its score."""
     weight = confidence(teacher_logits)                                                 # [B, A]
     seen_alone = (labels == 0) & (weight > 0)
     hidden = seen_alone & (has_faces & ~complete)[:, None]

@@ -55,8 +55,7 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
 
     gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels. Returns the numbers
     by name (AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large), and the
-    curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}.
-    """
+    curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}."""
     gt_area = np.asarray(gt_area, np.float64)
     crowd, rank, _, dt_xywh, pairs = _coco_pairs(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     dt_area = dt_xywh[:, 2] * dt_xywh[:, 3]
@@ -85,8 +84,7 @@ def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarr
     """Match detections to faces of all sizes as in `coco_ap`, for who computes its AP on resampled images.
 
     Returns, for the 100 best detections of each image, best first: their image `[D]`, and at each IoU
-    threshold which find a face `[10, D]` and which count at all `[10, D]`.
-    """
+    threshold which find a face `[10, D]` and which count at all `[10, D]`."""
     crowd, rank, image, _, pairs = _coco_pairs(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     return image, *_coco_hits(pairs, rank, crowd, crowd, np.zeros(len(rank), bool))
 
@@ -95,8 +93,7 @@ def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: 
     """Read the precision envelope at COCO's 101 recalls: `[101]`, all -1 if there are no faces.
 
     hit `[D]` marks detections that find a face, counted `[D]` those that count at all, best first; each is
-    there `weights` `[D]` times.
-    """
+    there `weights` `[D]` times."""
     if not faces:
         return np.full(len(RECALLS), -1.0)
     # Only hits matter for the envelope: between two of them the precision can only fall.
@@ -111,8 +108,7 @@ def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, d
     reference's accuracy table.
 
     The size of a box is its shorter side, in pixels. Smaller faces and crowd regions count neither as found
-    nor as missed, nor do detections matched to them, nor unmatched ones that are not larger than `size`.
-    """
+    nor as missed, nor do detections matched to them, nor unmatched ones that are not larger than `size`."""
     _, by_size = _by_size(sizes, gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     result = {}
     for size, (face, counted, asked) in by_size.items():
@@ -127,8 +123,7 @@ def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, 
              dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
     """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes, whatever score is shown.
 
-    Here images are indices below `photos`. The Outcomes are in input order.
-    """
+    Here images are indices below `photos`. The Outcomes are in input order."""
     order, by_size = _by_size((0,), gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     found, counted, asked = by_size[0]
     face, false = np.empty(len(order), np.int64), np.empty(len(order), bool)
@@ -148,8 +143,7 @@ def rates(found, false, faces, photos: int, spare: int = 0) -> dict:
 def score_curve(found: Outcomes, scores: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The `rates` at IoU 0.5 if only detections of at least each of `scores` `[T]` are shown: arrays `[T]`.
 
-    Without `scores` it is each that makes a difference, highest first. They are returned as "score".
-    """
+    Without `scores` it is each that makes a difference, highest first. They are returned as "score"."""
     if scores is None:
         scores = np.unique(found.score[found.hit | found.false])[::-1]
     hits, false = (np.searchsorted(np.sort(-found.score[flags]), -scores, side="right")
@@ -170,8 +164,7 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
     """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
 
     A curve has 1,000 points, one per score threshold. kept {level: `[M]` bool} marks the faces of each level.
-    All other faces are ignored, and so are the detections on them, and images without any annotated box.
-    """
+    All other faces are ignored, and so are the detections on them, and images without any annotated box."""
     gt_image, gt_xywh, none, _, dt_image, dt_xywh, dt_score = _sorted(
         gt_image, gt_xywh, np.zeros(len(gt_image)), dt_image, dt_xywh, dt_score)
     lowest, highest = dt_score.min(initial=1), dt_score.max(initial=0)
@@ -196,8 +189,7 @@ def _sorted(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
     """Faces and detections, given as any sequences, as int64, float64 and bool arrays.
 
     Returns the three of the faces, the order of the detections (by score, best first; equal ones by image id,
-    then by input order), and the three of the detections in that order.
-    """
+    then by input order), and the three of the detections in that order."""
     dt_image, dt_score = np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64)
     gt_xywh, dt_xywh = (np.asarray(xywh, np.float64).reshape(-1, 4) for xywh in (gt_xywh, dt_xywh))
     order = np.lexsort((dt_image, -dt_score))  # a stable sort
@@ -214,8 +206,7 @@ def _by_image(image):
 
 def _coco_pairs(*faces_and_detections):
     """What `_coco_hits` needs: crowd `[M]`; of the 100 best detections of each image, best first, the rank
-    in their image from 0, image and xywh; the pairs from `_overlaps`.
-    """
+    in their image from 0, image and xywh; the pairs from `_overlaps`."""
     gt_image, gt_xywh, crowd, _, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     rank = np.empty(len(dt_image), np.int64)
     for own in _by_image(dt_image).values():
@@ -230,8 +221,7 @@ def _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd, pixel=0):
 
     For a crowd region the union is the area of the detection alone (COCO). `pixel=1` makes boxes one pixel
     wider and higher (WIDER). The order of operations is that of pycocotools and the official WIDER code, so
-    that the results are equal to the last bit.
-    """
+    that the results are equal to the last bit."""
     gt_start, gt_end, gt_areas = _corners(gt_xywh, pixel)
     dt_start, dt_end, dt_areas = _corners(dt_xywh, pixel)
     faces, detections = _by_image(gt_image), _by_image(dt_image)
@@ -268,8 +258,7 @@ def _coco_hits(pairs, rank, ignored, crowd, outside):
     crowd region any number of times.
 
     The loop runs over the rank: first the best detection of every image, then every second best, and so on.
-    Those of one step lie on different images, so none can take a face from another.
-    """
+    Those of one step lie on different images, so none can take a face from another."""
     d, g, iou = pairs
     order = np.lexsort((-g, -iou, ignored[g], d, rank[d]))
     d, g, iou = d[order], g[order], iou[order]
@@ -294,8 +283,7 @@ def _by_size(sizes, *faces_and_detections):
 
     Returns the order of the detections, best first, and {size: (face, counted, asked)} in it: the face that a
     detection finds, -1 for none, `[D]`; whether it counts at all, as true or false, `[D]`; whether a face is
-    to be found, being no crowd region and larger than `size`, `[M]`.
-    """
+    to be found, being no crowd region and larger than `size`, `[M]`."""
     gt_image, gt_xywh, crowd, order, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     d, g, iou = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
     real = ~crowd[g]
@@ -323,8 +311,7 @@ def _best_face(d, g, iou, detections):
 def _first_on_face(face, asked):
     """Which detections, best first, find a face: `[D]`. Of several on one `face` `[D]` only the best does.
 
-    asked `[M]` marks the faces to be found.
-    """
+    asked `[M]` marks the faces to be found."""
     candidates = np.flatnonzero(np.append(asked, False)[face])
     _, first = np.unique(face[candidates], return_index=True)
     hit = np.zeros(len(face), bool)

@@ -139,8 +139,7 @@ class SSDHead(nn.Module):
 class SSD(nn.Module):
     """The detector: images `[B, 3, H, W]`, RGB in 0-1, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-    The two logits are background and face; A = 9 * ceil(H / 16) * ceil(W / 16), from 16 x 16 pixels on.
-    """
+    The two logits are background and face; A = 9 * ceil(H / 16) * ceil(W / 16), from 16 x 16 pixels on."""
 
     def __init__(self, config=Config()):
         super().__init__()
@@ -260,8 +259,7 @@ def config_of(content: dict, path="") -> Config:
 def load_model(path) -> SSD:
     """The model of a checkpoint, ours or an official snapshot, for evaluation: averaged weights if there are.
 
-    Raises ValueError if the file does not fit.
-    """
+    Raises ValueError if the file does not fit."""
     content = read_checkpoint(path)
     return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
 
@@ -281,8 +279,7 @@ def rebuild(content: dict, state: dict, path) -> SSD:
 def load_weights(model: SSD, path) -> list[str]:
     """Start `model` from a detector snapshot of any shape; returns the names of tensors that did not fit.
 
-    Raises ValueError if the file is no checkpoint, or none of it fits.
-    """
+    Raises ValueError if the file is no checkpoint, or none of it fits."""
     content = read_checkpoint(path)
     same = fitting(model, content.get("ema") or content["state_dict"])
     if not any(tensor.ndim for tensor in same.values()):

@@ -20,8 +20,7 @@ class Teacher(nn.Module):
 
     networks: pairs of an SSD and a size (width, height). At the student's own input size a network answers
     anchor by anchor. At a larger one it gets the same pictures enlarged. Its anchors are then others, so what
-    it detects is matched with the student's anchors, as labelled faces are.
-    """
+    it detects is matched with the student's anchors, as labelled faces are."""
 
     def __init__(self, networks: list, config):
         super().__init__()
@@ -37,8 +36,7 @@ class Teacher(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `[B, 3, H, W]`, the student's input, to logits `[B, A, 2]` and offsets `[B, A, 4]`.
 
-        The score is the mean of the networks'. The box is the mean of theirs by score.
-        """
+        The score is the mean of the networks'. The box is the mean of theirs by score."""
         answers = [network(images) if size == self.own else self.enlarged(number, images)
                    for number, (network, size) in enumerate(zip(self.networks, self.sizes))]
         if len(answers) == 1:
@@ -77,8 +75,7 @@ def to_logits(scores):
 def load_teacher(words: list[str], config) -> Teacher:
     """The Teacher of CHECKPOINT or CHECKPOINT@SIZE, one or several, for a student of `config`.
 
-    Raises InputError if one cannot be read, has other anchors, or a size smaller than the student's.
-    """
+    Raises InputError if one cannot be read, has other anchors, or a size smaller than the student's."""
     networks = []
     for word in words:
         path, at, size = word.rpartition("@")

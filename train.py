@@ -46,8 +46,7 @@ def lr_at(step, epoch, lr, milestones, warmup):
     """The learning rate of iteration `step` (from 0, of the whole run) in `epoch` (from 0): a pure function.
 
     `lr`, divided by 10 at each epoch of `milestones`. Over the first `warmup` iterations it rises linearly
-    from a third.
-    """
+    from a third."""
     lr *= 0.1 ** sum(epoch >= milestone for milestone in milestones)
     return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
 
@@ -285,8 +284,7 @@ def choose_compile(args, before, device, processes, photos, pixels):
     """Whether to compile where --compile is left open, and whether that works here.
 
     `photos` are those of an epoch, of so many `pixels`. How many epochs there will be plays no part: it
-    changes when a run is resumed.
-    """
+    changes when a run is resumed."""
     wanted = args.compile
     if wanted is None and before:
         wanted = before.get("compile", False)

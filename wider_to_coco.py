@@ -29,8 +29,7 @@ def read_wider(path):
     """Read a WIDER FACE annotation file: `[(name, rows)]` in file order, a row the ten numbers of `COLUMNS`.
 
     Blank lines are accepted. A picture without faces has the count 0; the row of zeros that follows it in the
-    official files may be missing. Raises InputError with `file:line` for any other format.
-    """
+    official files may be missing. Raises InputError with `file:line` for any other format."""
     # Not str.splitlines(): it also splits at characters that may be part of a name.
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line]

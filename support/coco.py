@@ -33,8 +33,7 @@ def to_xywh(xyxy: np.ndarray) -> np.ndarray:
 def clip(box, width, height):
     """Clip an xywh box to the picture: (box, "inside" or "clipped" or "empty" or "outside").
 
-    Empty boxes, and boxes outside the picture, are returned unchanged.
-    """
+    Empty boxes, and boxes outside the picture, are returned unchanged."""
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return box, "empty"
@@ -76,8 +75,7 @@ class Annotations:
     def require_photos(self) -> None:
         """Raise InputError if none of 20 photos, spread over the set, is where the json says.
 
-        One that is missing or unreadable is found when it is read; this is for a json that lies elsewhere.
-        """
+        One that is missing or unreadable is found when it is read; this is for a json that lies elsewhere."""
         count = len(self.names)
         files = [self.file(n) for n in range(0, count, max(1, count // 20))]
         require(not files or any(os.path.isfile(file) for file in files),
@@ -124,8 +122,7 @@ def read_annotations(path: str | Path) -> Annotations:
 
     Faces are the category `face`, or the only category there is. Photos without faces are kept. Boxes
     that are empty, reversed or outside their photo are kept and marked ignored. Raises InputError for
-    what cannot be read safely.
-    """
+    what cannot be read safely."""
     path = Path(path)
     images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
@@ -209,8 +206,7 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     """Read detections in COCO results form, `[{image_id, category_id, bbox, score}]`, in file order.
 
     Those of other categories of the annotations are left out. Raises InputError for unknown images and
-    categories, for numbers that are not finite, and for boxes in fractions of the photo.
-    """
+    categories, for numbers that are not finite, and for boxes in fractions of the photo."""
     entries = read_json(path)
     require(isinstance(entries, list) and all(isinstance(e, dict) for e in entries),
             f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")

@@ -86,8 +86,7 @@ def gather(own: dict) -> dict:
 def all_or_none(make):
     """Call `make()` in every process and return its result. If any raises InputError, all do.
 
-    So no process waits for one that has given up. On each machine, the same trouble is reported once.
-    """
+    So no process waits for one that has given up. On each machine, the same trouble is reported once."""
     result, error = None, None
     try:
         result = make()

@@ -9,8 +9,7 @@ class Graphs:
     The function must not wait for the GPU, and must find the same memory each time: what it changes, such as
     gradients, has to exist before the first call. `buffers` are tensors that it changes as it runs (batch
     norm's statistics): recording runs it a few times, and puts them back. The output is overwritten by the
-    next call. See "CUDA graphs" in PyTorch's notes.
-    """
+    next call. See "CUDA graphs" in PyTorch's notes."""
 
     WARM_UP = 3
 

@@ -34,8 +34,7 @@ def describe_run(trainer, dataset, content):
 class Progress:
     """What a running epoch shows: a bar on a terminal, elsewhere a line a minute. Counts photos and seconds.
 
-    The loss is read once a second and checked: `check_finite` raises where it is not finite.
-    """
+    The loss is read once a second and checked: `check_finite` raises where it is not finite."""
 
     def __init__(self, trainer, check_finite):
         self.trainer = trainer

@@ -53,8 +53,7 @@ def upright_size(image):
 def read_sizes(pictures, images, jobs):
     """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
 
-    Raises InputError if any is missing or unreadable; the message names up to 20.
-    """
+    Raises InputError if any is missing or unreadable; the message names up to 20."""
     bad = {"missing": [], "unreadable": []}
 
     def read(name):
@@ -79,8 +78,7 @@ def read_sizes(pictures, images, jobs):
 def decode_picture(image, scale=1):
     """Decode an opened picture: upright, RGB (PIL), whatever its file holds. Raises InputError if it cannot.
 
-    A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if not below `scale`.
-    """
+    A `scale` below 1 lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, if not below `scale`."""
     with _decoding(image.filename), image:
         if scale < 1:
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
@@ -138,8 +136,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
     `text_size` is in pixels; without one it follows the size of the image, and in a crowd that of the faces.
-    Labels stay inside the image.
-    """
+    Labels stay inside the image."""
     image = image.copy()
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     draw = ImageDraw.Draw(image)
@@ -166,8 +163,7 @@ def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
 def hide_faces(image, boxes):
     """Make the faces in boxes `[N, 4]` (xyxy, pixels) unrecognisable on a copy of `image` (PIL, RGB).
 
-    Each becomes a mosaic in an ellipse 1.5 times as wide and high, which covers the box's corners.
-    """
+    Each becomes a mosaic in an ellipse 1.5 times as wide and high, which covers the box's corners."""
     image = image.copy()
     for x1, y1, x2, y2 in np.asarray(boxes, float).reshape(-1, 4):
         x, y = math.floor(x1 - (x2 - x1) / 4), math.floor(y1 - (y2 - y1) / 4)

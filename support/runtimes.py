@@ -74,8 +74,7 @@ def open_network(path, threads=0):
     """Open an exported file as a callable: input array to list of output arrays.
 
     It has the `shape` of the input (None where any size is taken), `metadata` {str: str}, and `runtime` (its
-    name and version). Raises InputError if the file cannot be used.
-    """
+    name and version). Raises InputError if the file cannot be used."""
     path = Path(path)
     if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
         raise InputError(f"{path}: its weights {path.with_suffix('.bin').name} are not beside it")
@@ -93,8 +92,7 @@ def open_network(path, threads=0):
 def quantise(model, photos, load):
     """Quantise an IR to INT8 with NNCF (requirements-int8.txt), its ranges taken on `photos`.
 
-    `load(photo)` gives the IR's inputs, a dict.
-    """
+    `load(photo)` gives the IR's inputs, a dict."""
     waiting = [result.get_node() for result in model.outputs]
     decoding = set()  # what comes after the last convolutions: INT8 is too coarse for pixels
     while waiting:

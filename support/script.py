@@ -112,8 +112,7 @@ def _fail(main, text, reported=False):
 def command(main):
     """Decorate a script's `main(argv=None)`: bad input becomes one line on stderr and exit code 2.
 
-    So does a machine that gives up. Ctrl-C exits with 130, SIGTERM with 143. A closed pipe is no error.
-    """
+    So does a machine that gives up. Ctrl-C exits with 130, SIGTERM with 143. A closed pipe is no error."""
     @functools.wraps(main)
     def wrapped(argv=None):
         keep_memory()  # loading processes inherit it where they are forked

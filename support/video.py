@@ -43,8 +43,7 @@ def annotate_video(source, target, find, change, frames):
 
     The faces `[K, 5]` of each frame are added to the list `frames`. A webcam or stream is recorded until
     Ctrl-C, at its true speed: late frames are written twice, early ones left out. Returns how many frames
-    could not be read. Raises InputError if `target` (MP4) could not be written, with all faces found.
-    """
+    could not be read. Raises InputError if `target` (MP4) could not be written, with all faces found."""
     cv2, capture = open_video(source)
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     live = not isinstance(source, Path) and (isinstance(source, int) or not total)

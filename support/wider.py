@@ -41,8 +41,7 @@ class GroundTruth:
 def read_ground_truth(folder=GROUND_TRUTH):
     """Read the ground truth in `folder`: wider_face_val.mat and the face lists of the three levels.
 
-    Raises InputError if a file is missing (the message says where to get it) or is not WIDER FACE's.
-    """
+    Raises InputError if a file is missing (the message says where to get it) or is not WIDER FACE's."""
     folder = Path(folder)
     val = _load_mat(folder / "wider_face_val.mat", "event_list", "file_list", "face_bbx_list")
     lists = {level: _load_mat(folder / f"wider_{level}_val.mat", "gt_list")["gt_list"] for level in LEVELS}
@@ -74,8 +73,7 @@ def renumber(detections, names, ground_truth, where):
 def wider_names(path, file_names):
     """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
 
-    Raises InputError, naming the file `path`, if a name has fewer than two parts, or if two are equal.
-    """
+    Raises InputError, naming the file `path`, if a name has fewer than two parts, or if two are equal."""
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
              for name in file_names]
     _check_names(path, names)
@@ -86,8 +84,7 @@ def read_predictions(folder, names):
     """Read the predictions `<folder>/<event>/<image>.txt`: (Detections, names of the images without a file).
 
     The images of the Detections, sorted by image, best first, are indices into `names`. As in the official
-    code, the first line of a file is not used. Raises InputError, with file and line.
-    """
+    code, the first line of a file is not used. Raises InputError, with file and line."""
     image, values, missing = [], [np.zeros((0, 5))], []
     for index, name in enumerate(names):
         path = f"{folder}/{name}.txt"  # a string: 3,226 Path objects take longer than reading the files
@@ -110,8 +107,7 @@ def write_predictions(folder, names, detections):
     """Write predictions as the official evaluation expects them: `<folder>/<event>/<image>.txt`.
 
     The images of the Detections are indices into `names`; one without detections gets a file too. All digits
-    are written. Raises InputError for names that would lead out of `folder`, before anything is written.
-    """
+    are written. Raises InputError for names that would lead out of `folder`, before anything is written."""
     _check_names(folder, names)
     image, score = detections.image, detections.score
     values = np.column_stack((detections.xywh, score))

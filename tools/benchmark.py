@@ -44,8 +44,7 @@ VIEWS = 12_880 * 2 * 70  # of the reference recipe on WIDER FACE: photos, passes
 def interleaved(jobs, rounds, seconds=0.2):
     """Time each job in turn, round by round, about `seconds` in each.
 
-    Returns the median seconds of a call `[len(jobs), rounds]`.
-    """
+    Returns the median seconds of a call `[len(jobs), rounds]`."""
     def timed(job):
         start = time.perf_counter()
         job()

@@ -40,8 +40,7 @@ class Matched:
     def measure(self, weights: np.ndarray, groups: np.ndarray, rate: float) -> np.ndarray:
         """AP, AP50 and the recall of each group of faces at `rate` false detections a photo: `[2 + G]`.
 
-        weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces.
-        """
+        weights `[I]` is how often each photo counts, groups `[G, M]` bool. NaN where there are no faces."""
         faces = weights[self.face_image] * self.asked
         if not faces.any():
             return np.full(2 + len(groups), np.nan)

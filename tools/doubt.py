@@ -78,8 +78,7 @@ def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray,
     """Give each label the detection that stands for it, one to one, the highest score x IoU first.
 
     Returns the detection of each label `[M]`, -1 for none; their IoU `[M]`; and the detections, indices, that
-    are far from every label and from what is ignored.
-    """
+    are far from every label and from what is ignored."""
     partner, ious = np.full(len(annotations.image), -1), np.zeros(len(annotations.image))
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
     free = [np.zeros(0, np.int64)]
@@ -122,8 +121,7 @@ def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dic
 
     Changed annotations say `"doubt"`, `"reason"` and, if their box is another now, `"bbox_before"`. An
     unlabelled face is added; what is off gets the model's box; what is doubled or not found gets iscrowd 1,
-    neither face nor background, and is to be deleted or kept by hand.
-    """
+    neither face nor background, and is to be deleted or kept by hand."""
     content, faces = face_entries(annotations)
     number = max((face["id"] for face in content["annotations"]), default=0)
     doubt_of = {}

@@ -27,8 +27,7 @@ NEAREST = 8         # by hash whose thumbnails are compared
 def thumbnail(path) -> tuple:
     """The upright (width, height) of a photo, and its thumbnail, grey uint8 `[32, 32]`, squeezed to a square.
 
-    Returns instead the InputError (not raised), and a black thumbnail, if the photo cannot be read.
-    """
+    Returns instead the InputError (not raised), and a black thumbnail, if the photo cannot be read."""
     try:
         image = open_picture(path)
         size = upright_size(image)
@@ -57,8 +56,7 @@ def near_duplicates(pixels: np.ndarray, place: np.ndarray) -> dict:
     """Find for each thumbnail of uint8 `[I, 32, 32]` the earlier one it resembles most, maybe mirrored.
 
     `place` `[I]` is the number of each photo's set; one of another set is preferred, so that each leak is
-    found. Returns {index: (index of the earlier, correlation from 0.95 to 1, whether mirrored)}.
-    """
+    found. Returns {index: (index of the earlier, correlation from 0.95 to 1, whether mirrored)}."""
     if not len(pixels):
         return {}
     views = [pixels, pixels[:, :, ::-1]]

@@ -22,8 +22,7 @@ def shape_iou(sides, anchors):
 def fit(sides: np.ndarray, k: int, seed: int = 0, iterations: int = 300) -> np.ndarray:
     """Fit k anchors `[k, 2]` to face sides `[M, 2]`, smallest first.
 
-    k-means with 1 - IoU as the distance (YOLO9000, Redmon and Farhadi 2017, section 2).
-    """
+    k-means with 1 - IoU as the distance (YOLO9000, Redmon and Farhadi 2017, section 2)."""
     centres = np.random.default_rng(seed).choice(np.unique(sides, axis=0), k, replace=False)
     nearest = None
     for _ in range(iterations):
@@ -38,8 +37,7 @@ def fit(sides: np.ndarray, k: int, seed: int = 0, iterations: int = 300) -> np.n
 def network_sides(annotations, width, height, min_face=0):
     """Sides `[M, 2]` of the faces to learn, in pixels of the network input.
 
-    Left out are ignored faces and those with a side below `min_face` pixels of the photo.
-    """
+    Left out are ignored faces and those with a side below `min_face` pixels of the photo."""
     sizes = annotations.sizes[annotations.image]
     if (sizes <= 0).any():
         name = annotations.names[annotations.image[(sizes <= 0).any(1)][0]]

@@ -103,8 +103,7 @@ def read_flags(entry):
 def around(points, degrees=0, pivot=None, stretch=(1, 1)):
     """The xyxy box around points `[(x, y)]` that are turned clockwise about `pivot`, by default their middle.
 
-    `stretch` (width, height) are the pixels of a unit, where these differ.
-    """
+    `stretch` (width, height) are the pixels of a unit, where these differ."""
     points = np.array(points, float)
     if degrees:
         pivot = (points.min(0) + points.max(0)) / 2 if pivot is None else pivot
@@ -207,8 +206,7 @@ def _cvat_box(place, shape):
 def read_label_studio(path, tasks):
     """Read Label Studio's tasks, of the full json or of JSON-MIN. Boxes are given in percent.
 
-    A task that nobody has finished is no photo without faces: it is left out.
-    """
+    A task that nobody has finished is no photo without faces: it is left out."""
     result = Labels("Label Studio", [], relative=True)
     for n, task in enumerate(tasks):
         place = f"{path}: task {task.get('id', n)}"
@@ -281,8 +279,7 @@ def _region_box(place, region, value):
 def read_coco(path, content):
     """Read a COCO file of any categories. Where an annotation has no bbox, its polygons are taken.
 
-    Ids match by value: "1", 1 and 1.0 are the same.
-    """
+    Ids match by value: "1", 1 and 1.0 are the same."""
     for key, needed in (("images", "id"), ("annotations", "image_id"), ("categories", "id")):
         entries = content.setdefault(key, [])
         require(isinstance(entries, list) and all(_id(entry, needed) is not None for entry in entries),
@@ -330,8 +327,7 @@ def _coco_box(place, entry):
 def read_csv(path):
     """Read `file,x1,y1,x2,y2` and maybe a label, in pixels: in this order, or by the names in a first line.
 
-    A row with a file alone is a photo without faces. Without a label the category is face.
-    """
+    A row with a file alone is a photo without faces. Without a label the category is face."""
     text = read_text(path)
     first = text.lstrip().split("\n", 1)[0]
     try:
@@ -366,8 +362,7 @@ def read_retinaface(path):
     """Read the text of WIDER that RetinaFace and SCRFD train on: `# photo`, then a line for each face.
 
     RetinaFace writes x y w h. SCRFD adds the photo's width and height to its name, and writes x1 y1 x2 y2
-    (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped.
-    """
+    (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped."""
     photos, text = [], read_text(path)
     require(text.startswith("#"),
             f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")

@@ -42,8 +42,7 @@ def read_labels(path, own=None):
     """Read the file or folder `path` of any known format into `Labels`.
 
     `own` is a file in the folder that is no input, since it will be written. Raises InputError where the
-    format is not recognised, or an entry cannot be read.
-    """
+    format is not recognised, or an entry cannot be read."""
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, own)
@@ -108,8 +107,7 @@ def _forms(name):
     """What a photo may be found by, best first: its name, that without ending, and both made plain.
 
     Label Studio puts 8 hex digits and a dash before a name, an underscore for a space, and may quote it as a
-    URL; a Mac takes accents off their letters.
-    """
+    URL; a Mac takes accents off their letters."""
     base, plain = (re.split(r"[\\/]", own)[-1] for own in (name, urllib.parse.unquote(name)))
     plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", unicodedata.normalize("NFC", plain).replace(" ", "_"))
     return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
@@ -118,8 +116,7 @@ def _forms(name):
 def _candidates(photo, by_form, root, folder):
     """The pictures, relative to `root`, that `photo` may be: the one at its path, or those of a like name.
 
-    Of several of a like name those whose folders agree best.
-    """
+    Of several of a like name those whose folders agree best."""
     for name in photo.names:
         for file in (os.path.join(folder, name), os.path.join(root, name)):
             if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
@@ -139,8 +136,7 @@ def find_photos(labels, root, folder):
     A photo is the file of exactly that path from `folder` on, or else one below `root` of its name. Of two
     labels for a photo the later wins, where they say when they were made. A txt without labels of no photo is
     something else; both are counted in `labels.left_out`. Raises InputError for photos that are missing,
-    ambiguous, or labelled twice.
-    """
+    ambiguous, or labelled twice."""
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
     by_form = defaultdict(list)
     for picture in pictures:
@@ -174,8 +170,7 @@ def find_photos(labels, root, folder):
 def choose_categories(path, counts, wanted):
     """The categories that are faces: those `wanted`, or the one named face, or the only one there is.
 
-    `counts` is `{category: labels}`. Raises InputError.
-    """
+    `counts` is `{category: labels}`. Raises InputError."""
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
     for name in wanted:
         require(name in counts, f"{path}: no category {name!r}, there are: {listed}")
@@ -188,8 +183,7 @@ def choose_categories(path, counts, wanted):
 def to_coco(labels, names, sizes, faces):
     """Make the COCO content of labelled photos: (content, counts of what was found).
 
-    `names` and `sizes` are those of the photos, `faces` the categories to take.
-    """
+    `names` and `sizes` are those of the photos, `faces` the categories to take."""
     images, annotations = [], []
     met = Counter()
     for image_id, (photo, name, (width, height)) in enumerate(zip(labels.photos, names, sizes), 1):
@@ -217,8 +211,7 @@ def to_coco(labels, names, sizes, faces):
 def convert(path, photos, out, wanted=(), to="coco"):
     """Convert the labels `path` of photos below `photos` (None: around the labels) to `out`.
 
-    Returns the format, the folder of the photos, and the counts of what was found. Raises InputError.
-    """
+    Returns the format, the folder of the photos, and the counts of what was found. Raises InputError."""
     path, out = Path(path), Path(out)
     require(not photos or Path(photos).is_dir(), f"{photos}: no such folder of photos")
     require(os.path.realpath(out) != os.path.realpath(path) and not out.is_dir(),

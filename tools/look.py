@@ -49,8 +49,7 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
 def show(annotations: Annotations, args) -> list:
     """Draw `args.count` photos with their faces, of those that can be read; returns pictures (PIL).
 
-    Raises InputError if none can.
-    """
+    Raises InputError if none can."""
     dataset = FaceDataset(annotations, *args.size, args.min_face)
     pictures, errors = [], []
     for place, index in enumerate(np.random.default_rng(args.seed).permutation(len(dataset))):

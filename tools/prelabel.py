@@ -21,8 +21,7 @@ SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
 def to_coco(photos, out, labelled):
     """COCO content of photos (path, (width, height), faces `[K, 5]`), named relative to the file `out`.
 
-    Where `labelled`, a face below SURE is iscrowd: neither face nor background.
-    """
+    Where `labelled`, a face below SURE is iscrowd: neither face nor background."""
     folder = os.path.realpath(Path(out).parent)
     images, annotations = [], []
     for image_id, (path, (width, height), faces) in enumerate(photos, 1):

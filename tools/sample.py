@@ -67,8 +67,7 @@ class Pen:
 def ring(rx, ry, taper=0.0, start=0.0, end=2.0):
     """Points `[P, 2]` on an oval, clockwise from `start` to `end`: half turns from its top.
 
-    `taper` above 0 narrows the lower half, like a chin.
-    """
+    `taper` above 0 narrows the lower half, like a chin."""
     angle = np.linspace(start * np.pi, end * np.pi, 49)
     x, y = np.sin(angle), -np.cos(angle)
     return np.stack([rx * x * (1 - taper * np.maximum(y, 0) ** 2), ry * y], 1)
@@ -149,8 +148,7 @@ def body(rng, pen, skin):
 def head(rng, pen, skin):
     """Draw one head: returns its box and its WIDER attributes (expression, occlusion, pose).
 
-    The box, xyxy on the canvas, fits the oval of the head tightly, without hair, hat and ears.
-    """
+    The box, xyxy on the canvas, fits the oval of the head tightly, without hair, hat and ears."""
     yaw, pitch = rng.triangular(-.7, 0, .7), rng.normal(0, .05)
     width, taper, hair, cloth = rng.uniform(.7, .82), rng.uniform(.08, .3), pick(rng, HAIRS), paint(rng)
     style = rng.choice(["bald", "short", "long", "round", "hat", "scarf"], p=[.1, .36, .24, .1, .12, .08])
@@ -243,8 +241,7 @@ def glasses(rng, pen, feature):
 def placements(rng, event, width, height):
     """Place heads: boxes `[(x, y, w, h)]` before they are tilted, with room for hair between them.
 
-    One in eight of the larger heads may reach over the edge of the photo.
-    """
+    One in eight of the larger heads may reach over the edge of the photo."""
     _, _, fewest, most, low, high = event
     placed = []
     for _ in range(rng.integers(fewest, most + 1)):
@@ -263,8 +260,7 @@ def placements(rng, event, width, height):
 def photo(rng, width, height, empty):
     """Draw one photo, without people if `empty`: (event, RGB image, one row per face).
 
-    A row is x y w h blur expression illumination invalid occlusion pose, as in WIDER FACE.
-    """
+    A row is x y w h blur expression illumination invalid occlusion pose, as in WIDER FACE."""
     event = EVENTS[rng.integers(len(EVENTS))]
     canvas = background(rng, event[1], width, height)
     distractors(rng, canvas)
@@ -290,8 +286,7 @@ def photo(rng, width, height, empty):
 def draw_split(folder, split, count, size, seed):
     """Draw `count` photos into folder/split, and write their WIDER-style text and their json.
 
-    Returns the counts of wider_to_coco.py's `convert`.
-    """
+    Returns the counts of wider_to_coco.py's `convert`."""
     lines = []
     for index in tqdm(range(count), f"drawing {split}", disable=None):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -309,8 +304,7 @@ def draw_split(folder, split, count, size, seed):
 def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
     """Draw a dataset of `train` + `val` photos of `size` (width, height) into `folder`: `{split: counts}`.
 
-    Raises InputError if `folder` has a train.json or val.json that this script did not write.
-    """
+    Raises InputError if `folder` has a train.json or val.json that this script did not write."""
     folder = Path(folder)
     for split in SPLITS:
         if (folder / f"{split}.json").exists() and not (folder / f"wider_{split}_bbx_gt.txt").exists():

@@ -48,8 +48,7 @@ def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[Annotatio
     """Read all photos of one set, or of training and validation, and compare them.
 
     Returns Suspects; the sets with the sizes of photos whose json does not say; and a line for each photo
-    that cannot be read or whose size is not what its json says.
-    """
+    that cannot be read or whose size is not what its json says."""
     files = [annotations.file(index) for annotations in sets for index in range(len(annotations.ids))]
     place = np.repeat(np.arange(len(sets)), [len(annotations.ids) for annotations in sets])
     read, pixels = thumbnails(files)
@@ -156,8 +155,7 @@ def _part(image, boxes):
 def report(sets: list[Annotations], folder: Path) -> list[str]:
     """Run all checks on one set, or on training and validation; returns what was found as lines of text.
 
-    Writes suspects.png and suspects.csv to `folder` if there are any.
-    """
+    Writes suspects.png and suspects.csv to `folder` if there are any."""
     suspects, sets, errors = check_photos(sets)
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
     suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))

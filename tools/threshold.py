@@ -59,8 +59,7 @@ def parse_target(text):
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
     """The lowest (of a recall the highest) thresholds that meet a target: on these photos, on others too.
 
-    None: no score. `times` asks what would be chosen of so many times as many photos such as these.
-    """
+    None: no score. `times` asks what would be chosen of so many times as many photos such as these."""
     scores = np.unique(np.floor(found.score[found.hit | found.false] * STEPS) / STEPS)[::-1]
     hits = shown_by_photo(found, found.hit, scores)
     false = shown_by_photo(found, found.false, scores)
@@ -77,8 +76,7 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """How many of the detections in `flags` `[D]` each of the thresholds `scores` `[T]`, highest first, shows
-    on each photo: float64 `[I, T]`. The last one shows them all.
-    """
+    on each photo: float64 `[I, T]`. The last one shows them all."""
     first = np.searchsorted(-scores, -found.score[flags])  # the highest threshold that shows each
     cells = found.image[flags] * len(scores) + first
     counts = np.bincount(cells, minlength=len(found.faces) * len(scores))
@@ -110,8 +108,7 @@ def photos_needed(found: Outcomes, target: Target) -> int | None:
 
 def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
     """The `metrics.rates` at a threshold, and between what values lie 95 % of the resamples of the photos:
-    {name: (value, low, high)}.
-    """
+    {name: (value, low, high)}."""
     photos, shown = len(found.faces), found.score >= score
     hits = np.bincount(found.image[shown & found.hit], minlength=photos)
     false = np.bincount(found.image[shown & found.false], minlength=photos)

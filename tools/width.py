@@ -24,8 +24,7 @@ def resize(source: SSD, config: Config) -> SSD:
     """An SSD of `config` that starts from what `source`, of another width, has learned.
 
     A narrower one keeps of each layer the channels that matter most. A wider one computes the same: its added
-    channels start at random, and no layer reads them before it has learned to (Net2Net, Chen et al. 2016).
-    """
+    channels start at random, and no layer reads them before it has learned to (Net2Net, Chen et al. 2016)."""
     model = SSD(config)
     source = copy.deepcopy(source)
     for importance, producers, consumers in channel_groups(source):
@@ -49,8 +48,7 @@ def channel_groups(model):
 
     importance `[C]`: the mean square of what a channel adds to the next layers, as batch norms tell it
     without a photo. producers: the layers with a row for each channel. consumers: the convolutions with a
-    column for each. A block is expand, norm, depthwise, norm, project, norm; ReLUs are left out.
-    """
+    column for each. A block is expand, norm, depthwise, norm, project, norm; ReLUs are left out."""
     stem, *blocks = model.backbone.features
     layers = [[layer for layer in block.conv if not isinstance(layer, nn.ReLU)] for block in blocks]
     groups = [hidden_group(block, stem[:2]) for block in layers]

@@ -99,8 +99,7 @@ def worst_sheet(judged: Judged, count: int) -> Image.Image:
 
 def write_per_photo(judged: Judged, path):
     """Write a CSV with a row for each photo: the counts, and of all detections, shown or not, the scores of
-    the best false one and of the lowest that finds a face.
-    """
+    the best false one and of the lowest that finds a face."""
     every, best_false, lowest_found = judged.outcomes, {}, {}
     for n in np.argsort(every.score):
         if every.false[n]:

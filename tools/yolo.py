@@ -31,8 +31,7 @@ def read_yolo(path):
     A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, maybe with keypoints, a score and the number
     of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in
     data.yaml, classes.txt or obj.names there, or a folder or two above. Lists of names and other texts may
-    lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one.
-    """
+    lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one."""
     folder = path if path.is_dir() else path.parent
     places = [folder, *list(folder.resolve().parents)[:2]]
     files = [path, *(place / name for place in places for name in NAME_FILES)]
@@ -74,8 +73,7 @@ def _count_corners(rows, keypoints, folder):
     """How many numbers of a line are a polygon's corners: {length: count}; 0 where the first four are a box.
 
     A length that is neither is left out. `rows` are {length: [R, length]} without the class, `keypoints` what
-    kpt_shape says, None if it does not. Raises InputError where a box with landmarks might be a polygon.
-    """
+    kpt_shape says, None if it does not. Raises InputError where a box with landmarks might be a polygon."""
     ends = [own[:, -1] for length, own in rows.items() if length >= 6 and length % 2 == 0]
     tracks = bool(ends) and all((end >= 1).all() and (end % 1 == 0).all() for end in ends)
     corners = {}
@@ -99,8 +97,7 @@ def _holds_the_rest(rows, count):
     """Whether the first four numbers of most rows are a box in the photo that holds the points after it.
 
     These are of two numbers each or of three; those that are not seen are 0 or below. `count` of the numbers
-    would be a polygon's corners. A parallelogram is an oriented box.
-    """
+    would be a polygon's corners. A parallelogram is an oriented box."""
     points = rows[:, :count].reshape(len(rows), -1, 2)
     if count == 8 and np.allclose(points[:, 0] + points[:, 2], points[:, 1] + points[:, 3], atol=1e-3):
         return False
@@ -154,8 +151,7 @@ def write_yolo(folder, photos):
     """Write a dataset that Ultralytics reads: copies of `photos`, their labels, and data.yaml.
 
     `photos` are (path, name below images/, size, faces `[(x, y, w, h)]` in pixels). Raises InputError where
-    two photos would share a label; nothing is left half-written.
-    """
+    two photos would share a label; nothing is left half-written."""
     folder, texts = Path(folder), {}
     for path, name, _, _ in photos:
         text = PurePosixPath(name).with_suffix(".txt")
