@@ -124,7 +124,7 @@ def test_nothing_on_one_side(planted, labels, found):
     assert len([one for one in got if one.reason == "unlabelled"]) == found * (2 * PHOTOS + 1)
 
 
-def test_command(planted, tmp_path, monkeypatch, capsys, refused):
+def test_command(planted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_json("r.json", to_results(*planted))
     doubt.main(["x.json", "r.json", "--count", "50", "--out", "new/d.json"])
@@ -134,4 +134,3 @@ def test_command(planted, tmp_path, monkeypatch, capsys, refused):
     assert Image.open("new/d.png").width > 1000
     content = json.loads((tmp_path / "new/d.json").read_text())
     assert len(content["images"]) == PHOTOS and sum("doubt" in face for face in content["annotations"]) == 4
-    assert "at least 1" in refused(doubt.main, "x.json", "r.json", "--count", 0)

@@ -113,7 +113,6 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("train", "@open.txt", "a file of flags cannot be read: No closing quotation"),
     ("train", "@itself.txt", "a file of flags cannot be read"),
     ("train", "@e", "Is a directory"),
-    ("tools.look", "--data good.json --seed -1", "--seed must be at least 0"),
     ("tools.sample", "new --train 0", "--train and --val take 1 photo or more"),
     ("flops", "--size 5000000", "sides between 16 and 8192 pixels expected"),
 ]

@@ -329,8 +329,7 @@ def test_label_studio_tasks_and_uploads(folder, capsys):
         return {"result": [region], "created_at": f"2026-01-0{day}", **more}
     tasks = [{"id": 1, "updated_at": "2026-05", "data": {"image": "/data/upload/7/0123abcd-a.jpg"},
               "annotations": [annotation(2, 25, updated_at="2026-02-01"), annotation(3, 0),
-                              annotation(3, 1, was_cancelled=True, updated_at="2026-03"),
-                              annotation(3, 1, skipped=True, updated_at="2026-03")]},
+                              annotation(3, 1, was_cancelled=True, updated_at="2026-03")]},
              {"id": 2, "data": {"image": "https://host/x/b.jpg?token=1"}, "annotations": []},
              {"id": 3, "data": {"image": "/data/local-files/?d=some/c.jpg"}, "annotations": [{"result": []}]},
              {"id": 4, "data": {"image": "/data/upload/7/aaaaaaaa-a.jpg"},
@@ -358,16 +357,16 @@ def test_cvat_shapes(folder, capsys):
     (folder / "x.xml").write_text(f'<annotations><image id="0" name="d/a.jpg" width="96" height="72">{shapes}'
                                   "</image></annotations>")
     run(folder / "x.xml", folder / "out.json")
-    assert_boxes(boxes(folder / "out.json"),
-                 [("a.jpg", 45, 15, 10, 20), ("a.jpg", 20, 25, 20, 10), ("a.jpg", 1, 2, 3, 4)])
+    assert_boxes(boxes(folder / "out.json"), [("a.jpg", 45, 15, 10, 20), ("a.jpg", 1, 2, 3, 4)])
     counts = report(capsys)
-    assert counts["left out: shapes: polyline"] == counts["marked iscrowd"] == 1
+    assert counts["left out: shapes: polyline"] == counts["left out: shapes: ellipse"] == 1
+    assert counts["marked iscrowd"] == 1
 
 
 BOMB = '<!DOCTYPE x [<!ENTITY a "aa">]><annotation>&a;</annotation>'
 IMAGES = '"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "%s"}]'
-TASK = ('[{"data": {"image": "a.jpg"}, "annotations": [{"result": [{"value": '
-        '{%s, "x": 1, "y": 1, "width": 9, "height": 9}}]}]}]')
+TASK = ('[{"data": {"image": "a.jpg"}, "annotations": [{"result": [{%s, "value": '
+        '{"rotation": %d, "x": 1, "y": 1, "width": 9, "height": 9}}]}]}]')
 REFUSED = {  # the file: (its content, part of the message)
     "x.txt": ("0 0.5 0.5 0.1 0.1", "x.txt: of YOLO, name the folder"),
     "x.zip": ("PK", "x.zip: not labels that are known (unpack archives first)"),
@@ -379,9 +378,11 @@ REFUSED = {  # the file: (its content, part of the message)
                  % IMAGES, "rle.json: annotation 4: has neither a bbox"),
     "twice.json": ("{%s}" % IMAGES % "x/a.jpg", "twice.json: image 2: labels 'images/a.jpg' a second time"),
     "absent.json": ("{%s}" % IMAGES % "no.jpg", "1 of the 2 labelled photos are not below it ('no.jpg')"),
-    "turned.json": (TASK % '"rotation": 5', "task 0: a turned region without original_width"),
-    "swapped.json": (TASK % '"original_width": 72, "original_height": 96',
+    "turned.json": (TASK % ('"id": 1', 5), "task 0: original_width is 'None', a number is"),
+    "swapped.json": (TASK % ('"original_width": 72, "original_height": 96', 0),
                      "swapped.json: task 0: labelled at 72x96, but the photo 'a.jpg' is 96x72"),
+    "lists.json": ('[{"data": {"image": "a.jpg"}, "annotations": [{"result": [5]}]}]',
+                   "lists.json: cannot be read as labels (AttributeError"),
     "tasks.json": ('[{"data": {"text": "x"}, "annotations": []}]', "tasks.json: task 0: names no picture"),
     "createml.json": ('[{"image": "a.jpg", "annotations": []}]', "is CreateML's; export COCO"),
     "labelme.json": ('{"shapes": [], "imagePath": "a.jpg"}', "labelme.json: is labelme's; its labelme2coco"),

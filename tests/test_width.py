@@ -70,6 +70,6 @@ def test_the_command(tmp_path, capsys, refused):
     torch.save(checkpoint(SSD(Config(64, 48, 0.25))), tmp_path / "a.pth")
     main([str(tmp_path / "a.pth"), "0.125", str(tmp_path / "b.pth")])
     assert load_model(tmp_path / "b.pth").config.width == 0.125
-    assert "cut from width 0.25 to 0.125" in capsys.readouterr().out
+    assert "from width 0.25 to 0.125" in capsys.readouterr().out
     assert "is of width 0.25 already" in refused(main, tmp_path / "a.pth", 0.25, tmp_path / "c.pth")
     assert "between 0.0625 and 8" in refused(main, tmp_path / "a.pth", 99, tmp_path / "c.pth")

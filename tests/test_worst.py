@@ -60,14 +60,12 @@ def test_per_photo(world, tmp_path):
     annotations, detections = world
     annotations.names[2] = "b\udcff.png"  # bytes that are no text
     annotations.names[0] = "=1+1.png"      # what a spreadsheet would compute
-    detections.score[4] = 0.05             # at no threshold that one would choose, and yet it finds a face
     write_per_photo(judge(annotations, detections, 0.5), tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["'=1+1.png", *annotations.names[1:]]
-    assert list(rows[0].values())[1:] == ["2", "1", "1", "1", "0", "", "0.05000"]
-    assert list(rows[1].values())[1:] == ["0", "0", "0", "0", "2", "0.95000", ""]
-    assert list(rows[2].values())[1:] == ["0", "0", "0", "0", "0", "", ""]
+    assert list(rows[0].values())[1:] == ["2", "1", "1", "1", "0"]
+    assert list(rows[1].values())[1:] == ["0", "0", "0", "0", "2"]
 
 
 def test_command(sample, tmp_path, monkeypatch, capsys, refused):

@@ -1,8 +1,7 @@
 """Average the weights of checkpoints.
 
-Runs that fine-tuned the same weights agree in what they learned and differ in their noise: the mean keeps the
-one and loses the other (Model soups, Wortsman et al. 2022). A share of the start forgets less (WiSE-FT,
-Wortsman et al. 2022):
+Runs that fine-tuned the same weights agree in what they learned and differ in their noise, which the mean
+loses (Model soups, Wortsman et al. 2022). A share of the start forgets less (WiSE-FT, by the same):
 
     python -m tools.average runs/a/last.pth runs/b/last.pth --out soup.pth
     python -m tools.average start.pth runs/a/last.pth --shares 1 4 --out milder.pth   # 4/5 of the way
@@ -11,7 +10,7 @@ Wortsman et al. 2022):
 
 import math
 
-from support.script import InputError, bad_values, command, new_parser
+from support.script import bad_values, command, new_parser, require
 
 from checkpoints import save
 from model import load_model
@@ -20,12 +19,9 @@ from model import load_model
 def average(models, shares):
     """Give the first of `models` (SSD, of one configuration) the mean of all their tensors, by `shares`."""
     states = [model.state_dict() for model in models]
-    total = sum(shares)
-    mean = dict(states[0])  # batch counts are whole numbers and stay the first one's
     for key, value in states[0].items():
-        if value.is_floating_point():
-            mean[key] = sum(state[key] * (share / total) for state, share in zip(states, shares))
-    models[0].load_state_dict(mean)
+        if value.is_floating_point():  # batch counts are whole numbers and stay the first one's
+            value.copy_(sum(state[key] * (share / sum(shares)) for state, share in zip(states, shares)))
     return models[0]
 
 
@@ -34,8 +30,7 @@ def main(argv=None):
     """Average checkpoints: read, average, write."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT",
-                        help="of a run (its averaged weights count) or official")
+    add("checkpoints", nargs="+", metavar="PTH", help="of a run (its averaged weights count) or official")
     add("--shares", type=float, nargs="+", help="of each checkpoint in the mean (default: equal)")
     add("--out", required=True, help="the checkpoint to write")
     args = parser.parse_args(argv)
@@ -45,12 +40,11 @@ def main(argv=None):
     with bad_values():
         models = [load_model(path) for path in args.checkpoints]
     for path, model in zip(args.checkpoints, models):
-        if model.config != models[0].config:
-            raise InputError(
+        require(model.config == models[0].config,
                 f"{path}: is of another architecture than {args.checkpoints[0]}, they have no mean")
     save(args.out, average(models, shares))
     parts = [f"{share / sum(shares):.3f} x {path}" for share, path in zip(shares, args.checkpoints)]
-    print(f"{args.out}: " + " + ".join(parts))
+    print(f"{args.out}: {' + '.join(parts)}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@
 AP and AP50 are COCO's. Recall is at IoU 0.5 and the score, each model's own, from which there are `--false`
 false detections a photo; also by size of face at the network's input, and by blur, occlusion and event (the
 photo's folder) where the json has them. What fits an `iscrowd` box does not count. The standard error is
-that of a paired bootstrap over photos (Efron 1979). A difference below two of them may be luck.
+that of a paired bootstrap over photos (Efron 1979): a difference below two of them may be luck.
 """
 
+from itertools import pairwise
 from pathlib import PurePosixPath
 
-from support.script import InputError, command, new_parser
+from support.script import command, new_parser, require
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from metrics import coco_matches, coco_precision, outcomes
 from support.coco import Annotations, Detections, arrays, face_entries, read_annotations
 
 INPUT = 300                                   # px, the sides of the network's input that sizes refer to
-SIZES = (6, 8, 10, 12, 15, 20, 30, 60, np.inf)  # px there: the square root of a face's area
+SIZES = (6, 8, 10, 12, 15, 20, 30, 60)        # px there: the square root of a face's area
 RESAMPLES, SEED = 300, 0
 LEAST = 10                                    # faces of a group that is shown
 
@@ -56,13 +57,11 @@ class Matched:
 def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:
     """The groups of faces that recall is measured on: {name: bool `[M]`}."""
     sizes = annotations.sizes[annotations.image]
-    if not (sizes > 0).all():
-        raise InputError(f"{annotations.path}: its images need width and height, for the sizes of faces")
+    require((sizes > 0).all(), f"{annotations.path}: its images need width and height, for sizes of faces")
     side = np.sqrt((annotations.xywh[:, 2:] * INPUT / sizes).clip(min=0).prod(1))
     groups = {"all faces": np.ones(len(side), bool)}
-    for low, high in zip(SIZES, SIZES[1:]):
-        name = f"{low}-{high} px" if high < np.inf else f"> {low} px"
-        groups[name] = (side >= low) & (side < high)
+    groups |= {f"{low}-{high} px": (side >= low) & (side < high) for low, high in pairwise(SIZES)}
+    groups[f"> {SIZES[-1]} px"] = side >= SIZES[-1]
     _, entries = face_entries(annotations)
     for key in ("blur", "occlusion"):
         values = np.array([entry.get(key) or 0 for entry in entries])
@@ -79,11 +78,9 @@ def compare(one: Matched, other: Matched, groups: dict, rate: float, photos: int
     """Measure two models: `[2 + G, 4]`, of each row one, other, the difference and its standard error."""
     masks = np.stack(list(groups.values())).astype(float)
     values = np.stack([model.measure(np.ones(photos), masks, rate) for model in (one, other)])
-    generator = np.random.default_rng(SEED)
-    differences = []
-    for _ in range(RESAMPLES):
-        weights = generator.multinomial(photos, np.full(photos, 1 / photos)).astype(float)
-        differences.append(other.measure(weights, masks, rate) - one.measure(weights, masks, rate))
+    resamples = np.random.default_rng(SEED).multinomial(photos, np.full(photos, 1 / photos), RESAMPLES)
+    differences = [other.measure(weights, masks, rate) - one.measure(weights, masks, rate)
+                   for weights in resamples.astype(float)]
     return np.stack([*values, values[1] - values[0], np.nanstd(differences, 0, ddof=1)], 1)
 
 
@@ -91,14 +88,12 @@ def find(path: str, annotations: Annotations) -> Detections:
     """The detections of a results json, or of a model that is run."""
     if path.endswith(".json"):
         seen, detections, _ = read_detections(annotations.path, path)
-        if len(seen.ids) < len(annotations.ids):
-            raise InputError(f"{path}: is of only {len(seen.ids)} photos of {annotations.path}")
+        require(len(seen.ids) == len(annotations.ids),
+                f"{path}: is of only {len(seen.ids)} photos of {annotations.path}")
         return detections
     from detector import detect_all, load_detector  # torch takes seconds
     detections, errors = detect_all(load_detector(path), annotations)
-    if errors:
-        raise InputError(f"{annotations.path}: {len(errors)} photos could not be used: "
-                         + next(iter(errors.values())))
+    require(not errors, f"{len(errors)} photos could not be used, such as {[*errors.values()][:1]}")
     return detections
 
 

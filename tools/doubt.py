@@ -2,8 +2,8 @@
 
     python -m tools.doubt train.json detections.json --count 50        # what evaluate.py --out has written
 
-doubt.json is the whole set with the corrections made, doubt.png shows the first. There are four kinds, each
-with a doubt from 0 to 1:
+doubt.json is the whole set with the corrections made, doubt.png shows the first. Each has a doubt from 0 to 1
+(those of ObjectLab, Tkachenko, Thyagarajan and Mueller 2023, beside what the model usually does):
 
     unlabelled   the score of a detection far from every label
     off          score * (1 - (IoU / usual IoU) ** 2) of a label and the detection that stands for it
@@ -11,7 +11,6 @@ with a doubt from 0 to 1:
     doubled      the IoU of two labels
 
 "Usual" is the mean over labels of about the same size: a face of 6 px that no model finds is no suspect.
-The scores are ObjectLab's (Tkachenko, Thyagarajan and Mueller 2023), beside what the model usually does.
 """
 
 from pathlib import Path
@@ -31,16 +30,14 @@ PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant
 FOUND_IOU = 0.5         # a label that counts as found, to say what is usual
 NEAR_IOU = 0.3          # a detection that overlaps any label as much is not unlabelled
 IN_IGNORED = 0.5        # of its area: then it may be what is ignored there
-# Below it chance does as well. In parts of 80 faces of a set of masks, with one label in eight made wrong,
-# the doubts of 0.4 to 0.5 were right once in eight times, those above it five times in eight.
-LEAST = 0.5
+LEAST = 0.5             # with one label in eight wrong, doubts of 0.4 to 0.5 were right once in eight times
 TO_IGNORE = "doubled", "not found"  # a person must say whether these are faces
 ALIKE = 20, 0.05        # labels of about the same size: so many at least, or this share of all
 
 
 def find_doubts(annotations: Annotations, detections: Detections, count: int) -> list[Suspect]:
     """The `count` most doubtful labels and unlabelled faces of LEAST and more, the most doubtful first."""
-    kept = np.flatnonzero(~annotations.ignored)
+    kept, image = np.flatnonzero(~annotations.ignored), annotations.image
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
     partner, iou, free = match(annotations, detections)
     score = np.where(partner < 0, 0, np.append(detections.score, 0)[partner])
@@ -56,7 +53,6 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
 
     off = score * (1 - (iou / usual_iou) ** 2).clip(0)
     missed = (usual_score * (usual_score - score)).clip(0)
-    image = annotations.image
     rows = [(detections.score[n], "unlabelled", detections.image[n], [], [n], "") for n in free]
     rows += [(off[n], "off", image[n], [n], [partner[n]], f"IoU {iou[n]:.2f}, usual {usual_iou[n]:.2f}")
              for n in kept[off[kept] > missed[kept]]]  # then there is a detection
@@ -75,14 +71,13 @@ def find_doubts(annotations: Annotations, detections: Detections, count: int) ->
 
 
 def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give each label the detection that stands for it, one to one, the highest score x IoU first.
-
-    Returns the detection of each label `[M]`, -1 for none; their IoU `[M]`; and the detections, indices, that
-    are far from every label and from what is ignored."""
+    """Give each label the detection that stands for it, one to one, the highest score x IoU first: its index,
+    -1 for none, and IoU `[M]`; and the detections that are far from every label and from what is ignored."""
     partner, ious = np.full(len(annotations.image), -1), np.zeros(len(annotations.image))
     labels, found = to_xyxy(annotations.xywh), to_xyxy(detections.xywh)
     free = [np.zeros(0, np.int64)]
-    for own, seen in zip(*(by_photo(part.image, len(annotations.ids)) for part in (annotations, detections))):
+    for photo in np.unique(detections.image):
+        own, seen = np.flatnonzero(annotations.image == photo), np.flatnonzero(detections.image == photo)
         faces, boxes = torch.from_numpy(labels[own]), torch.from_numpy(found[seen])
         iou = box_iou(faces, boxes).numpy()       # [N, K]
         within = covered(boxes, faces[annotations.crowd[own]]).numpy() >= IN_IGNORED
@@ -99,12 +94,6 @@ def match(annotations: Annotations, detections: Detections) -> tuple[np.ndarray,
     return partner, ious, np.concatenate(free)
 
 
-def by_photo(image, count):
-    """The places of 0, 1, ... `count` - 1 in `image`: a list of index arrays."""
-    ends = np.cumsum(np.bincount(image, minlength=count))
-    return np.split(np.argsort(image, kind="stable"), ends)[:count]
-
-
 def mean_of_alike(size: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The mean of `values` `[M]` over the labels of about the same `size`."""
     order = np.argsort(size, kind="stable")
@@ -117,11 +106,9 @@ def mean_of_alike(size: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dict:
-    """The COCO content of the whole set with all corrections made, the most doubtful photos first.
+    """The COCO content of the whole set, to be written to `path`, with all corrections made.
 
-    Changed annotations say `"doubt"`, `"reason"` and, if their box is another now, `"bbox_before"`. An
-    unlabelled face is added; what is off gets the model's box; what is doubled or not found gets iscrowd 1,
-    neither face nor background, and is to be deleted or kept by hand."""
+    The most doubtful photos come first. Changed annotations say "doubt", "reason" and maybe "bbox_before"."""
     content, faces = face_entries(annotations)
     number = max((face["id"] for face in content["annotations"]), default=0)
     doubt_of = {}
@@ -141,12 +128,10 @@ def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dic
         if "bbox" in face:
             face["bbox_before"] = face["bbox"]
         x, y, w, h = to_xywh(doubt.found).round(2).tolist()[0]
-        # The old outline is of the old box, and pycocotools' annToMask needs one.
-        face |= {"bbox": [x, y, w, h], "area": round(w * h, 2),
-                 "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+        outline = [x, y, x + w, y, x + w, y + h, x, y + h]  # which pycocotools' annToMask needs
+        face |= {"bbox": [x, y, w, h], "area": round(w * h, 2), "segmentation": [outline]}
     images = moved_images(content["images"], annotations.path, path)
-    images.sort(key=lambda image: -doubt_of.get(image["id"], 0))
-    return content | {"images": images}
+    return content | {"images": sorted(images, key=lambda image: -doubt_of.get(image["id"], 0))}
 
 
 @command
@@ -159,19 +144,16 @@ def main(argv=None):
     add("--count", type=int, default=50, help="doubts at most (default %(default)s)")
     add("--out", default="doubt.json", metavar="JSON", help="default %(default)s; the picture lies beside it")
     args = parser.parse_args(argv)
-    if args.count < 1:
-        parser.error("--count must be at least 1")
     annotations, detections, _ = read_detections(args.data, args.detections)
     doubts = find_doubts(annotations, detections, args.count)
     write_json(args.out, corrected(annotations, doubts, args.out))
     print(f"wrote {args.out}, with {len(doubts)} corrections suggested")
     if len(doubts) < args.count:
         print(f"  not {args.count}: doubts below {LEAST} are right no more often than chance")
-    ignored = sum(doubt.reason in TO_IGNORE for doubt in doubts)
-    if ignored:
+    if doubts:
+        ignored = sum(doubt.reason in TO_IGNORE for doubt in doubts)
         print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, "
               "which labelling tools show as ordinary faces")
-    if doubts:
         picture = Path(args.out).with_suffix(".png")
         draw_suspects(doubts, picture)
         print(f"wrote {picture}: labels in question red, the model's boxes yellow")

@@ -1,8 +1,7 @@
 """Near-duplicate photos: hashes of small grey thumbnails propose the pairs, the thumbnails decide.
 
 A hash is a dHash of both directions: is each cell of an 8 x 8 thumbnail brighter than the one to its left,
-and than the one above it? That survives another size, another JPEG quality, other colours; not a crop. All
-pairs of hashes are compared, as one product of matrices: seconds for 10,000 photos, minutes for 100,000.
+and than the one above it? That survives another size, JPEG quality, other colours; not a crop.
 """
 
 import os
@@ -11,7 +10,6 @@ from multiprocessing.pool import ThreadPool
 from support.script import InputError
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,13 +19,10 @@ SIDE = 32           # of a thumbnail, pixels
 BITS = 112          # of a hash: 56 across, 56 down
 MOST_BITS = 28      # that may differ; two random photos differ in 50 or so
 LEAST = 0.95        # correlation of the thumbnails of near-duplicates
-NEAREST = 8         # by hash whose thumbnails are compared
 
 
 def thumbnail(path) -> tuple:
-    """The upright (width, height) of a photo, and its thumbnail, grey uint8 `[32, 32]`, squeezed to a square.
-
-    Returns instead the InputError (not raised), and a black thumbnail, if the photo cannot be read."""
+    """The upright (width, height) of a photo, or its InputError, and a grey thumbnail uint8 `[32, 32]`."""
     try:
         image = open_picture(path)
         size = upright_size(image)
@@ -44,41 +39,35 @@ def thumbnails(paths: list) -> tuple[list, np.ndarray]:
     return [size for size, _ in read], np.stack([pixels for _, pixels in read])
 
 
-def hashes(pixels: np.ndarray) -> torch.Tensor:
+def hashes(pixels: np.ndarray) -> np.ndarray:
     """The hashes `[I, 112]`, 1 and -1, of thumbnails uint8 `[I, 32, 32]`."""
     cells = pixels.reshape(-1, 8, 4, 8, 4).mean((2, 4))
     across, down = cells[:, :, 1:] > cells[:, :, :-1], cells[:, 1:] > cells[:, :-1]
     bits = np.concatenate([across.reshape(-1, 56), down.reshape(-1, 56)], 1)
-    return torch.from_numpy(2 * bits.astype(np.float32) - 1)
+    return 2 * bits.astype(np.float32) - 1
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """Thumbnails uint8 `[I, 32, 32]` as `[I, 1024]` whose products are correlations, 0 for a single grey."""
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-3)
 
 
 def near_duplicates(pixels: np.ndarray, place: np.ndarray) -> dict:
     """Find for each thumbnail of uint8 `[I, 32, 32]` the earlier one it resembles most, maybe mirrored.
 
     `place` `[I]` is the number of each photo's set; one of another set is preferred, so that each leak is
-    found. Returns {index: (index of the earlier, correlation from 0.95 to 1, whether mirrored)}."""
-    if not len(pixels):
-        return {}
+    found. Returns {index: (index of the earlier, correlation from 0.95 to 1)}."""
     views = [pixels, pixels[:, :, ::-1]]
-    hashed, places = [hashes(view) for view in views], torch.from_numpy(place)
+    hashed, thumbs = [hashes(view) for view in views], [normalised(view) for view in views]
     found = {}
-    for rows in torch.arange(len(pixels)).split(256):
-        end = int(rows[-1]) + 1
-        same = torch.stack([(hashed[0][rows] @ view[:end].T + BITS) / 2 for view in hashed]).amax(0)  # [R, I]
-        same[(same < BITS - MOST_BITS) | (torch.arange(end) >= rows[:, None])] = 0
-        same[(same > 0) & (places[:end] != places[rows, None])] += BITS
-        for n, others in zip(rows.tolist(), same.topk(min(NEAREST, end)).indices):
-            alike = [(place[other] != place[n], correlate(pixels[n], view[other]), other, mirrored)
-                     for other in others[same[n - rows[0], others] > 0].tolist()
-                     for mirrored, view in enumerate(views)]
-            alike = [one for one in alike if one[1] >= LEAST]
-            if alike:
-                _, correlation, other, mirrored = max(alike)
-                found[n] = other, min(correlation, 1.0), bool(mirrored)
+    for n in range(len(pixels)):
+        equal = np.maximum(*(view[:n] @ hashed[0][n] for view in hashed))  # bits, less those that differ
+        near = np.flatnonzero(equal >= BITS - 2 * MOST_BITS)
+        correlation = np.maximum(*(view[near] @ thumbs[0][n] for view in thumbs))
+        rank = (correlation + (place[near] != place[n])) * (correlation >= LEAST)
+        if rank.any():
+            best = rank.argmax()
+            found[n] = int(near[best]), min(float(correlation[best]), 1.0)
     return found
-
-
-def correlate(one, other):
-    """The correlation of two thumbnails; 0 if one is of one colour, which says nothing."""
-    one, other = (pixels.astype(np.float32) - pixels.mean() for pixels in (one, other))
-    return float((one * other).sum() / max(np.sqrt((one * one).sum() * (other * other).sum()), 1e-6))

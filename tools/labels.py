@@ -43,7 +43,7 @@ class Photo:
     names: list  # what it may be called, best first
     place: str  # where the labels name it, for messages
     labels: list
-    size: tuple | None = None  # (width, height) by the labels, if they say
+    size: list = ()  # [width, height] by the labels, zeros or nothing if they do not say
     updated: str = ""  # when it was labelled, if they say
     problem: InputError | None = None  # why its labels cannot be read, if they are labels at all
 
@@ -67,11 +67,9 @@ def find_files(folder, suffixes):
 
 def photos_around(folder):
     """The folder to search photos in: that of the labels, or the one around their `labels` folder."""
-    for above in list(Path(os.path.abspath(folder)).parents)[:3]:
-        inside = os.path.relpath(folder, above).split(os.sep)[0]
-        if inside.lower() in LABEL_FOLDERS:
-            return Path(os.path.normpath(folder / os.path.relpath(above, folder)))
-    return folder
+    whole = Path(os.path.abspath(folder))
+    around = [part.parent for part in (whole, *whole.parents[:2]) if part.name.lower() in LABEL_FOLDERS]
+    return around[0] if around else folder
 
 
 def number(place, what, value):
@@ -84,14 +82,10 @@ def number(place, what, value):
     return found
 
 
-def numbers(place, entry, keys):
-    """The numbers that `entry` has under `keys`, words of a text."""
-    return [number(place, key, entry.get(key)) for key in keys.split()]
-
-
-def read_size(place, entry, keys="width height"):
-    """The (width, height) that `entry` gives under `keys`, as numbers, 0 where it does not say."""
-    return tuple(number(place, key, entry.get(key) or 0) for key in keys.split())
+def numbers(place, entry, keys, absent=None):
+    """The numbers that `entry` has under `keys`, words of a text, or `absent` for what it does not say."""
+    found = {key: entry.get(key) for key in keys.split()}
+    return [number(place, key, absent if value in (None, "") else value) for key, value in found.items()]
 
 
 def read_flags(entry):
@@ -100,35 +94,22 @@ def read_flags(entry):
             for key in FLAGS if key in entry}
 
 
-def around(points, degrees=0, pivot=None, stretch=(1, 1)):
-    """The xyxy box around points `[(x, y)]` that are turned clockwise about `pivot`, by default their middle.
-
-    `stretch` (width, height) are the pixels of a unit, where these differ."""
-    points = np.array(points, float)
-    if degrees:
-        pivot = (points.min(0) + points.max(0)) / 2 if pivot is None else pivot
-        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        points = (points - pivot) * stretch @ [[cos, sin], [-sin, cos]] / stretch + pivot
+def around(place, points):
+    """The xyxy box around points `[(x, y)]`, whose numbers are checked."""
+    points = np.array([[number(place, "points", value) for value in point] for point in points])
     return *points.min(0).tolist(), *points.max(0).tolist()
 
 
-def turned(box, *turn):
-    """The box around an xyxy box that is turned, with the arguments of `around`."""
-    return around([(x, y) for x in box[::2] for y in box[1::2]], *turn) if turn[0] else box
-
-
-def around_ellipse(cx, cy, rx, ry, *turn):
-    """The box around an ellipse of half axes rx and ry, to 1 part in 10,000; `turn` as in `around`."""
-    angles = np.radians(np.arange(0, 360, 2))
-    return around(np.stack([cx + rx * np.cos(angles), cy + ry * np.sin(angles)], 1), *turn)
-
-
-def read_polygon(place, points):
-    """The box around the points of a polygon, after a check that each is two numbers."""
-    for point in points:
-        require(isinstance(point, (list, tuple)) and len(point) == 2,
-                f"{place}: {str(point)[:60]!r} is no point x, y")
-    return around([[number(place, "points", value) for value in point] for point in points])
+def turned(place, box, entry, pivot=None, unit=(1, 1)):
+    """The box around an xyxy box that is turned clockwise by the `rotation` of `entry`, in degrees, about
+    `pivot`, by default its middle. `unit` is the (width, height) in pixels of a unit."""
+    angle = math.radians(*numbers(place, entry, "rotation", 0))
+    if not angle:
+        return box
+    corners = np.array([(x, y) for x in box[::2] for y in box[1::2]])
+    pivot = (corners[0] + corners[-1]) / 2 if pivot is None else pivot
+    turn = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    return around(place, (corners - pivot) * unit @ turn / unit + pivot)
 
 
 def read_xml(path):
@@ -153,14 +134,14 @@ def read_voc(files, folder):
         require(root.tag == "annotation", f"{file}: is CVAT's among {len(files)} xml files; name it alone")
         own = Path(os.path.relpath(file, base))
         name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
-        names = [(own.parent / name).as_posix()] if name else []
         labels = []
         for n, entry in enumerate(root.findall("object"), 1):
             box = numbers(f"{file}: object {n}", _texts(entry, "bndbox/*"), "xmin ymin xmax ymax")
             category = (entry.findtext("name") or "").strip() or UNNAMED
             labels.append(Label(category, box, read_flags(_texts(entry, "*"))))
-        size = read_size(file, _texts(root, "size/*"))
-        photos.append(Photo([*names, own.as_posix()], str(file), labels, size))
+        names = [(own.parent / (name or own.name)).as_posix(), own.as_posix()]
+        size = numbers(file, _texts(root, "size/*"), "width height", 0)
+        photos.append(Photo(names, str(file), labels, size))
     return Labels("Pascal VOC", photos)
 
 
@@ -170,12 +151,11 @@ def _texts(element, path):
 
 
 def read_cvat(path, root):
-    """Read CVAT's xml for images 1.1: boxes, also turned ones, polygons, ellipses, masks."""
+    """Read CVAT's xml for images 1.1: boxes, also turned ones, polygons, masks."""
     require(root.find("track") is None, f'{path}: holds tracks of a video; export "CVAT for images 1.1"')
     result = Labels("CVAT", [], [name.text or UNNAMED for name in root.iterfind("meta//labels/label/name")])
     for n, image in enumerate(root.findall("image")):
         place = f"{path}: image {image.get('id', n)}"
-        require(image.get("name"), f"{place}: has no name")
         labels = []
         for shape in image:
             box = _cvat_box(f"{place}: <{shape.tag}>", shape)
@@ -184,19 +164,17 @@ def read_cvat(path, root):
                 continue
             flags = read_flags({a.get("name"): a.text for a in shape.findall("attribute")} | shape.attrib)
             labels.append(Label(shape.get("label") or UNNAMED, box, flags))
-        result.photos.append(Photo([image.get("name")], place, labels, read_size(place, image)))
+        size = numbers(place, image, "width height", 0)
+        result.photos.append(Photo([image.get("name")], place, labels, size))
     return result
 
 
 def _cvat_box(place, shape):
-    """The box of a CVAT shape, or None if it has no area."""
-    degrees = number(place, "rotation", shape.get("rotation") or 0)
+    """The box of a CVAT shape, None for an ellipse and for what has no area."""
     if shape.tag == "box":
-        return turned(numbers(place, shape, "xtl ytl xbr ybr"), degrees)
+        return turned(place, numbers(place, shape, "xtl ytl xbr ybr"), shape)
     if shape.tag == "polygon":
-        return read_polygon(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
-    if shape.tag == "ellipse":
-        return around_ellipse(*numbers(place, shape, "cx cy rx ry"), degrees)
+        return around(place, [point.split(",") for point in (shape.get("points") or "").split(";")])
     if shape.tag == "mask":
         left, top, width, height = numbers(place, shape, "left top width height")
         return left, top, left + width, top + height
@@ -204,50 +182,44 @@ def _cvat_box(place, shape):
 
 
 def read_label_studio(path, tasks):
-    """Read Label Studio's tasks, of the full json or of JSON-MIN. Boxes are given in percent.
+    """Read Label Studio's tasks, also JSON-MIN. Boxes are in percent; of annotations the newest counts.
 
     A task that nobody has finished is no photo without faces: it is left out."""
     result = Labels("Label Studio", [], relative=True)
     for n, task in enumerate(tasks):
         place = f"{path}: task {task.get('id', n)}"
-        if "annotation_id" in task:  # JSON-MIN has one annotation, its regions beside the data
-            regions = [{"value": region} for value in task.values() for region in _dicts(value)]
-            finished = task["annotation_id"] is not None
-            task = {"data": task, "annotations": [task | {"result": regions}] if finished else []}
+        if "annotation_id" in task:  # JSON-MIN: one annotation, its regions beside the data
+            lists = [value for value in task.values() if isinstance(value, list)]
+            regions = [region | {"value": region} for region in sum(lists, []) if isinstance(region, dict)]
+            done = [task | {"result": regions}] if task["annotation_id"] else []
+            task = task | {"data": task, "annotations": done}
         require(isinstance(task.get("data"), dict),
                 f'{place}: neither "data" nor "annotation_id", so no task of Label Studio')
         texts = [_file_name(value) for value in task["data"].values() if isinstance(value, str)]
-        name = next((text for text in texts if Path(text).suffix.lower() in PICTURES), None)
-        require(name, f"{place}: names no picture")
-        done = [one for one in _dicts(task.get("annotations", task.get("completions")))
-                if not one.get("was_cancelled") and not one.get("skipped")]
+        names = [text for text in texts if Path(text).suffix.lower() in PICTURES]
+        require(names, f"{place}: names no picture")
+        done = [one for one in task.get("annotations") or [] if not one.get("was_cancelled")]
         if not done:
             result.left_out["tasks not annotated"] += 1
             continue
         result.left_out["older annotations"] += len(done) - 1
         newest = max(reversed(done), key=_last_change)
-        photo = Photo([name], place, [], updated=str(task.get("updated_at") or _last_change(newest)))
+        photo = Photo(names[:1], place, [], updated=task.get("updated_at") or _last_change(newest))
         result.photos.append(photo)
-        for region in _dicts(newest.get("result")):
-            value = region.get("value") if isinstance(region.get("value"), dict) else {}
-            box, size = _region_box(place, region, value)
+        for region in newest.get("result") or []:
+            box = _region_box(place, region)
             if box is None:
                 result.left_out["regions without a box"] += 1
                 continue
-            photo.size = size
-            lists = [own for key, own in value.items() if key.endswith("labels") and isinstance(own, list)]
+            photo.size = numbers(place, region, "original_width original_height", 0)
+            lists = [own for key, own in region["value"].items() if key.endswith("labels")]
             photo.labels += [Label(str(category), box) for category in sum(lists, []) or [UNNAMED]]
     return result
 
 
 def _last_change(annotation):
     """When a Label Studio annotation was last changed; its dates sort as text."""
-    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
-
-
-def _dicts(value):
-    """The objects in a JSON list, or nothing if it is none."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    return annotation.get("updated_at") or annotation.get("created_at") or ""
 
 
 def _file_name(text):
@@ -259,27 +231,22 @@ def _file_name(text):
     return query["d"][0] if "d" in query else urllib.parse.unquote(parts.path)
 
 
-def _region_box(place, region, value):
-    """The box of a Label Studio region in fractions of the photo, or None, and the photo's size, if given."""
-    size = read_size(place, value | region, "original_width original_height")
-    degrees = number(place, "rotation", value.get("rotation") or 0)
-    require(not degrees or all(size), f"{place}: a turned region without original_width and original_height")
+def _region_box(place, region):
+    """The box of a Label Studio region in fractions of the photo, None for an ellipse and for no shape."""
+    value = region.get("value", {})
     if {"x", "y", "width", "height"} <= value.keys():
+        size = numbers(place, region, "original_width original_height") if value.get("rotation") else (1, 1)
         x, y, width, height = numbers(place, value, "x y width height")
-        percent = turned((x, y, x + width, y + height), degrees, (x, y), size)
-    elif {"x", "y", "radiusX", "radiusY"} <= value.keys():
-        percent = around_ellipse(*numbers(place, value, "x y radiusX radiusY"), degrees, None, size)
-    elif isinstance(value.get("points"), list) and value["points"]:
-        percent = read_polygon(place, value["points"])
+        percent = turned(place, (x, y, x + width, y + height), value, (x, y), size)
+    elif value.get("points"):
+        percent = around(place, value["points"])
     else:
-        return None, size
-    return tuple(side / 100 for side in percent), size
+        return None
+    return tuple(side / 100 for side in percent)
 
 
 def read_coco(path, content):
-    """Read a COCO file of any categories. Where an annotation has no bbox, its polygons are taken.
-
-    Ids match by value: "1", 1 and 1.0 are the same."""
+    """Read a COCO file of any categories. Where an annotation has no bbox, its polygons are taken."""
     for key, needed in (("images", "id"), ("annotations", "image_id"), ("categories", "id")):
         entries = content.setdefault(key, [])
         require(isinstance(entries, list) and all(_id(entry, needed) is not None for entry in entries),
@@ -288,18 +255,18 @@ def read_coco(path, content):
     names = {_id(category): str(category.get("name")) for category in content["categories"]}
     photos = {}
     for image in content["images"]:
-        place = f"{path}: image {_id(image)[:60]}"
+        place = f"{path}: image {_id(image)}"
         name = image.get("file_name")
         require(isinstance(name, str) and name and _id(image) not in photos,
                 f"{place}: has no file_name, or is there twice")
-        photos[_id(image)] = Photo([name], place, [], read_size(place, image))
+        photos[_id(image)] = Photo([name], place, [], numbers(place, image, "width height", 0))
     for n, entry in enumerate(content["annotations"]):
-        place = f"{path}: annotation {_id(entry) or f'number {n}'}"[:200]
+        place = f"{path}: annotation {_id(entry) or f'number {n}'}"
         image, category = _id(entry, "image_id"), _id(entry, "category_id")
         require(image in photos and (not names or category in names),
-                f"{place}: belongs to image {image[:60]} and category {str(category)[:60]}, not both there")
+                f"{place}: belongs to image {image} and category {category}, not both there")
         more = entry.get("attributes") if isinstance(entry.get("attributes"), dict) else {}  # CVAT's
-        box = turned(_coco_box(place, entry), number(place, "rotation", more.get("rotation") or 0))
+        box = turned(place, _coco_box(place, entry), more)
         photos[image].labels.append(Label(names.get(category, UNNAMED), box, read_flags(more | entry)))
     used = {label.category for photo in photos.values() for label in photo.labels}
     declared = [name for name in names.values() if name in used or name not in above]  # Roboflow's
@@ -314,14 +281,13 @@ def _id(entry, key="id"):
 
 def _coco_box(place, entry):
     """The xyxy box of a COCO annotation, by its bbox or else its polygons."""
-    if isinstance(entry.get("bbox"), list) and len(entry["bbox"]) == 4:
-        x, y, w, h = (number(place, "bbox", value) for value in entry["bbox"])
+    box, polygons = entry.get("bbox"), entry.get("segmentation")
+    require(len(box) == 4 if box else polygons and isinstance(polygons, list),
+            f"{place}: has neither a bbox of four numbers nor polygons; export boxes")
+    if box:
+        x, y, w, h = (number(place, "bbox", value) for value in box)
         return x, y, x + w, y + h
-    polygons = entry.get("segmentation")
-    require(not entry.get("bbox") and isinstance(polygons, list) and polygons and all(
-        isinstance(own, list) and len(own) >= 6 and len(own) % 2 == 0 for own in polygons),
-        f"{place}: has neither a bbox of four numbers nor polygons; export boxes")
-    return read_polygon(place, [point for own in polygons for point in zip(own[::2], own[1::2])])
+    return around(place, [point for own in polygons for point in zip(own[::2], own[1::2])])
 
 
 def read_csv(path):
@@ -330,25 +296,22 @@ def read_csv(path):
     A row with a file alone is a photo without faces. Without a label the category is face."""
     text = read_text(path)
     first = text.lstrip().split("\n", 1)[0]
-    try:
-        rows = list(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)))
-    except csv.Error as error:
-        raise InputError(f"{path}: not CSV ({error})") from None
+    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
     rows = [(n, [cell.strip() for cell in row]) for n, row in enumerate(rows, 1) if any(map(str.strip, row))]
     head = list(COLUMNS)
     if rows and re.match("[A-Za-z]", "".join(rows[0][1][1:2])):
         names = {alias: column for column, aliases in COLUMNS.items() for alias in aliases.split()}
         head = [names.get(cell.lower(), cell.lower()) for cell in rows.pop(0)[1]]
-    require(rows and {"file", "x1", "y1", "x2", "y2"} <= {*head},
-            f"{path}: rows of file,x1,y1,x2,y2 and maybe a label are expected, or a first line that "
-            "names these columns")
+    require(rows and {"file", "x1", "y1", "x2", "y2"} <= {*head}, f"{path}: rows of file,x1,y1,x2,y2 and "
+            "maybe a label are expected, or a first line that names these columns")
     photos, largest = {}, 0
     for n, row in rows:
         place = f"{path}:{n}"
         own = dict(reversed(list(zip(head, row))))  # of two columns for one thing the first counts
         require(own.get("file") and len(row) <= len(head),
                 f"{place}: {','.join(row)[:60]!r} is no row of file,x1,y1,x2,y2 and maybe a label")
-        photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], read_size(place, own)))
+        size = numbers(place, own, "width height", 0)
+        photo = photos.setdefault(own["file"], Photo([own["file"]], place, [], size))
         if any(own.get(key) for key in ("x1", "y1", "x2", "y2")):
             box = numbers(place, own, "x1 y1 x2 y2")
             category = own.get("label") or (UNNAMED if "label" in own else "face")
@@ -361,20 +324,17 @@ def read_csv(path):
 def read_retinaface(path):
     """Read the text of WIDER that RetinaFace and SCRFD train on: `# photo`, then a line for each face.
 
-    RetinaFace writes x y w h. SCRFD adds the photo's width and height to its name, and writes x1 y1 x2 y2
-    (deepinsight/insightface, detection/scrfd). Landmarks after the box are dropped."""
+    It begins with x y w h or, where SCRFD has the photo's width and height after its name, x1 y1 x2 y2."""
     photos, text = [], read_text(path)
-    require(text.startswith("#"),
-            f"{path}: of YOLO, name the folder; WIDER FACE's text is for wider_to_coco.py")
+    require(text.startswith("#"), f"{path}: of YOLO, name the folder; WIDER's text is for wider_to_coco.py")
     for n, line in enumerate(text.split("\n"), 1):
         place = f"{path}:{n}"
         if line.startswith("#"):
             name, *size = re.fullmatch(r"#\s*(.*?)(?:\s+(\d+)\s+(\d+))?\s*", line).groups()
-            photos.append(Photo([name], place, [], tuple(map(int, size)) if all(size) else None))
+            photos.append(Photo([name], place, [], [int(side) for side in size if side]))
         elif line.strip():
             tokens = line.split()
-            require(len(tokens) >= 4,
-                    f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face in one")
+            require(len(tokens) > 3, f"{place}: {line[:60]!r} is neither '# photo' nor x y w h of a face")
             x, y, right, bottom = (number(place, "a value", token) for token in tokens[:4])
             if not photos[-1].size:
                 right, bottom = x + right, y + bottom

@@ -6,12 +6,10 @@
 
 LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, CSV,
 or RetinaFace's text: which one, is recognised. Photos are where the labels say, or found by name anywhere
-below PHOTOS, or around the labels.
-
-Every label of the face is kept. Those that are flagged difficult or ignore, or whose box is empty or outside
-the photo, get `"iscrowd": 1`: training skips them and evaluation ignores them. More in docs/labels.md.
+below PHOTOS, or around the labels. More in docs/labels.md.
 """
 
+import csv
 import os
 import re
 import unicodedata
@@ -19,7 +17,7 @@ import urllib.parse
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.script import command, new_parser, read_json, require, write_json
+from support.script import InputError, command, new_parser, read_json, require, write_json
 
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
@@ -28,8 +26,7 @@ from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around
 from tools.yolo import begins_with_a_box, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
-KNOWN = ("a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, json of Label Studio or COCO, csv, "
-         "or RetinaFace's text is expected")
+KNOWN = "a folder of YOLO txt or Pascal VOC xml, CVAT's xml, json of Label Studio or COCO, or csv is expected"
 OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
     ("_via_img_metadata",): "VIA's project; export its annotations as COCO",
     ("filename", "regions"): "VIA's; export COCO instead",
@@ -39,14 +36,10 @@ OTHER_TOOLS = {  # keys of their json: whose it is, and what to do
 
 
 def read_labels(path, own=None):
-    """Read the file or folder `path` of any known format into `Labels`.
-
-    `own` is a file in the folder that is no input, since it will be written. Raises InputError where the
-    format is not recognised, or an entry cannot be read."""
-    path = Path(path)
+    """Read the file or folder `path` of any known format, but for `own`, the file to write. Or InputError."""
+    require(path.exists(), f"{path}: no such file or folder")
     if path.is_dir():
         return _read_folder(path, own)
-    require(path.is_file(), f"{path}: no such file or folder")
     kind = path.suffix.lower()
     readers = {".yaml": read_yolo, ".yml": read_yolo, ".csv": read_csv, ".json": _read_json,
                ".xml": _read_xml, ".txt": read_retinaface}
@@ -65,21 +58,21 @@ def _read_folder(folder, own):
     files = {kind: find_files(folder, {f".{kind}"}) for kind in ("txt", "xml", "csv", "json")}
     files["json"] = [file for file in files["json"] if file.name != "notes.json"  # Label Studio's, by YOLO
                      and os.path.realpath(file) != os.path.realpath(own)]
-    found = {kind: files[kind] for kind in ("xml", "csv") if files[kind]}
+    kinds = [kind for kind in ("xml", "csv") if files[kind]]
     if any(map(begins_with_a_box, files["txt"])):
-        found["txt"] = files["txt"]
-    if not found and files["json"]:
-        found["json"] = files["json"]
-    if found.keys() == {"txt"} or not found and files["txt"]:
+        kinds.append("txt")
+    if not kinds:
+        kinds = [kind for kind in ("json", "txt") if files[kind]][:1]
+    found = [file for kind in kinds for file in files[kind]]
+    require(found, f"{folder}: no labels in it; {KNOWN}")
+    if kinds == ["txt"]:
         return read_yolo(folder)
-    first = [file for same in found.values() for file in same]
-    require(first, f"{folder}: no labels in it; {KNOWN}")
-    if found.keys() == {"xml"} and len(first) > 1:
-        return read_voc(first, folder)
-    labels = _read_json(first[0]) if found.keys() == {"json"} else None  # of another tool it is refused
-    require(len(first) == 1, f"{folder}: holds {' and '.join(sorted(found))} files, such as {first[0]} and "
-            f"{first[-1]}; name the file or folder of one kind")
-    return labels or read_labels(first[0])
+    if kinds == ["xml"] and len(found) > 1:
+        return read_voc(found, folder)
+    labels = read_labels(found[0]) if len(kinds) == 1 else None  # of another tool it is refused
+    require(len(found) == 1, f"{folder}: holds {' and '.join(sorted(kinds))} files, such as {found[0]} and "
+            f"{found[-1]}; name the file or folder of one kind")
+    return labels
 
 
 def _read_json(path):
@@ -87,12 +80,11 @@ def _read_json(path):
     content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return read_coco(path, content)
-    entries = list(content.values()) if isinstance(content, dict) else content
-    entries = entries if isinstance(entries, list) else []
-    for own in (content, *entries[:1]):
+    entries = [*content.values()] if isinstance(content, dict) else content
+    for own in [content, *entries[:1]] if isinstance(entries, list) else []:
         for keys, message in OTHER_TOOLS.items():
             require(not isinstance(own, dict) or not {*keys} <= own.keys(), f"{path}: is {message}")
-    require(isinstance(content, list) and entries and all(isinstance(task, dict) for task in entries),
+    require(isinstance(content, list) and content and all(isinstance(task, dict) for task in content),
             f'{path}: neither COCO, with lists "images" and "annotations", nor Label Studio\'s list of tasks')
     return read_label_studio(path, content)
 
@@ -104,45 +96,34 @@ def _parts(name):
 
 
 def _forms(name):
-    """What a photo may be found by, best first: its name, that without ending, and both made plain.
-
-    Label Studio puts 8 hex digits and a dash before a name, an underscore for a space, and may quote it as a
-    URL; a Mac takes accents off their letters."""
+    """What a photo may be found by, best first: its name, that without ending, and both made plain."""
     base, plain = (re.split(r"[\\/]", own)[-1] for own in (name, urllib.parse.unquote(name)))
+    # Label Studio writes 0123abcd-a_b for a b, and may quote it as a URL; a Mac takes accents off letters.
     plain = re.sub(r"^[0-9a-f]{8}-(?=.)", "", unicodedata.normalize("NFC", plain).replace(" ", "_"))
     return list(enumerate((base, base.rsplit(".", 1)[0], plain, plain.rsplit(".", 1)[0])))
 
 
 def _candidates(photo, by_form, root, folder):
-    """The pictures, relative to `root`, that `photo` may be: the one at its path, or those of a like name.
-
-    Of several of a like name those whose folders agree best."""
+    """The pictures that `photo` may be: the one at its path, or of those of a like name the nearest."""
     for name in photo.names:
         for file in (os.path.join(folder, name), os.path.join(root, name)):
             if Path(name).suffix.lower() in PICTURES and os.path.isfile(file):
                 return [Path(os.path.relpath(file, root)).as_posix()]
-    named = [(name, by_form[form]) for name in photo.names for form in _forms(name) if form in by_form]
-    agreement = defaultdict(list)
-    for name, pictures in named[:1]:
-        for picture in pictures:
-            shared = os.path.commonprefix([_parts(name), _parts(picture)])
-            agreement[len(shared), _parts(name) == _parts(picture)].append(picture)
-    return agreement[max(agreement)] if agreement else []
+    forms = [(name, form) for name in photo.names for form in _forms(name) if form in by_form]
+    own, pictures = (_parts(forms[0][0]), by_form[forms[0][1]]) if forms else ([], [])
+    shared = [(len(os.path.commonprefix([own, _parts(name)])), own == _parts(name)) for name in pictures]
+    return [picture for picture, rank in zip(pictures, shared) if rank == max(shared)]
 
 
 def find_photos(labels, root, folder):
-    """Find each labelled photo: ({its path relative to root: Photo}, all other pictures below root).
+    """Find each labelled photo, from `folder` on or below `root`: ({its path from root: Photo}, the others).
 
-    A photo is the file of exactly that path from `folder` on, or else one below `root` of its name. Of two
-    labels for a photo the later wins, where they say when they were made. A txt without labels of no photo is
-    something else; both are counted in `labels.left_out`. Raises InputError for photos that are missing,
-    ambiguous, or labelled twice."""
+    Raises InputError for photos that are missing, ambiguous, or labelled twice."""
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
-    by_form = defaultdict(list)
+    by_form, found, missing = defaultdict(list), {}, []
     for picture in pictures:
         for form in _forms(picture):
             by_form[form].append(picture)
-    found, missing = {}, []
     for photo in labels.photos:
         candidates = _candidates(photo, by_form, root, folder)
         if not candidates:
@@ -160,17 +141,14 @@ def find_photos(labels, root, folder):
             labels.left_out["photos labelled again"] += 1
     absent = [repr(photo.names[0]) for photo in missing
               if labels.format != "YOLO" or photo.labels and not photo.problem]
-    more = ", ..." if len(absent) > LISTED else ""
     require(not absent, f"{root}: {len(absent):,} of the {len(labels.photos):,} labelled photos are not "
-            f"below it ({', '.join(absent[:LISTED])}{more}); name their folder, and all are needed")
+            f"below it ({', '.join(absent[:LISTED])}); name their folder, and all are needed")
     labels.left_out["txt of no photo"] = len(missing)
     return found, [picture for picture in pictures if picture not in found]
 
 
 def choose_categories(path, counts, wanted):
-    """The categories that are faces: those `wanted`, or the one named face, or the only one there is.
-
-    `counts` is `{category: labels}`. Raises InputError."""
+    """Which of the categories {name: labels} are faces: `wanted`, the one named so, or the only one."""
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
     for name in wanted:
         require(name in counts, f"{path}: no category {name!r}, there are: {listed}")
@@ -180,26 +158,25 @@ def choose_categories(path, counts, wanted):
     return set(wanted or named or counts)
 
 
-def to_coco(labels, names, sizes, faces):
-    """Make the COCO content of labelled photos: (content, counts of what was found).
+def to_coco(photos, relative, names, sizes, faces):
+    """Make the COCO content of photos of these names and sizes: (content, counts of what was found).
 
-    `names` and `sizes` are those of the photos, `faces` the categories to take."""
-    images, annotations = [], []
-    met = Counter()
-    for image_id, (photo, name, (width, height)) in enumerate(zip(labels.photos, names, sizes), 1):
+    `faces` are the categories to take; boxes may be `relative`."""
+    images, annotations, met = [], [], Counter()
+    for image_id, (photo, name, (width, height)) in enumerate(zip(photos, names, sizes), 1):
         stated = tuple(photo.size) if photo.size and all(photo.size) else (width, height)
-        require(stated == (width, height) or labels.relative and stated != (height, width),
+        require(stated == (width, height) or relative and stated != (height, width),
                 f"{photo.place}: labelled at {stated[0]:g}x{stated[1]:g}, but the photo {photo.names[0]!r} "
                 f"is {width}x{height}, upright; was it resized or turned since?")
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        scale = (width, height) if labels.relative else (1, 1)
+        scale = (width, height) if relative else (1, 1)
         for label in photo.labels:
             if label.category not in faces:
                 continue
             x1, y1, x2, y2 = (round(value * scale[n % 2], 4) for n, value in enumerate(label.box))
             box, kind = clip([x1, y1, x2 - x1, y2 - y1], width, height)
-            ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             box = [round(value, 4) for value in box]
+            ignored = any(label.flags.get(key) for key in ("difficult", "ignore", "iscrowd"))
             face = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": box,
                     "area": min(round(max(box[2], 0) * max(box[3], 0), 4), 1e14), **label.flags,
                     "iscrowd": int(ignored or kind in ("empty", "outside"))}
@@ -208,17 +185,17 @@ def to_coco(labels, names, sizes, faces):
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, met
 
 
-def convert(path, photos, out, wanted=(), to="coco"):
-    """Convert the labels `path` of photos below `photos` (None: around the labels) to `out`.
-
-    Returns the format, the folder of the photos, and the counts of what was found. Raises InputError."""
-    path, out = Path(path), Path(out)
-    require(not photos or Path(photos).is_dir(), f"{photos}: no such folder of photos")
+def convert(path, photos, out, wanted, to):
+    """Convert the labels `path` of `photos` to `out`: the format, the photos' folder, the counts found."""
+    require(not photos or photos.is_dir(), f"{photos}: no such folder of photos")
     require(os.path.realpath(out) != os.path.realpath(path) and not out.is_dir(),
             f"{out}: is a folder that is there, or the labels themselves; name another for the output")
-    labels = read_labels(path, out)
+    try:
+        labels = read_labels(path, out)
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:  # a list for an object, say
+        raise InputError(f"{path}: cannot be read as labels ({type(error).__name__}: {error})") from None
     around = photos_around(path) if path.is_dir() else path.parent
-    shown = Path(photos) if photos else photos_around(around)
+    shown = photos or photos_around(around)
     root, around = os.path.realpath(shown), os.path.realpath(around)  # ".." after a link leads elsewhere
     found, others = find_photos(labels, Path(root), around)
     require(found, f"{path}: labels no photos (a text of RetinaFace is to be named itself)")
@@ -228,28 +205,22 @@ def convert(path, photos, out, wanted=(), to="coco"):
     folders = {os.path.dirname(name) for name in found}
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
     found |= {name: Photo([name], name, []) for name in plain}
-    labels.photos, names = list(found.values()), list(found)
-    sizes = read_sizes([(name, None) for name in names], root, os.cpu_count())
-    prefix = os.path.relpath(root, os.path.realpath(out.parent))
-    written = [Path(os.path.normpath(os.path.join(prefix, name))).as_posix() for name in names]
-    content, met = to_coco(labels, written, sizes, faces)
+    labels.left_out["photos without labels"] = (len(others) - len(plain)) * bool(photos)
+    sizes = read_sizes([(name, None) for name in found], root, os.cpu_count())
+    files, folder = [os.path.join(root, name) for name in found], os.path.realpath(out.parent)
+    names = [Path(os.path.relpath(file, folder)).as_posix() for file in files]
+    content, met = to_coco(found.values(), labels.relative, names, sizes, faces)
     annotations = content["annotations"]
     if to == "coco":
         write_json(out, content)
     else:
         annotations = [face for face in annotations if not face["iscrowd"]]
         labels.left_out["iscrowd"] = met.pop("marked iscrowd", 0)
-        boxes = defaultdict(list)
-        for face in annotations:
-            boxes[face["image_id"]].append(face["bbox"])
-        plain_names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in names]
-        write_yolo(out, [(Path(root, name), plain_name, size, boxes[n])
-                         for n, (name, plain_name, size) in enumerate(zip(names, plain_names, sizes), 1)])
-    if photos:
-        labels.left_out["photos without labels"] = len(others) - len(plain)
+        names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in found]
+        write_yolo(out, files, names, content["images"], annotations)
     with_faces = len({face["image_id"] for face in annotations})
     report = {f"category {name}{' (face)' if name in faces else ''}": count for name, count in counts.items()}
-    report |= {"photos": len(names), "without faces": len(names) - with_faces, "faces": len(annotations),
+    report |= {"photos": len(found), "without faces": len(found) - with_faces, "faces": len(annotations),
                "photos without txt": len(plain)}
     report |= {key: met[key] for key in (*FLAGS[:-1], "empty", "clipped", "outside", "marked iscrowd")}
     report |= {f"left out: {what}": count for what, count in labels.left_out.items()}
@@ -261,11 +232,10 @@ def main(argv=None):
     """Convert labels, and print what was found in them."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("labels", help="file or folder of labels")
-    add("photos", nargs="?", help="folder that the photos are in (default: around the labels)")
-    add("out", help="COCO json to write; with --to yolo a new folder")
-    add("--category", nargs="+", default=[], metavar="NAME",
-        help="what is a face (default: face, or the only one)")
+    add("labels", type=Path, help="file or folder of labels")
+    add("photos", type=Path, nargs="?", help="folder that the photos are in (default: around the labels)")
+    add("out", type=Path, help="COCO json to write; with --to yolo a new folder")
+    add("--category", nargs="+", default=[], metavar="NAME", help="of faces (default: face, or the only one)")
     add("--to", choices=("coco", "yolo"), default="coco", help="what to write (default %(default)s)")
     args = parser.parse_intermixed_args(argv)
     kind, root, counts = convert(args.labels, args.photos, args.out, args.category, args.to)

@@ -18,18 +18,15 @@ from support.coco import to_xywh
 SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
 
 
-def to_coco(photos, out, labelled):
-    """COCO content of photos (path, (width, height), faces `[K, 5]`), named relative to the file `out`.
-
-    Where `labelled`, a face below SURE is iscrowd: neither face nor background."""
+def to_coco(photos, out):
+    """COCO content, for the file `out`, of photos (path, (width, height), faces `[K, 5]`)."""
     folder = os.path.realpath(Path(out).parent)
     images, annotations = [], []
     for image_id, (path, (width, height), faces) in enumerate(photos, 1):
         file = os.path.join(os.path.realpath(path.parent), path.name)
         images.append({"id": image_id, "file_name": Path(os.path.relpath(file, folder)).as_posix(),
                        "width": width, "height": height})
-        boxes = to_xywh(faces[:, :4]).round(2).tolist()
-        for box, score in zip(boxes, faces[:, 4].tolist()) if labelled else ():
+        for box, score in zip(to_xywh(faces[:, :4]).round(2).tolist(), faces[:, 4].tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
                                 "bbox": box, "area": round(box[2] * box[3], 2),
                                 "iscrowd": int(score < SURE), "score": round(score, 5)})
@@ -60,14 +57,13 @@ def main(argv=None):
     photos = [photo for photo in found if photo[2] is not None]
     text = count(len(photos), "picture")
     if args.fooled is None:
-        content = to_coco(photos, args.json, labelled=True)
+        content = to_coco(photos, args.json)
         doubtful = sum(face["iscrowd"] for face in content["annotations"])
         sure = len(content["annotations"]) - doubtful
         text = f"{count(sure, 'face')} and {doubtful} doubtful (iscrowd) on {text}"
     else:
-        fooled = [photo for photo in photos if len(photo[2])]
-        content = to_coco(fooled, args.json, labelled=False)
-        text = f"{len(fooled)} of {text} have a face of score {score:g} or more"
+        content = to_coco([(path, size, faces[:0]) for path, size, faces in photos if len(faces)], args.json)
+        text = f"{len(content['images'])} of {text} have a face of score {score:g} or more"
     if photos:
         write_json(args.json, content)
         text += f"; see {args.json}"

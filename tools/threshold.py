@@ -3,10 +3,9 @@
     python -m tools.threshold val.json detections.json precision=0.95     # what evaluate.py --out wrote
     python -m tools.threshold val.json detections.json false=0.1 --save runs/face/best.pth runs/face/sure.pth
 
-A target is a precision or a recall of at least so much, or at most so many false detections a photo. The
-lowest score that meets it on some photos meets it on only about half of all others: it has their luck. So it
-has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979), each with one mistake more than
-it has (conformal risk control, Angelopoulos et al. 2022): photos without any would meet every target.
+The lowest score that meets a target on some photos meets it on only about half of all others: it has their
+luck. So it has to do in SURE of the resamples of the photos (the bootstrap, Efron 1979), each with one
+mistake more than it has (conformal risk control, Angelopoulos et al. 2022).
 """
 
 import argparse
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.script import InputError, bad_values, command, new_parser
+from support.script import InputError, bad_values, command, new_parser, require
 
 import numpy as np
 
@@ -37,6 +36,7 @@ class Target(NamedTuple):
     value: float
 
     def __str__(self):
+        """As it is typed."""
         return f"{self.measure.removesuffix('_per_picture')}={self.value:g}"
 
     def met(self, measured):
@@ -57,9 +57,9 @@ def parse_target(text):
 
 
 def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | None, float | None]:
-    """The lowest (of a recall the highest) thresholds that meet a target: on these photos, on others too.
+    """The lowest (of a recall the highest) thresholds that meet a target on these photos and on others too.
 
-    None: no score. `times` asks what would be chosen of so many times as many photos such as these."""
+    None: no score. `times` asks what would be chosen of so many times as many photos."""
     scores = np.unique(np.floor(found.score[found.hit | found.false] * STEPS) / STEPS)[::-1]
     hits = shown_by_photo(found, found.hit, scores)
     false = shown_by_photo(found, found.false, scores)
@@ -75,20 +75,20 @@ def choose(found: Outcomes, target: Target, times: int = 1) -> tuple[float | Non
 
 
 def shown_by_photo(found: Outcomes, flags: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How many of the detections in `flags` `[D]` each of the thresholds `scores` `[T]`, highest first, shows
-    on each photo: float64 `[I, T]`. The last one shows them all."""
-    first = np.searchsorted(-scores, -found.score[flags])  # the highest threshold that shows each
-    cells = found.image[flags] * len(scores) + first
-    counts = np.bincount(cells, minlength=len(found.faces) * len(scores))
-    return counts.reshape(len(found.faces), len(scores)).cumsum(1).astype(np.float64)
+    """How many detections in `flags` `[D]` each of `scores` `[T]`, falling, shows on each photo: `[I, T]`."""
+    counts = np.zeros((len(found.faces), len(scores) + 1))
+    np.add.at(counts, (found.image[flags], np.searchsorted(-scores, -found.score[flags])), 1)
+    return counts.cumsum(1)[:, :-1]
 
 
 def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     """Say in one line why `choose` found no score for others."""
     if here is not None:
-        needed = photos_needed(found, target)
-        advice = f"about {needed:,} such photos are" if needed else f"{MOST:,} such photos are not"
-        return (f"{target}: score {here:g} meets it on these {len(found.faces)} photos, but they are too few "
+        photos = len(found.faces)
+        times = [2 ** n for n in range(1, 99) if 2 ** n * photos <= MOST]
+        enough = next((n for n in times if choose(found, target, n)[1] is not None), 0)
+        advice = f"about {enough * photos:,} such photos are" if enough else f"{MOST:,} such photos are not"
+        return (f"{target}: score {here:g} meets it on these {photos} photos, but they are too few "
                 f"to say so of others; {advice} enough")
     reached = score_curve(found)[target.measure]
     if not len(reached) or not found.faces.sum():
@@ -97,24 +97,13 @@ def refusal(found: Outcomes, target: Target, here: float | None) -> str:
     return f"{target}: no score meets it; the best is {best:.3g}"
 
 
-def photos_needed(found: Outcomes, target: Target) -> int | None:
-    """How many photos such as these would be enough, to a factor of two; None: MOST are not."""
-    times = 2
-    while times * len(found.faces) <= MOST:
-        if choose(found, target, times)[1] is not None:
-            return times * len(found.faces)
-        times *= 2
-
-
 def intervals(found: Outcomes, score: float) -> dict[str, tuple[float, float, float]]:
-    """The `metrics.rates` at a threshold, and between what values lie 95 % of the resamples of the photos:
-    {name: (value, low, high)}."""
-    photos, shown = len(found.faces), found.score >= score
-    hits = np.bincount(found.image[shown & found.hit], minlength=photos)
-    false = np.bincount(found.image[shown & found.false], minlength=photos)
-    counts = np.stack([hits, false, found.faces])                                          # [3, I]
-    resampled = np.concatenate([weights @ counts.T for weights in _resamples(photos)]).T   # [3, RESAMPLES]
-    values, spread = rates(*counts.sum(1), photos), rates(*resampled, photos)
+    """The `metrics.rates` at a threshold, with those of 95 % of the resamples: {name: (value, low, high)}."""
+    photos = len(found.faces)
+    shown = [shown_by_photo(found, flags, np.array([score])) for flags in (found.hit, found.false)]
+    counts = np.column_stack([*shown, found.faces])                                    # [I, 3]
+    resampled = np.concatenate([weights @ counts for weights in _resamples(photos)])   # [RESAMPLES, 3]
+    values, spread = rates(*counts.sum(0), photos), rates(*resampled.T, photos)
     return {name: (float(value), *np.quantile(spread[name], INTERVAL).tolist())
             for name, value in values.items()}
 
@@ -136,16 +125,15 @@ def read_model(args, made):
     """The content of the checkpoint to save into. Raises InputError unless it made the detections."""
     from model import read_checkpoint  # torch takes seconds
     model, new = args.save
-    if {Path(model).suffix, Path(new).suffix} != {".pth"} or os.path.realpath(new) == os.path.realpath(model):
-        raise InputError(f"--save {model} {new}: two checkpoints (.pth) are expected; export.py then puts "
-                         "the threshold into .onnx and .xml")
+    differ = os.path.realpath(new) != os.path.realpath(model)
+    require(differ and {Path(model).suffix, Path(new).suffix} == {".pth"}, f"--save {model} {new}: two "
+            "checkpoints (.pth) are expected; export.py then puts the threshold into .onnx and .xml")
     with bad_values():
         content = read_checkpoint(model)
-    if not made:
-        raise InputError(f"{made_path(args.detections)}: no such file, so nothing says which model made "
-                         f"{args.detections}; evaluate.py --model {model} --out writes both")
-    if made["sha256"] != hashes(model):
-        raise InputError(f"{args.detections}: was made by another model ({made['model']}), not by {model}")
+    require(made, f"{made_path(args.detections)}: no such file, so nothing says which model made "
+            f"{args.detections}; evaluate.py --model {model} --out writes both")
+    require(made["sha256"] == hashes(model),
+            f"{args.detections}: was made by another model ({made['model']}), not by {model}")
     return content
 
 
@@ -176,9 +164,8 @@ def main(argv=None):
         from checkpoints import write_content
         data = {"file": os.path.basename(args.data), "photos": len(annotations.ids),
                 "faces": int(found.faces.sum()), "fingerprint": annotations.fingerprint()}
-        entry = {"score": score, "target": str(args.target), "data": data}
-        entry |= {key: made[key] for key in ("size", "tiles")}
-        write_content(args.save[1], content | {"threshold": entry})
+        entry = {"score": score, "target": str(args.target), "size": made["size"], "tiles": made["tiles"]}
+        write_content(args.save[1], content | {"threshold": entry | {"data": data}})
         print(f"wrote {args.save[1]}")
 
 

@@ -3,14 +3,13 @@
     python -m tools.width weights/face_ssd300.pth 0.5 runs/half.pth
     python train.py --load-from runs/half.pth --distill 0.5 0.5 --teacher weights/face_ssd300.pth
 
-A cut network has to be trained before it is of use, but learns in a fraction of the time that one from
-scratch takes. A widened one computes the same as before.
+A cut network has to be trained before it is of use. A widened one computes the same as before.
 """
 
 import copy
 from itertools import pairwise
 
-from support.script import InputError, bad_values, command, new_parser
+from support.script import bad_values, command, new_parser, require
 
 import torch
 from torch import nn
@@ -23,8 +22,8 @@ from model import SSD, Config, load_model
 def resize(source: SSD, config: Config) -> SSD:
     """An SSD of `config` that starts from what `source`, of another width, has learned.
 
-    A narrower one keeps of each layer the channels that matter most. A wider one computes the same: its added
-    channels start at random, and no layer reads them before it has learned to (Net2Net, Chen et al. 2016)."""
+    A narrower one keeps the channels that matter most. Those that a wider one adds start at random, and no
+    layer reads them before it has learned to (Net2Net, Chen et al. 2016)."""
     model = SSD(config)
     source = copy.deepcopy(source)
     for importance, producers, consumers in channel_groups(source):
@@ -46,10 +45,9 @@ def resize(source: SSD, config: Config) -> SSD:
 def channel_groups(model):
     """All groups of channels that can only change places as one: (importance, producers, consumers) each.
 
-    importance `[C]`: the mean square of what a channel adds to the next layers, as batch norms tell it
-    without a photo. producers: the layers with a row for each channel. consumers: the convolutions with a
-    column for each. A block is expand, norm, depthwise, norm, project, norm; ReLUs are left out."""
-    stem, *blocks = model.backbone.features
+    importance `[C]`: the mean square of what a channel adds to the next layers, by the batch norms.
+    producers: the layers with a row for each channel. consumers: the convolutions with a column for each."""
+    stem, *blocks = model.backbone.features  # each has expand, norm, depthwise, norm, project, norm
     layers = [[layer for layer in block.conv if not isinstance(layer, nn.ReLU)] for block in blocks]
     groups = [hidden_group(block, stem[:2]) for block in layers]
     # Blocks that add to their input share their output's channels with those before them.
@@ -69,7 +67,7 @@ def hidden_group(block, stem):
 def shared_group(writers, readers):
     """The group of the channels that the blocks `writers` add to, and the blocks `readers` expand."""
     producers = [layer for block in writers for layer in block[-2:]]
-    norms = [block[-1] for block in writers]
+    norms = producers[1::2]
     power = sum(norm.weight ** 2 for norm in norms) + sum(norm.bias for norm in norms) ** 2
     wanted = sum(column_power(expand, norm) for expand, norm, *_ in readers)
     return power * wanted, producers, [block[0] for block in readers]
@@ -77,12 +75,10 @@ def shared_group(writers, readers):
 
 def feature_group(last, branches):
     """The group of the feature map's channels, which both branches of the head take through a depthwise."""
-    producers = last[-2:]
-    consumers = []
-    importance = 0
+    importance, producers, consumers = 0, last[-2:], []
     for depthwise, norm, _, output in branches:
         columns = output.weight.square().sum((0, 2, 3))
-        importance = importance + relu_power(norm) * columns / columns.sum()
+        importance += relu_power(norm) * columns / columns.sum()
         producers += [depthwise, norm]
         consumers.append(output)
     return importance, producers, consumers
@@ -90,10 +86,9 @@ def feature_group(last, branches):
 
 def relu_power(bn):
     """The mean square `[C]` of ReLU's output behind a batch norm, whose own output is taken as normal."""
-    deviation, normal = bn.weight.abs().clamp(min=1e-6), torch.distributions.Normal(0.0, 1.0)
-    ratio = bn.bias / deviation
-    return (bn.bias ** 2 + deviation ** 2) * normal.cdf(ratio) \
-        + bn.bias * deviation * normal.log_prob(ratio).exp()
+    mean, deviation, normal = bn.bias, bn.weight.abs().clamp(min=1e-6), torch.distributions.Normal(0.0, 1.0)
+    density = normal.log_prob(mean / deviation).exp()
+    return (mean ** 2 + deviation ** 2) * normal.cdf(mean / deviation) + mean * deviation * density
 
 
 def column_power(convolution, bn):
@@ -114,11 +109,9 @@ def main(argv=None):
     with bad_values():
         source = load_model(args.checkpoint)
         config = Config(*source.config.input_size, args.width, source.config.anchors)
-    if config.width == source.config.width:
-        raise InputError(f"{args.checkpoint}: is of width {config.width:g} already")
+    require(config.width != source.config.width, f"{args.checkpoint}: is of width {config.width:g} already")
     save(args.out, resize(source, config))
-    change = "cut" if config.width < source.config.width else "widened"
-    print(f"{args.out}: {args.checkpoint}, {change} from width {source.config.width:g} to {config.width:g}")
+    print(f"{args.out}: {args.checkpoint}, from width {source.config.width:g} to {config.width:g}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ detections.json is what evaluate.py --out has written.
 """
 
 import csv
-import math
 from dataclasses import dataclass
 
 from support.script import command, csv_cell, new_parser, parse_picture, whole_file
@@ -15,13 +14,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import read_detections
-from metrics import Outcomes, operating_points, outcomes
+from metrics import operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
 from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
                               load_picture, save_picture)
 
 TRUTH = "#ffffff"                    # the colour of annotated faces
-LINE = 40                            # the height of a line of text, pixels
+LINE = 40                            # the height of the legend, pixels
+LEGEND = {TRUTH: "annotated face", FACE: "found, with score", MISSED: "missed face",
+          FALSE: "false detection", IGNORED: "to ignore"}
 TILE, CAPTION = 640, 56              # pixels of a photo with its caption on the sheet, and of that alone
 LETTERS = 66                         # of a line of the caption
 
@@ -31,7 +32,6 @@ class Judged:
     """The D detections on M annotated faces, and what is to be seen of them from `score` on."""
     annotations: Annotations
     detections: Detections
-    outcomes: Outcomes      # of all detections
     score: float
     hit: np.ndarray         # [D] bool: is shown and finds a face
     false: np.ndarray       # [D] bool: is shown and false; those on regions to ignore are neither
@@ -48,14 +48,14 @@ def judge(annotations: Annotations, detections: Detections, score: float | None 
     images = {"faces": annotations.image[every.asked], "ignored": annotations.image[~every.asked],
               "found": every.image[hit], "missed": annotations.image[missed], "false": every.image[false]}
     counts = {name: np.bincount(image, minlength=len(annotations.ids)) for name, image in images.items()}
-    return Judged(annotations, detections, every, score, hit, false, missed, counts)
+    return Judged(annotations, detections, score, hit, false, missed, counts)
 
 
-def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf) -> Image.Image:
-    """Photo `index`, fitted into `width` x `height` pixels, faces and detections in the legend's colours."""
+def draw_judged(judged: Judged, index: int) -> Image.Image:
+    """Photo `index`, fitted into a tile above its caption, faces and detections in the legend's colours."""
     annotations, found = judged.annotations, judged.detections
     photo = load_picture(annotations.file(index))
-    scale = min(width / photo.width, height / photo.height)
+    scale = min(TILE / photo.width, (TILE - CAPTION) / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
     faces, own = annotations.image == index, found.image == index
     right, false = own & judged.hit, own & judged.false
@@ -69,50 +69,31 @@ def draw_judged(judged: Judged, index: int, width: int, height: float = math.inf
     return photo
 
 
-def draw_legend(sheet, text):
-    """Say at the bottom of a picture, in a line of LINE pixels, what the colours mean, then `text`."""
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    x, y = 12, sheet.height - LINE
-    for colour, meaning in ((TRUTH, "annotated face"), (FACE, "found, with score"), (MISSED, "missed face"),
-                            (FALSE, "false detection"), (IGNORED, "to ignore"), (None, text)):
-        if colour:
-            draw.rectangle((x, y + 12, x + 22, y + 28), outline=colour, width=3)
-        draw.text((x + 30, y + LINE / 2), meaning, "white", font, "lm")
-        x += 62 + round(draw.textlength(meaning, font))
-
-
 def worst_sheet(judged: Judged, count: int) -> Image.Image:
-    """Lay the `count` photos with most mistakes side by side, worst first, with names and counts."""
-    counts, font = judged.counts, ImageFont.load_default(18)
-    tiles = []
+    """Lay the `count` photos with most mistakes side by side, worst first, with names, counts, a legend."""
+    counts, tiles, font = judged.counts, [], ImageFont.load_default(18)
     for index in np.argsort(-counts["missed"] - counts["false"], kind="stable")[:count]:
-        photo = draw_judged(judged, index, TILE, TILE - CAPTION)
+        photo = draw_judged(judged, index)
         text = (f"{drawable(judged.annotations.names[index])[-LETTERS:]}\n{counts['missed'][index]} missed, "
                 f"{counts['false'][index]} false, {counts['found'][index]} of {counts['faces'][index]} found")
         tiles.append(Image.new("RGB", (TILE, TILE)))
         tiles[-1].paste(photo)
         ImageDraw.Draw(tiles[-1]).text((0, photo.height + 6), text, "white", font)
     sheet = ImageOps.expand(contact_sheet(tiles, 3, TILE), (0, 0, 0, LINE))
-    draw_legend(sheet, f"detections of score {judged.score:.3g} or more")
+    draw, x = ImageDraw.Draw(sheet), 12
+    for colour, text in [*LEGEND.items(), ("white", f"detections of score {judged.score:.3g} or more")]:
+        draw.text((x, sheet.height - LINE / 2), text, colour, font, "lm")
+        x += 40 + round(draw.textlength(text, font))
     return sheet
 
 
 def write_per_photo(judged: Judged, path):
-    """Write a CSV with a row for each photo: the counts, and of all detections, shown or not, the scores of
-    the best false one and of the lowest that finds a face."""
-    every, best_false, lowest_found = judged.outcomes, {}, {}
-    for n in np.argsort(every.score):
-        if every.false[n]:
-            best_false[every.image[n]] = f"{every.score[n]:.5f}"
-        elif every.hit[n]:
-            lowest_found.setdefault(every.image[n], f"{every.score[n]:.5f}")
+    """Write a CSV with the counts of each photo."""
     with whole_file(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(["file", *judged.counts, "best_false", "lowest_found"])
-            for index, name in enumerate(judged.annotations.names):
-                counts = [own[index] for own in judged.counts.values()]
-                rows.writerow([csv_cell(name), *counts, best_false.get(index), lowest_found.get(index)])
+            names = map(csv_cell, judged.annotations.names)
+            rows = zip(["file", *names], *([name, *own] for name, own in judged.counts.items()))
+            csv.writer(file).writerows(rows)
 
 
 @command
@@ -125,7 +106,7 @@ def main(argv=None):
     add("--count", type=int, default=12, help="photos on the picture (default %(default)s)")
     add("--score", type=float, help="show detections of at least this score (default: that of the best F1)")
     add("--out", type=parse_picture, default="worst.png", metavar="PNG", help="default %(default)s")
-    add("--csv", metavar="CSV", help="a row for each photo: faces, found, missed, false, scores")
+    add("--csv", metavar="CSV", help="a row for each photo: faces, ignored, found, missed, false")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")

@@ -29,11 +29,11 @@ def read_yolo(path):
     """Read YOLO's txt files below a folder, or beside its yaml: boxes, oriented boxes, polygons, keypoints.
 
     A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, maybe with keypoints, a score and the number
-    of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in
-    data.yaml, classes.txt or obj.names there, or a folder or two above. Lists of names and other texts may
-    lie beside labels, so what cannot be read is kept as the `problem` of a photo, if there is one."""
+    of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in one
+    of NAME_FILES there, or a folder or two above. Lists of names and other texts may lie beside labels, so
+    what cannot be read is kept as the `problem` of a photo, if there is one."""
     folder = path if path.is_dir() else path.parent
-    places = [folder, *list(folder.resolve().parents)[:2]]
+    places = (folder, *folder.resolve().parents[:2])
     files = [path, *(place / name for place in places for name in NAME_FILES)]
     file = next((file for file in files if file.is_file()), None)
     names, keypoints = read_names(file) if file else ([], None)
@@ -114,13 +114,13 @@ def _holds_the_rest(rows, count):
 def _box(place, values, corners):
     """The xyxy box of one line. `corners` says how many of its numbers are a polygon's."""
     count = corners.get(len(values))
-    require(count is not None, f"{place}: {len(values) + 1} numbers; class cx cy w h, or "
-            "class x1 y1 x2 y2 x3 y3 ... expected")
+    require(count is not None,
+            f"{place}: {len(values) + 1} numbers; class cx cy w h, or class x1 y1 x2 y2 x3 y3 ... expected")
     shape = values[:count or 4]
-    require(max(map(abs, shape)) <= 2, f"{place}: {max(shape, key=abs):g} is no fraction of a photo's side; "
-            "YOLO's numbers are from 0 to 1")
+    largest = max(shape, key=abs)
+    require(abs(largest) <= 2, f"{place}: {largest:g} is no fraction of a photo's side, from 0 to 1")
     if count:
-        return around(list(zip(shape[::2], shape[1::2])))
+        return around(place, zip(shape[::2], shape[1::2]))
     cx, cy, w, h = shape
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
@@ -132,7 +132,7 @@ def read_names(file):
         return [line.strip() for line in text.split("\n") if line.strip()], None
     try:
         content = yaml.load(text, yaml.BaseLoader)  # safe, and all are words: a class may be called no
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:200]})") from None
     content = content if isinstance(content, dict) else {"names": content}
     names, shape = content.get("names", ["0"]), content.get("kpt_shape", ["0", "0"])
@@ -141,32 +141,33 @@ def read_names(file):
     require(names and isinstance(names, list) and all(isinstance(name, str) and name for name in names),
             f"{file}: names are not understood, {str(names)[:60]!r}; write names: [face, other]")
     require(isinstance(shape, list) and len(shape) == 2 and all(str(side).isdecimal() for side in shape),
-            f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; "
-            "write kpt_shape: [5, 2] for 5 landmarks of x and y")
+            f"{file}: kpt_shape is not understood, {str(shape)[:60]!r}; write kpt_shape: [5, 2]")
     keypoints = int(shape[0]) * int(shape[1]) if "kpt_shape" in content else None
     return names if "names" in content else [], keypoints
 
 
-def write_yolo(folder, photos):
-    """Write a dataset that Ultralytics reads: copies of `photos`, their labels, and data.yaml.
+def write_yolo(folder, files, names, images, annotations):
+    """Write a dataset that Ultralytics reads: copies of `files` as `names` below images/, labels, data.yaml.
 
-    `photos` are (path, name below images/, size, faces `[(x, y, w, h)]` in pixels). Raises InputError where
-    two photos would share a label; nothing is left half-written."""
-    folder, texts = Path(folder), {}
-    for path, name, _, _ in photos:
+    `images` and `annotations` are COCO's. Raises InputError where two photos would share a label."""
+    texts, rows = {}, defaultdict(list)
+    for path, name in zip(files, names):
         text = PurePosixPath(name).with_suffix(".txt")
         require(texts.setdefault(text, path) == path,
                 f"{path}: would share the label {text} with {texts[text]}; rename one")
+    for face in annotations:
+        rows[face["image_id"]].append(face["bbox"])
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        for path, name, (width, height), faces in tqdm(photos, "copying", disable=None):
-            picture, text = temporary / "images" / name, (temporary / "labels" / name).with_suffix(".txt")
-            for file in (picture, text):
+        for path, name, text, image in zip(tqdm(files, "copying", disable=None), names, texts, images):
+            picture, label = temporary / "images" / name, temporary / "labels" / text
+            for file in (picture, label):
                 file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, picture)
-            rows = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-                    for x, y, w, h in faces]
-            text.write_text("".join("0 {:.8f} {:.8f} {:.8f} {:.8f}\n".format(*row) for row in rows))
+            width, height = image["width"], image["height"]
+            boxes = [((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                     for x, y, w, h in rows[image["id"]]]
+            label.write_text("".join("0 {:.8f} {:.8f} {:.8f} {:.8f}\n".format(*box) for box in boxes))
         (temporary / "data.yaml").write_text(
             "train: images\nval: images  # train on one folder, validate on another\nnames: [face]\n")
         os.rename(temporary, folder)
