@@ -6,7 +6,6 @@ defined on it, to the last digit.
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
-FILE_NAME = re.compile(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4095}")  # no half characters, which JSON can hold
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
 
@@ -111,9 +109,7 @@ class Annotations:
 
 def moved_images(images: list[dict], source: str | Path, target: str | Path) -> list[dict]:
     """The entries of "images" of the json `source` with file names as the json `target` needs them."""
-    # Names in a json are relative to it.
-    photos, folder = os.path.realpath(Path(source).parent), os.path.dirname(os.path.realpath(target))
-    to_photos = os.path.relpath(photos, folder)
+    to_photos = os.path.relpath(os.path.realpath(Path(source).parent), Path(target).resolve().parent)
     return [image | {"file_name": Path(to_photos, image["file_name"]).as_posix()} for image in images]
 
 
@@ -126,9 +122,8 @@ def read_annotations(path: str | Path) -> Annotations:
     path = Path(path)
     images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
-        name = entry.get("file_name")
-        require(isinstance(name, str) and FILE_NAME.fullmatch(name),
-                f"{path}: images[{index}] (id {entry['id']}) has no file_name that could be a file's")
+        require(isinstance(entry.get("file_name"), str),
+                f"{path}: images[{index}] (id {entry['id']}) has no file_name")
     category = _face_category(path, categories, annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}
@@ -138,14 +133,12 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}: annotation {face['id']} belongs to image {number!r}, which is not in "
                              "\"images\"; python -m tools.labels_to_coco matches \"1\" and 1")
         if crowd not in (0, 1):  # as text, "0" would count as yes
-            raise InputError(
-                f"{path}: annotation {face['id']}: iscrowd is {repr(crowd)[:60]}, 0 or 1 expected")
+            raise InputError(f"{path}: annotation {face['id']}: iscrowd is {crowd!r:.60}, 0 or 1 expected")
     image = np.array([index_of[face["image_id"]] for face in faces], np.int64)
-    ids = [face["id"] for face in faces]
-    xywh = _numbers(path, "bbox", [face.get("bbox") for face in faces], ids, (4,))
-    areas = [w * h if face.get("area") is None else face["area"]
-             for face, (_, _, w, h) in zip(faces, xywh.tolist())]
-    area = _numbers(path, "area", areas, ids, ())
+    xywh = _numbers(path, "bbox", {face["id"]: face.get("bbox") for face in faces}, 4)
+    areas = {face["id"]: w * h if face.get("area") is None else face["area"]
+             for face, (_, _, w, h) in zip(faces, xywh.tolist())}
+    area = _numbers(path, "area", areas, 1)[:, 0]
     sizes = [_size(path, entry, key) for entry in images for key in ("width", "height")]
     sizes = np.array(sizes, np.int64).reshape(-1, 2)
     crowd = np.array([face.get("iscrowd", 0) for face in faces], bool)
@@ -211,26 +204,24 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     require(isinstance(entries, list) and all(isinstance(e, dict) for e in entries),
             f"{path}: not COCO results, a list of {{image_id, category_id, bbox, score}} is expected")
     face = annotations.category
-    categories = {face}
-    if any(entry.get("category_id") != face for entry in entries):
-        categories |= {c["id"] for c in read_json(annotations.path).get("categories") or []}
-    index_of = {number: index for index, number in enumerate(annotations.ids.tolist())}
-    numbers = []
+    found = {n: entry for n, entry in enumerate(entries) if entry.get("category_id") == face}
+    known = [face]
+    if len(found) < len(entries):
+        known += [category["id"] for category in read_json(annotations.path).get("categories") or []]
     for n, entry in enumerate(entries):
-        category, image = entry.get("category_id"), entry.get("image_id")
-        if type(category) not in (int, float) or category not in categories:
-            raise InputError(f"{path}: entry {n} is of category_id {repr(category)[:60]}, which is not in "
-                             f"{annotations.path}; its face is {face}")
-        if category == face and (type(image) not in (int, float) or image not in index_of):
-            raise InputError(f"{path}: entry {n} is of image {image!r}, which is not in {annotations.path}")
-        if category == face:
-            numbers.append(n)
-    require(numbers or not entries,
+        category = entry.get("category_id")
+        require(type(category) in (int, float) and category in known, f"{path}: entry {n} is of category_id "
+                f"{repr(category)[:60]}, which is not in {annotations.path}; its face is {face}")
+    require(found or not entries,
             f"{path}: none of its {len(entries)} entries is of category_id {face}, the face")
-    entries = [entries[n] for n in numbers]
-    image = np.array([index_of[entry["image_id"]] for entry in entries], np.int64)
-    xywh = _numbers(path, "bbox", [entry.get("bbox") for entry in entries], numbers, (4,))
-    score = _numbers(path, "score", [entry.get("score") for entry in entries], numbers, ())
+    index_of = {number: index for index, number in enumerate(annotations.ids.tolist())}
+    for n, entry in found.items():
+        image = entry.get("image_id")
+        if type(image) not in (int, float) or image not in index_of:
+            raise InputError(f"{path}: entry {n} is of image {image!r}, which is not in {annotations.path}")
+    image = np.array([index_of[entry["image_id"]] for entry in found.values()], np.int64)
+    xywh = _numbers(path, "bbox", {n: entry.get("bbox") for n, entry in found.items()}, 4)
+    score = _numbers(path, "score", {n: entry.get("score") for n, entry in found.items()}, 1)[:, 0]
     known = annotations.sizes[annotations.sizes > 0]
     if not len(known) or known.max() > 100:
         require_pixels(path, xywh)
@@ -281,24 +272,16 @@ def _face_category(path, categories, annotations):
     return (faces or list(names))[0]
 
 
-def _numbers(path, key, values, entries, shape):
-    """The list `values` as finite float64 `[len(values), *shape]`; a bad one is named by its entry."""
-    array = _as_numbers(values, shape)
-    if array is None:  # one by one only to find the one to name: all at once is fast
-        entry, bad = next((n, v) for n, v in zip(entries, values) if _as_numbers([v], shape) is None)
-        expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-        raise InputError(f"{path}: entry {entry}: {key} is {str(bad)[:60]}, {expected} expected")
-    return array
-
-
-def _as_numbers(values, shape):
-    """The list `values` as float64 `[len(values), *shape]`, or None if one is no number of a usual size."""
-    try:
-        array = np.array(values or np.zeros((0, *shape)))
-    except (ValueError, MemoryError):  # of several lengths, or long words among them
-        return None
-    fits = array.dtype.kind in "iuf" and array.shape == (len(values), *shape)
-    return array.astype(np.float64) if fits and (np.abs(array.astype(float)) < 1e15).all() else None
+def _numbers(path, key, values, count):
+    """What each entry has, `values` {entry: `count` numbers}, as float64 `[len(values), count]`."""
+    rows = []
+    for entry, value in values.items():
+        row = value if isinstance(value, list) else [value]
+        if len(row) != count or not all(type(n) in (int, float) and abs(n) < 1e15 for n in row):
+            expected = "a finite number" if count == 1 else f"{count} finite numbers"
+            raise InputError(f"{path}: entry {entry}: {key} is {str(value)[:60]}, {expected} expected")
+        rows.append(row)
+    return np.array(rows, np.float64).reshape(-1, count)
 
 
 def _size(path, entry, key):

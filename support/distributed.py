@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.script import InputError, one_line
+from support.script import InputError, first_line, one_line
 
 JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other at the start
 
@@ -25,8 +25,7 @@ def choose_device(name: str | None = None) -> str:
     try:
         torch.zeros(1, device=name).item()  # read back: meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0][:160]
-        raise InputError(f"--device {name}: not available here ({reason})") from None
+        raise InputError(f"--device {name}: not available here ({first_line(error)})") from None
     return name
 
 
@@ -43,22 +42,20 @@ def join_processes(device: str | None = None) -> tuple[int, int, str]:
         torch.cuda.set_device(local)  # before the first tensor, or every process takes memory on GPU 0
         device = f"cuda:{local}"
     device = choose_device(device)
-    if not dist.is_initialized():
-        try:
-            store, rank, processes = next(dist.rendezvous("env://", timeout=JOIN))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun keeps one store through its restarts. Addresses of processes that died are still in
-                # it (pytorch/pytorch#135712). On several nodes the counts of restarts can differ: see docs.
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            store.set(f"here/{rank}", "")
-            store.wait([f"here/{other}" for other in range(processes)], JOIN)
-            backend = "nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:160]
-            raise InputError(f"the processes cannot meet ({reason}); start them with torchrun, "
-                             "with --standalone or a free --master_port") from None
-    return dist.get_rank(), dist.get_world_size(), device
+    try:
+        store, rank, processes = next(dist.rendezvous("env://", timeout=JOIN))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store through its restarts. Addresses of processes that died are still in
+            # it (pytorch/pytorch#135712). On several nodes the counts of restarts can differ: see docs.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(processes)], JOIN)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes cannot meet ({first_line(error)}); start them with torchrun, "
+                         "with --standalone or a free --master_port") from None
+    return rank, processes, device
 
 
 def leave_processes() -> None:
@@ -86,23 +83,20 @@ def gather(own: dict) -> dict:
 def all_or_none(make):
     """Call `make()` in every process and return its result. If any raises InputError, all do.
 
-    So no process waits for one that has given up. On each machine, the same trouble is reported once."""
-    result, error = None, None
+    So no process waits for one that has given up. Each machine reports one line."""
+    result, text = None, None
     try:
         result = make()
-    except (InputError, OSError) as caught:
-        error = InputError(one_line(caught))
+    except (InputError, OSError) as error:
+        text = one_line(error)
     rank = dist.get_rank() if dist.is_initialized() else 0
     machine = os.environ.get("GROUP_RANK", "0")
-    failed = gather({rank: (str(error), machine)} if error else {})
-    if error:
-        error.reported = (str(error), machine) in [own for other, own in failed.items() if other < rank]
-        raise error
+    failed = gather({rank: (text, machine)} if text else {})
     if failed:
         first = min(failed)
-        known_here = any(where == machine for _, where in failed.values())
-        raise InputError(f"process {first} has given up: {failed[first][0]}",
-                         reported=known_here or os.environ.get("LOCAL_RANK", "0") != "0")
+        here = [other for other, (_, where) in failed.items() if where == machine]
+        reported = rank != min(here) if here else os.environ.get("LOCAL_RANK", "0") != "0"
+        raise InputError(text or f"process {first} has given up: {failed[first][0]}", reported)
     return result
 
 
@@ -168,9 +162,9 @@ class StopFlag:
     def agreed(self) -> bool:
         """Whether any process was told to stop. All processes must ask at the same moment."""
         if self.group is not None:
-            told = torch.tensor(64 - self.number if self.number else 0)  # of several signals, Ctrl-C counts
+            told = torch.tensor(self.number)
             dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
-            self.number = 64 - told.item() if told.item() else 0
+            self.number = told.item()
         if self.number:  # this process ends by itself; torchrun sends more signals once another has left
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)

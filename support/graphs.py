@@ -4,14 +4,12 @@ import torch
 
 
 class Graphs:
-    """Calls `function(*tensors)`, a tensor's worth of work on the GPU, from a CUDA graph for each shape.
+    """Calls `function(*tensors)`, work on the GPU, from a CUDA graph for each shape (see PyTorch's notes).
 
     The function must not wait for the GPU, and must find the same memory each time: what it changes, such as
     gradients, has to exist before the first call. `buffers` are tensors that it changes as it runs (batch
     norm's statistics): recording runs it a few times, and puts them back. The output is overwritten by the
-    next call. See "CUDA graphs" in PyTorch's notes."""
-
-    WARM_UP = 3
+    next call."""
 
     def __init__(self, function, buffers):
         self.function = function
@@ -36,7 +34,7 @@ class Graphs:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(self.WARM_UP):
+            for _ in range(3):  # warm up
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

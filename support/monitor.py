@@ -26,9 +26,6 @@ def describe_run(trainer, dataset, content):
           f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
     print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
           f"{args.precision}{', compiled in the first iteration' if args.compile else ''}; {goal}")
-    if args.milestones and min(args.milestones) >= args.epochs > 1:
-        print(f"the learning rate never falls: its --milestones {args.milestones} lie beyond the "
-              f"{args.epochs} epochs")
 
 
 class Progress:
@@ -109,10 +106,10 @@ class Monitor:
             return
         try:
             draw_curves([line for line in self.lines if "epoch" in line], self.out / "curves.png")
-            self.drawn = time.perf_counter()
         except Exception as error:  # matplotlib absent, a font broken, a disk full
             self.undrawn = True
             print(f"curves.png is not drawn, the training goes on: {one_line(error)}", flush=True)
+        self.drawn = time.perf_counter()
 
     def close(self):
         """Let another run write in the folder."""
@@ -141,13 +138,10 @@ def claim(out):
 
 
 def read_log(path):
-    """Read the lines of a log.jsonl as dicts. Raises InputError if the file is not such a log."""
+    """The lines of a log.jsonl as dicts. Raises InputError if the file is not such a log."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no object")
-        return lines
-    except (ValueError, OSError) as error:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not a training log ({error})") from None
 
 

@@ -3,7 +3,7 @@
 import math
 from argparse import ArgumentTypeError, BooleanOptionalAction
 
-from support.script import ROOT, FlagFileParser, parse_sides, parse_size
+from support.script import ROOT, FlagFileParser, new_parser, parse_sides, parse_size
 from support.threads import usable_cores
 
 
@@ -32,19 +32,15 @@ SEED = number(int, lambda value: 0 <= value < 2 ** 32, "from 0 to below 2 to the
 
 def make_parser(description=None):
     """The flags. What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
-    parser = FlagFileParser(description)
+    parser = new_parser(description, FlagFileParser, fromfile_prefix_chars="@")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["data/train.json"], help="COCO files (default data/train.json)")
-    add("--unlabelled", nargs="+", metavar="PHOTOS",
-        help="COCO json of more photos: the teacher alone says what is on them")
+    add("--unlabelled", nargs="+", metavar="JSON", help="COCO files of photos that a teacher labels")
     add("--val", help="COCO json to validate on, or none (default: the val.json beside the one train.json)")
     add("--min-face", type=int, default=17, help="ignore faces with a side below, in the photo (default 17)")
-    add("--min-size", type=WEIGHT, default=0, metavar="PX",
-        help="ignore faces with a side below this at the network's input, as augmented (default 0 px)")
-    add("--complete", nargs="+", default=[], metavar="JSON",
-        help="those of --data whose labels are complete: there the teacher corrects nothing")
-    add("--own-shape", type=SHARE, default=0, metavar="SHARE",
-        help="of the views that are crops of the photo's own shape, for photos of many faces (default 0)")
+    add("--min-size", type=WEIGHT, default=0, metavar="PX", help="the same at the network's input (0)")
+    add("--complete", nargs="+", default=[], metavar="JSON", help="those of --data that no teacher corrects")
+    add("--own-shape", type=SHARE, default=0, help="share of crops of the photo's own shape (default 0)")
     add("--no-augment", action="store_true", help="show the photos as they are")
     add("--repeat", type=at_least(1), default=2, help="passes in an epoch (default 2)")
     add("--max-unreadable", type=at_least(0), default=10, help="stop at more unreadable photos (default 10)")
@@ -56,8 +52,7 @@ def make_parser(description=None):
     add("--load-from", nargs="?", const=str(ROOT / "weights/face_ssd300.pth"), metavar="CHECKPOINT",
         help="start from a detector's weights (without a value: the shipped ones)")
     add("--distill", type=WEIGHT, nargs=2, metavar=("SCORES", "BOXES"),
-        help="learn from a teacher too: weights of its scores where no face is labelled, and of its boxes "
-             "(default off; begin with 0.3 0.4)")
+        help="learn from a teacher too: weights of its scores and boxes (default off; begin with 0.3 0.4)")
     add("--teacher", nargs="+", metavar="CHECKPOINT[@SIZE]",
         help="networks with the same anchors that teach, such as a.pth@480 (default --load-from)")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default OUT/last.pth)")
@@ -68,15 +63,13 @@ def make_parser(description=None):
         help="learning rate (default 0.05); often used with N processes: 0.05 x N, --warmup 1200 / N")
     add("--milestones", type=int, nargs="*", default=[40, 55, 65],
         help="epochs at which lr is divided by 10 (default 40 55 65)")
-    add("--warmup", type=at_least(0),
-        help="iterations from lr / 3 to lr (default 1200, or four epochs if that is less)")
+    add("--warmup", type=at_least(0), help="iterations from lr / 3 to lr (default 1200, or 4 epochs if less)")
     add("--momentum", type=DECAY, default=0.9, help="default 0.9")
     add("--weight-decay", type=WEIGHT, default=5e-4, help="default 5e-4")
     add("--clip", type=POSITIVE, help="greatest norm of the gradient (default: no limit)")
     add("--ema", type=DECAY, default=0.0, metavar="DECAY", help="average weights, as 0.999 (default off)")
     add("--freeze-bn", action="store_true", help="keep batch-norm statistics as they are")
-    add("--patience", type=at_least(1), metavar="N",
-        help="stop after N validated epochs in a row without a better AP50 (default: all epochs are trained)")
+    add("--patience", type=at_least(1), metavar="N", help="stop after N epochs without a better AP50")
     add("--seed", type=SEED, default=0, help="default 0")
     add = parser.add_argument_group("loss").add_argument
     add("--matching", choices=("iou", "aligned"), default="iou",
@@ -88,12 +81,10 @@ def make_parser(description=None):
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/face", help="folder of the run (default %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", choices=("fp32", "bf16"),
-        help="default bf16 on a GPU and on a CPU that computes in it, else fp32")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU or a CPU that computes in it")
     add("--workers", type=at_least(0), default=usable_cores(), help="loading processes of each process")
     add("--threads", type=at_least(1), help="of the training step (default: OMP_NUM_THREADS, or the cores)")
-    add("--cache", metavar="FOLDER",
-        help="keep the photos there, reduced and decoded: faster from the second epoch on")
+    add("--cache", metavar="FOLDER", help="keep the photos there, decoded: faster from epoch 2 on")
     add("--save-every", type=at_least(1), default=500, help="iterations between saves (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,

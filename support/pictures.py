@@ -36,7 +36,7 @@ def load_picture(path):
 
 
 def open_picture(path):
-    """Open a picture file (PIL). Only its header is read yet. Raises InputError if it cannot be read."""
+    """Open a picture file (PIL), of which only the header is read. Raises InputError if it cannot be."""
     if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
         raise InputError(f"{path}: no such picture")
     with _decoding(path):
@@ -66,7 +66,7 @@ def read_sizes(pictures, images, jobs):
 
     names = [name for name, _ in pictures]
     with warnings.catch_warnings(), ThreadPool(jobs) as pool:
-        warnings.simplefilter("ignore")  # about large pictures: harmless, as only headers are read
+        warnings.simplefilter("ignore")  # about large pictures: only headers are read
         sizes = list(tqdm(pool.imap(read, names, chunksize=16), "image sizes", len(names), disable=None))
     if any(bad.values()):
         parts = [f"{len(them):,} {kind} ({', '.join(sorted(them)[:LISTED])}{', ...' * (len(them) > LISTED)})"
@@ -86,8 +86,9 @@ def decode_picture(image, scale=1):
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
         if turn:  # ImageOps.exif_transpose writes the EXIF anew, which fails for odd ones
             image = image.transpose(Image.Transpose[turn])
-        if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip
-            image = Image.fromarray(_to_bytes(np.asarray(image).astype(np.float64), image.mode))
+        if image.mode[0] in "IF":  # grey of 16 bits, which convert() would clip
+            grey = np.asarray(image) / (256 if image.getextrema()[1] > 255 else 1)
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -104,18 +105,6 @@ def _whole(image):
         if ends[0].tobytes() != ends[1].tobytes():
             raise
         return ends[0]
-
-
-def _to_bytes(values, mode):
-    """Scale grey values `[H, W]` of a PIL picture of mode I or F to uint8, as its file likely means it."""
-    values = np.nan_to_num(values, posinf=0, neginf=0).clip(0)
-    most = values.max(initial=0)
-    if mode == "F" and most <= 1:
-        return (values * 255).round().astype(np.uint8)
-    steps = 65536
-    if mode in ("I", "F"):
-        steps = next((n for n in (256, 65536) if most < n), most + 1)
-    return (values * 256 / steps).clip(0, 255).astype(np.uint8)
 
 
 @contextmanager
@@ -135,8 +124,7 @@ def _decoding(path):
 def draw_faces(image, boxes, scores=None, colour=FACE, text_size=None):
     """Draw boxes `[N, 4]` (xyxy, pixels) and, if given, scores `[N]` on a copy of `image` (PIL, RGB).
 
-    `text_size` is in pixels; without one it follows the size of the image, and in a crowd that of the faces.
-    Labels stay inside the image."""
+    Without `text_size` (pixels) labels follow the size of the image, and in a crowd that of the faces."""
     image = image.copy()
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     draw = ImageDraw.Draw(image)

@@ -1,9 +1,11 @@
 """What every script shares: errors in one line, exit codes, flag types, files written whole, JSON.
 
-Scripts import it first, so that Ctrl-C while torch is imported, which takes seconds, ends in one word.
+Scripts import it first: threads are settled before numpy and torch are imported, which takes seconds, and
+Ctrl-C meanwhile ends in one word.
 """
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import json
@@ -85,12 +87,10 @@ def _end_workers():
 
 def keep_memory():
     """Keep the memory that is freed (man 3 mallopt): else glibc spends a training step in page faults."""
-    import ctypes  # not above: until this file is imported, Ctrl-C is a traceback
     with suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows has no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)   # M_MMAP_MAX
 
 
 def _fail(main, text, reported=False):
@@ -180,28 +180,20 @@ class TilesFlag(argparse.Action):
         setattr(namespace, self.dest, [side, overlap])
 
 
-def new_parser(description):
+def new_parser(description, kind=argparse.ArgumentParser, **more):
     """An argument parser that shows a script's docstring as it is written."""
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=raw)
+    return kind(description=description, formatter_class=raw, **more)
 
 
 class FlagFileParser(argparse.ArgumentParser):
     """An argument parser that takes `@FILE`: flags as on the command line, with # comments."""
 
-    def __init__(self, description):
-        super().__init__(description=description, fromfile_prefix_chars="@",
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def convert_arg_line_to_args(self, line):
         """Split one line of the file (argparse calls this)."""
-        return shlex.split(line.encode().decode(), comments=True)  # encode() refuses bytes that are no text
-
-    def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does, and refuse files it would choke on: no text, open quotes, endless loops."""
         try:
-            return super().parse_known_args(args, namespace)
-        except (ValueError, RecursionError) as error:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
             self.error(f"a file of flags cannot be read: {error}")
 
 
@@ -266,14 +258,9 @@ def git_commit():
     """The commit that these scripts are of, with "-dirty" if a tracked file was changed; None if unknown."""
     if not (ROOT / ".git").exists():  # another repository may hold this folder
         return None
-    # A git hook sets variables that would lead to another repository.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     words = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=10, env=clean)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    with suppress(OSError):  # git is not installed
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
 
 
 # Importers from elsewhere keep their handler of Ctrl-C, and so does a shell that has a script ignore it.

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from support.coco import Detections, require_pixels
-from support.script import InputError, whole_file
+from support.script import InputError, require, whole_file
 
 GROUND_TRUTH = Path("data/eval_tools/ground_truth")  # where the official archive unpacks
 LEVELS = ("easy", "medium", "hard")
@@ -31,17 +31,14 @@ class GroundTruth:
     def part(self, names):
         """The same without the faces of images that are not in `names`, or InputError if none is."""
         given = np.isin(self.names, list(names))  # [I]
-        if not given.any():
-            raise InputError("none of the photos is one of WIDER FACE val, <event>/<image>")
+        require(given.any(), "none of the photos is one of WIDER FACE val, <event>/<image>")
         kept = given[self.image]
         levels = {level: own[kept] for level, own in self.kept.items()}
         return replace(self, image=self.image[kept], xywh=self.xywh[kept], kept=levels)
 
 
 def read_ground_truth(folder=GROUND_TRUTH):
-    """Read the ground truth in `folder`: wider_face_val.mat and the face lists of the three levels.
-
-    Raises InputError if a file is missing (the message says where to get it) or is not WIDER FACE's."""
+    """Read wider_face_val.mat and the face lists of the three levels. Raises InputError for other files."""
     folder = Path(folder)
     val = _load_mat(folder / "wider_face_val.mat", "event_list", "file_list", "face_bbx_list")
     lists = {level: _load_mat(folder / f"wider_{level}_val.mat", "gt_list")["gt_list"] for level in LEVELS}
@@ -96,8 +93,8 @@ def read_predictions(folder, names):
             continue
         image += [index] * len(boxes)
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
-    if len(missing) == len(names):
-        raise InputError(f"{folder}: no predictions for WIDER FACE val, files such as {path} are expected")
+    require(len(missing) < len(names),
+            f"{folder}: no predictions for WIDER FACE val, files such as {names[-1]}.txt are expected")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing
@@ -111,8 +108,6 @@ def write_predictions(folder, names, detections):
     _check_names(folder, names)
     image, score = detections.image, detections.score
     values = np.column_stack((detections.xywh, score))
-    if not np.isfinite(values).all():
-        raise InputError(f"{folder}: not written, a box or score to go there is not finite")
     order = np.lexsort((-score, image))
     ends = np.searchsorted(image[order], np.arange(len(names)), side="right")
     for name, rows in zip(names, np.split(values[order], ends[:-1])):
@@ -136,12 +131,10 @@ def _check_names(source, names):
     """Check that every name is `<event>/<image>`, cannot lead out of a folder, and occurs once."""
     for name, times in Counter(names).items():
         parts = [part.strip(". ") for part in name.split("/")]
-        if (len(parts) != 2 or not all(parts) or not name.isprintable() or set(name) & set("\\:")
-                or len(name.encode()) > 250):
-            raise InputError(
+        safe = name.isprintable() and not set(name) & set("\\:")
+        require(safe and len(parts) == 2 and all(parts),
                 f"{source}: {name[-80:]!r} is not the name of a WIDER FACE image, <event>/<image>")
-        if times > 1:
-            raise InputError(f"{source}: {name!r} is there twice")
+        require(times == 1, f"{source}: {name!r} is there twice")
 
 
 def _load_mat(path, *keys):
@@ -177,6 +170,5 @@ def _boxes(path, content):
         if len(boxes[-1]) != 5 or not sum(map(abs, boxes[-1])) < 1e15:  # the sum of NaN is none
             raise InputError(
                 f"{path}:{number}: expected x y w h score, finite numbers, found {line.strip()[:60]!r}")
-    if count != len(boxes):
-        raise InputError(f"{path}: {len(boxes)} boxes, but line 2 says {lines[1].strip()[:20]}")
+    require(count == len(boxes), f"{path}: {len(boxes)} boxes, but line 2 says {lines[1].strip()[:20]}")
     return np.array(boxes).reshape(-1, 5)

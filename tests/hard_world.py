@@ -127,8 +127,6 @@ JSONS = {
     "keys": {"images": []},
     "no-id": coco(images=[{"file_name": "a"}]),
     "unnamed": coco(images=[{"id": 7}]),
-    "surrogate": coco(images=[{"id": 7, "file_name": "\ud800.jpg"}]),
-    "endless": coco(images=[{"id": 7, "file_name": "a" * 10**6}]),
     "nan": coco(annotations=face(bbox=[1, 2, 3, NAN])),
     "inf": coco(annotations=face(bbox=[1, INF, 3, 4])),
     "object": coco(annotations=face(bbox={"x": 1})),
@@ -204,7 +202,6 @@ def build(folder):
         (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     (folder / "binary.json").write_bytes(b"\xff\xfe\0")
     (folder / "open.txt").write_text("--out 'a\n")
-    (folder / "itself.txt").write_text("@itself.txt\n")
     for name in ("run", "predictions", "hostile", "broken"):
         (folder / name).mkdir()
     write_ground_truth(folder / "hostile", events=("..", "b"))

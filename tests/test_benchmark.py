@@ -22,7 +22,7 @@ def test_the_recipe_beside_its_parts(capsys):
     benchmark.main(["recipe", "--device", "cpu", "--photos", "4", "--batch-sizes", "2", "--workers", "0",
                     "--rounds", "1", "--epochs", "1"])
     out = capsys.readouterr().out
-    assert "loader alone" in out and "1,803,200 views" in out
+    assert "loader alone" in out and "limits it" in out and "1,803,200 views" in out
 
 
 @pytest.mark.parametrize("name", ["yunet_n_320x320", "ultraface_rfb_320x240"])

@@ -76,7 +76,7 @@ def test_the_text_converts_to_the_same_json(sample, tmp_path):
         assert again.read_bytes() == (sample / f"{split}.json").read_bytes()
         again.unlink()
     attributes = json.loads((sample / "train.json").read_text())["annotations"]
-    for key in ("blur", "expression", "illumination", "occlusion", "pose"):
+    for key in ("blur", "illumination", "occlusion"):
         assert len({face[key] for face in attributes}) > 1, f"{key} never varies"
 
 
@@ -88,15 +88,7 @@ def test_other_photo_sizes(tmp_path, size):
     assert faces.xywh[:, 2:].min() >= 10 and (faces.xywh[:, :2] + faces.xywh[:, 2:] <= size).all()
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--train", "0"], "--train and --val take 1 photo or more"),
-    (["--seed", "-1"], "--seed 0 or more"),
-    ([], "train.json: was not drawn by sample.py and stays"),
-])
-def test_refused(tmp_path, capsys, options, message):
+def test_a_json_of_another_kind_is_not_overwritten(tmp_path, refused):
     (tmp_path / "train.json").write_text("someone's own")
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path), *options])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert "train.json: was not drawn by tools.sample and stays" in refused(main, tmp_path)
     assert content(tmp_path) == {"train.json": b"someone's own"}

@@ -86,7 +86,7 @@ def test_git_commit(tmp_path):
     def ask():
         """What a copy of script.py in the folder says, from another working directory."""
         code = "from support import script; print(script.git_commit())"
-        own = os.environ | {"PYTHONPATH": str(folder), "GIT_DIR": "/absent"}
+        own = os.environ | {"PYTHONPATH": str(folder)}
         return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=own, text=True, check=True,
                               stdout=subprocess.PIPE).stdout.strip()
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+import timeit
 from pathlib import Path
 
 from support.script import ROOT, InputError, command, new_parser, write_json
@@ -27,7 +27,7 @@ from torchvision.ops import nms
 from tqdm import tqdm
 
 import train
-from data import FaceDataset, collate
+from data import FaceDataset
 from detector import NMS_IOU, SCORE, TOP, load_detector, to_picture
 from model import SSD
 from support.coco import Detections, read_annotations, to_results, to_xywh
@@ -45,35 +45,29 @@ def interleaved(jobs, rounds, seconds=0.2):
     """Time each job in turn, round by round, about `seconds` in each.
 
     Returns the median seconds of a call `[len(jobs), rounds]`."""
-    def timed(job):
-        start = time.perf_counter()
-        job()
-        return time.perf_counter() - start
-
     calls = []
     for job in jobs:
         job()
-        calls.append(max(3, round(seconds / timed(job))))
+        calls.append(max(3, round(seconds / timeit.timeit(job, number=1))))
     measured = np.zeros((len(jobs), rounds))
     for turn in tqdm(range(rounds), "rounds", leave=False, disable=None):
         for n, job in enumerate(jobs):
             job()  # warm up again: caches and threads were busy with another job
-            measured[n, turn] = np.median([timed(job) for _ in range(calls[n])])
+            measured[n, turn] = np.median(timeit.repeat(job, number=1, repeat=calls[n]))
     return measured
 
 
-def report(names, measured, unit):
-    """Print a row for each job, of figures `[jobs, rounds]`: median, range, ratio to the first."""
-    width = max(map(len, names))
-    for name, values, ratio in zip(names, measured, np.median(measured / measured[0], 1)):
+def report(jobs, measured, unit):
+    """Print a row for each job {name: job}, of `measured` `[J, R]`: median, range, ratio to the first."""
+    width = max(map(len, jobs))
+    for name, values, ratio in zip(jobs, measured, np.median(measured / measured[0], 1)):
         print(f"{name:{width}}  {np.median(values):8.2f} {unit} ({values.min():.2f} - {values.max():.2f})  "
               f"ratio {ratio:.3f}")
 
 
 def latency(args):
     """Time the models alone, on random input of the shape that each takes."""
-    jobs = []
-    names = []
+    jobs = {}
     rng = np.random.default_rng(0)
     for path in args.models:
         if Path(path).suffix in SUFFIXES:
@@ -86,11 +80,10 @@ def latency(args):
             shape = [1, 3, *call.size[::-1]]
             noise = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
             note = "PyTorch FP32"
-        jobs.append(functools.partial(call, noise))
-        names.append(f"{path} ({note}, {'x'.join(map(str, shape))})")
+        jobs[f"{path} ({note}, {'x'.join(map(str, shape))})"] = functools.partial(call, noise)
     print(f"latency of one input; threads: {args.threads}, f32, {args.rounds} interleaved rounds, "
           f"{platform.machine()} CPU, torch {torch.__version__}")
-    report(names, interleaved(jobs, args.rounds) * 1000, "ms")
+    report(jobs, interleaved(jobs.values(), args.rounds) * 1000, "ms")
 
 
 def training(args):
@@ -99,30 +92,36 @@ def training(args):
     ways = [("fp32", False, False), ("bf16", False, False), ("bf16", True, False)]
     if device.startswith("cuda"):
         ways = [("bf16", False, False), ("bf16", False, True), ("bf16", True, True)]
-    with photos_for(args) as file:
+    with tempfile.TemporaryDirectory() as folder:
+        file = photos(args, folder)
         for size in args.batch_sizes:
-            jobs = []
-            names = []
+            jobs = {}
             for precision, compiled, graph in ways:
-                started = time.perf_counter()
-                step = our_step(device, file, size, precision, compiled, graph)
-                step()
-                seconds = time.perf_counter() - started
+                step = make_step(device, file, size, precision, compiled, graph)
+                seconds = timeit.timeit(step, number=1)
                 words = [precision, "compiled" * compiled, "graph" * graph]
-                names.append(f"{' '.join(filter(None, words))}, first step {seconds:.1f} s")
-                jobs.append(step)
+                jobs[f"{' '.join(filter(None, words))}, first step {seconds:.1f} s"] = step
             print(f"training step on {device}, batch {size}, {args.threads} threads")
-            report(names, size / interleaved(jobs, args.rounds, 1), "photos/s")
+            report(jobs, size / interleaved(jobs.values(), args.rounds, 1), "photos/s")
 
 
-def our_step(device, file, size, precision="bf16", compiled=False, graph=True):
-    """One step of train.py on a batch of augmented photos, as a function."""
-    trainer = make_trainer(device, file, size, precision, 0, compiled)
+def make_trainer(device, file, size, precision=None, compiled=False, workers=0):
+    """A Trainer of a new network on the photos of `file`, each `size` times an epoch."""
+    words = ["--data", file, "--batch-size", size, "--repeat", size, "--workers", workers]
+    args = train.parse_args([str(word) for word in words])
+    args.precision = precision or train.choose_precision(args, None, device)
+    args.compile = compiled
+    trainer = train.Trainer(args, SSD(), FaceDataset(read_annotations(file), 300, 300), device=device)
+    trainer.connect()
+    return trainer
+
+
+def make_step(device, file, size, precision=None, compiled=False, graph=True):
+    """One step of train.py, on a batch of augmented photos, as a function."""
+    trainer = make_trainer(device, file, size, precision, compiled)
     trainer.graphs = trainer.graphs if graph else None
     trainer.start_epoch()
-    photos = trainer.loader.dataset
-    batch = collate([photos[index % len(photos), (0, index)] for index in range(size)])
-    batch = batch.pin_memory() if trainer.graphs else batch
+    batch = next(iter(trainer.loader))
     return lambda: trainer.update(batch, 0.01).tolist()
 
 
@@ -130,31 +129,31 @@ def recipe(args):
     """Time the loader, the step and real epochs of train.py: the minutes of the reference recipe here."""
     device = choose_device(args.device)
     size = args.batch_sizes[0]
-    with photos_for(args) as file:
-        trainer = make_trainer(device, file, size, "bf16" if device != "cpu" else None, args.workers)
-        for _ in range(2):  # in the first the workers start
-            started = time.perf_counter()
-            loaded = sum(len(batch.index) for batch in trainer.loader)
-            loader = loaded / (time.perf_counter() - started)
-        step = size / np.median(interleaved([our_step(device, file, size)], args.rounds, 1))
-        with tempfile.TemporaryDirectory() as folder:
-            words = ["--data", file, "--val", "none", "--min-face", 0, "--epochs", args.epochs, "--lr", 0.001,
-                     "--batch-size", size, "--workers", args.workers, "--device", device, "--out", folder]
-            done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], text=True,
-                                  capture_output=True)
-        if done.returncode:
-            raise InputError(done.stderr.strip()[-300:])
-        whole = float(done.stdout.rsplit(" photos/s", 1)[0].rsplit(None, 1)[1])
-    slowest = "loader" if loader < step else "step"
+    with tempfile.TemporaryDirectory() as folder:
+        file = photos(args, folder)
+        batches = iter(make_trainer(device, file, size, workers=args.workers).loader)
+        next(batches)  # the workers start
+        started = time.perf_counter()
+        loaded = sum(len(batch.index) for batch in batches)
+        loader = loaded / (time.perf_counter() - started)
+        step = size / np.median(interleaved([make_step(device, file, size)], args.rounds, 1))
+        words = ["--data", file, "--val", "none", "--min-face", 0, "--epochs", args.epochs, "--lr", 0.001,
+                 "--batch-size", size, "--workers", args.workers, "--device", device, "--out", folder + "/r"]
+        run = [sys.executable, ROOT / "train.py", *map(str, words)]
+        done = subprocess.run(run, text=True, capture_output=True)
+    if done.returncode:
+        raise InputError(done.stderr.strip()[-300:])
+    whole = float(done.stdout.rsplit(" photos/s", 1)[0].rsplit(None, 1)[1])
     print(f"{device}, batch {size}, {args.workers} workers, photos a second: loader alone {loader:.0f}, "
-          f"step alone {step:.0f}, the last epoch of train.py {whole:.0f}; the {slowest} limits it\n"
+          f"step alone {step:.0f}, the last epoch of train.py {whole:.0f}; "
+          f"the {'loader' if loader < step else 'step'} limits it\n"
           f"the reference recipe, {VIEWS:,} views, takes {VIEWS / whole / 60:.0f} minutes at that speed")
 
 
 def peer(args):
     """Find faces with another light detector (YuNet or UltraFace, ONNX): COCO results for evaluate.py."""
     annotations = read_annotations(args.data)
-    network = open_network(args.model, 1)
+    network = open_network(args.models[0], 1)
     find = yunet if len(network.session.get_outputs()) > 2 else ultraface
     found = []
     for index in tqdm(range(len(annotations.ids)), leave=False, disable=None):
@@ -198,58 +197,35 @@ def yunet(network, picture):
     return np.concatenate(boxes).astype(np.float32), np.concatenate(scores), size
 
 
-@contextmanager
-def photos_for(args):
-    """Yield the path of --data, or else of a synthetic dataset, 1024x768."""
-    if args.data:
-        yield args.data
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            sample.draw_sample(Path(folder), train=args.photos, val=1, size=(1024, 768))
-            yield Path(folder) / "train.json"
-
-
-def make_trainer(device, file, batch_size, precision, workers, compiled=False):
-    """Make a Trainer of a new network on the photos of `file`, which does not save."""
-    words = ["--data", file, "--batch-size", batch_size, "--workers", workers, "--min-face", 0,
-             "--compile" if compiled else "--no-compile"]
-    args = train.parse_args([str(word) for word in words])
-    args.precision = train.choose_precision(args, None, device) if precision is None else precision
-    dataset = FaceDataset(read_annotations(file), 300, 300)
-    trainer = train.Trainer(args, SSD(), dataset, device=device)
-    trainer.connect()
-    return trainer
+def photos(args, folder):
+    """The path of --data, or else of a synthetic dataset, 1024x768, which is drawn into `folder`."""
+    if not args.data:
+        sample.draw_sample(folder, train=args.photos, val=1, size=(1024, 768))
+    return args.data or Path(folder) / "train.json"
 
 
 @command
 def main(argv=None):
     """Measure what the first argument names."""
     parser = new_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run in (latency, training, recipe, peer):
-        one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        add = one.add_argument
-        add("--threads", type=at_least(1), default=1, help="of the model, step or loader (default 1)")
-        add("--rounds", type=at_least(1), default=5, help="of measurement (default 5)")
-        if run is latency:
-            add("models", nargs="+", help=".pth, .onnx or .xml; ratios are to the first")
-        if run is peer:
-            add("model", help="its .onnx file")
-            add("--out", required=True, help="COCO results json to write")
-        if run is not latency:
-            add("--data", required=run is peer, help="COCO json (default: synthetic photos)")
-        if run in (training, recipe):
-            add("--photos", type=at_least(1), default=64, help="synthetic ones (default 64)")
-            add("--device", help="cuda, mps or cpu (default: the first there is)")
-            add("--batch-sizes", type=at_least(1), nargs="+", default=[65],
-                help="default 65; recipe uses the first")
-        if run is recipe:
-            add("--workers", type=at_least(0), default=usable_cores(), help="loading processes")
-            add("--epochs", type=at_least(1), default=2, help="of the real run (default %(default)s)")
-        one.set_defaults(run=run)
+    add = parser.add_argument
+    add("command", choices=("latency", "training", "recipe", "peer"))
+    add("models", nargs="*", help="latency: .pth, .onnx or .xml; ratios are to the first; peer: its .onnx")
+    add("--threads", type=at_least(1), default=1, help="of the model or step (default 1)")
+    add("--rounds", type=at_least(1), default=5, help="of measurement (default 5)")
+    add("--data", help="COCO json (default: synthetic photos)")
+    add("--photos", type=at_least(1), default=64, help="synthetic ones (default 64)")
+    add("--out", help="peer: COCO results json to write")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--batch-sizes", type=at_least(1), nargs="+", default=[65], help="default 65; recipe uses the first")
+    add("--workers", type=at_least(0), default=usable_cores(), help="recipe: loading processes")
+    add("--epochs", type=at_least(1), default=2, help="recipe: of the real run (default %(default)s)")
     args = parser.parse_args(argv)
+    given = {"latency": args.models, "peer": args.models and args.data and args.out}
+    if not given.get(args.command, True):
+        parser.error("latency needs models; peer needs a model, --data and --out")
     torch.set_num_threads(args.threads)
-    args.run(args)
+    {"latency": latency, "training": training, "recipe": recipe, "peer": peer}[args.command](args)
 
 
 if __name__ == "__main__":
