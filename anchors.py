@@ -18,9 +18,8 @@ def make_anchors(config: Config, size: tuple | None = None, rounded: bool = True
     """All anchors `[A, 4]`, xyxy in pixels of the network input, cells row-major, anchor fastest.
 
     `size` (width, height) of the input is the configuration's own unless given. `rounded`: corners are
-    rounded in pixel-inclusive coordinates before they are shifted to their cells, as training and the
-    generic export have it. Else they are unrounded and centred on the cell, as PriorBoxClustered (the
-    DetectionOutput export) has it."""
+    rounded in pixel-inclusive coordinates before they are shifted to their cells, as in training and the
+    generic export; else they are centred on the cell, as in PriorBoxClustered (DetectionOutput export)."""
     columns, rows = grid_size(*(size or config.input_size))
     sides = torch.tensor(config.anchors, dtype=torch.float64)               # [n, 2]
     if rounded:  # half to even, on the inclusive corners of a box centred in the cell's pixels 0..15
@@ -67,15 +66,14 @@ def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, im
     """Assign the faces of a whole batch to the anchors: labels `[B, A]` and which face it is, `[B, A]`.
 
     Labels are 1 for a face, 0 for background, -1 for neither; the face is T where the label is not 1.
-    anchors `[A, 4]`; faces `[T, 4]` of all images together, xyxy in input pixels; ignored `[T]` bool;
-    image `[T]`, the place in the batch of each face's image; batch B; crowd `[T]` bool, which of the
-    ignored are crowd regions (None: none of them); chosen `[T, A]` bool, the anchors that may answer for
-    each face (None: those whose IoU with it is 0.4 or more).
+    anchors `[A, 4]`; faces `[T, 4]` of all images, xyxy in input pixels; ignored `[T]` bool; image `[T]`, the
+    place in the batch of each face's; crowd `[T]` bool, those ignored that are regions (None: none); chosen
+    `[T, A]` bool, the anchors that may answer for each face (None: those whose IoU with it is 0.4 or more).
 
-    Positive are the chosen anchors of faces that are not ignored. Besides, each such face takes its best
-    anchor, if it overlaps any. Of faces that share an anchor, the one of highest IoU takes it, but those
-    whose best it is come first. Of the other anchors, neither are those whose IoU with an ignored face is
-    0.4 or more, and those with half their area or more in a crowd region."""
+    Positive are the chosen anchors of faces that are not ignored, and the best anchor of each such face that
+    overlaps any. Of faces that share an anchor, the one of highest IoU takes it, but those whose best it is
+    come first. Of the other anchors, neither are those whose IoU with an ignored face is 0.4 or more, and
+    those with half their area or more in a crowd region."""
     number = torch.arange(len(faces), device=faces.device)
     iou = box_iou(faces, anchors)                                           # [T, A]
     near = iou >= POSITIVE_IOU
@@ -115,9 +113,8 @@ def task_aligned(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Ten
     """The anchors `[T, A]`, bool, that answer best for each face (TOOD, Feng et al. 2021, section 3.2).
 
     Each face's anchors are ranked by score x IoU ** 6, the IoU of the box they predict with the face. Chosen
-    are the best nine of those whose own IoU with it is 0.2 or more; small faces have fewer. So scores and
-    boxes are learned in the same places. logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's
-    outputs; the rest is as in `assign`."""
+    are the best nine of those whose own IoU with it is 0.2 or more. So scores and boxes are learned in the
+    same places. logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's; the rest is as in `assign`."""
     scores = logits.float().softmax(-1)[..., 1][image]                      # [T, A]
     iou = pair_iou(decode(offsets.float(), anchors)[image], faces[:, None])
     alignment = scores * iou ** 6 * (box_iou(faces, anchors) >= LEAST_IOU)

@@ -2,22 +2,17 @@
 
 import io
 import os
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weights, read_checkpoint, rebuild
 from support.distributed import launch_id, print_once
-from support.script import InputError, bad_values, whole_file
-from model import (SSD, Config, checkpoint, config_of, load_imagenet, load_weights,
-                   read_checkpoint, rebuild)
+from support.script import bad_values, require, whole_file
 
-
-# What a run's checkpoint holds beside the model, and of which type.
-KINDS = {"optimizer": dict, "epoch": int, "step": int, "done": int, "best": float, "waited": int,
-         "sums": torch.Tensor, "record": dict | None, "flags": dict}
+# What a run's checkpoint holds beside the model.
+STATE = {"optimizer", "epoch", "step", "done", "best", "waited", "sums", "record", "flags"}
 
 
 def find_checkpoint(args):
@@ -30,40 +25,16 @@ def find_checkpoint(args):
     if last.exists() and (path is None or os.path.realpath(path) != os.path.realpath(last)):
         with bad_values():
             own = launch_id() is not None and read_checkpoint(last).get("launch") == launch_id()
-        if not own:
-            raise InputError(f"{last} exists: continue that run with --resume, "
-                             "or name another folder with --out")
+        require(own, f"{last} exists: continue that run with --resume, or name another folder with --out")
         path = str(last)
     if path is None:
         return None
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no checkpoint to resume")
+    require(os.path.exists(path), f"{path}: no checkpoint to resume")
     with bad_values():
         content = read_checkpoint(path)
-    check_run(content, path)
+    require(STATE <= content.keys(),
+            f"{path}: holds weights only, nothing to resume; start from it with --load-from")
     return content | {"path": path}
-
-
-def resume_command(args, argv=None):
-    """The shell command that goes on with a run: the words that started it, torchrun's too, and --resume."""
-    words = list(sys.orig_argv) if argv is None else [sys.orig_argv[0], "train.py", *argv]
-    if launch_id() is not None:
-        try:
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
-        except OSError:  # no Linux
-            words = ["torchrun", "...", *sys.argv]
-    if args.resume != "":  # a --resume CHECKPOINT before it then counts no more
-        words.append("--resume")
-    return shlex.join(words)
-
-
-def check_run(content, path):
-    """Refuse a checkpoint that is none of a run."""
-    if not KINDS.keys() <= content.keys():
-        raise InputError(f"{path}: holds weights only, nothing to resume; start from it with --load-from")
-    wrong = [key for key, kind in KINDS.items() if not isinstance(content[key], kind)]
-    if wrong:
-        raise InputError(f"{path}: cannot be resumed, its {', '.join(wrong)} make no sense")
 
 
 def wanted_config(args, config):
@@ -79,23 +50,16 @@ def make_model(args, content):
     """The model to train, on the CPU: that of the checkpoint `content` to resume, or of a new run."""
     if content:
         return resume_model(args, content)
-    if args.load_from:
+    if not args.load_from:
+        model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))
         if args.pretrained is not None:
-            print_once("--load-from brings all weights: --pretrained is not used")
-        return start_from(args.load_from, args)
-    model = SSD(wanted_config(args, Config.scaled_from_300(*(args.size or (300, 300)))))
-    if args.pretrained is not None:
-        load_imagenet(model, args.pretrained or None)
-    return model
-
-
-def start_from(path, args):
-    """The model of a new run that starts from a detector's weights, as far as they fit what the flags ask."""
+            load_imagenet(model, args.pretrained or None)
+        return model
+    path = args.load_from
     own = config_of(read_checkpoint(path), path)
     config = wanted_config(args, own)  # its anchors are kept at any input size, being pixels
-    if config.width != own.width:
-        raise InputError(f"{path}: is of width {own.width:g}; python -m tools.width {path} {config.width:g} "
-                         "NEW.pth makes one of that width to start from")
+    require(config.width == own.width, f"{path}: is of width {own.width:g}; python -m tools.width {path} "
+            f"{config.width:g} NEW.pth makes one of that width to start from")
     model = SSD(config)
     unfit = load_weights(model, path)
     if unfit:
@@ -112,25 +76,9 @@ def resume_model(args, content, averaged=False):
     wanted = asdict(wanted_config(args, config))
     changed = [f"{key} is {value}, not {wanted[key]}" for key, value in asdict(config).items()
                if value != wanted[key]]
-    if changed:
-        raise InputError(f"{path}: the architecture of a run cannot change: " + "; ".join(changed))
+    require(not changed, f"{path}: the architecture of a run cannot change: {'; '.join(changed)}")
     with bad_values():
-        return rebuild(content, averaged and content.get("ema") or content["state_dict"], path)
-
-
-def load_momentum(optimizer, content):
-    """Take the momentum out of a checkpoint's content. The rates and the decay stay those of the flags."""
-    state, groups = content["optimizer"].get("state"), optimizer.state_dict()["param_groups"]
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    try:
-        for number, own in state.items():
-            buffer = own["momentum_buffer"]
-            fits = buffer is None or buffer.shape == parameters[number].shape and buffer.isfinite().all()
-            if not fits:
-                raise ValueError
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{content['path']}: cannot be resumed, its optimizer is of another model") from None
+        return rebuild(content, path, averaged)
 
 
 def save(path, model, **more):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from support.cache import PhotoCache
 from support.coco import MADE, UNLABELLED, Annotations, to_xyxy
 from support.pictures import decode_picture, load_picture, open_picture, upright_size
-from support.script import InputError
+from support.script import InputError, require
 
 CROP_IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)  # None: the whole picture
 CROP_TRIES = 40
@@ -26,13 +26,8 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5
 FROM_YIQ = np.linalg.inv(YIQ)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """A picture (PIL, RGB) as a uint8 tensor `[3, H, W]`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """A uint8 tensor `[3, H, W]` as a picture (PIL, RGB): the inverse of `to_tensor`."""
+    """A uint8 tensor `[3, H, W]` as a picture (PIL, RGB)."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
@@ -141,9 +136,9 @@ class FaceDataset(Dataset):
     """The photos of some Annotations at network size. It holds only arrays, which forked workers share.
 
     Its keys are (index, seed). With seed None the photo comes as it is, else the seed, a sequence of
-    integers, fixes the augmentation. Faces with a side below `min_face` pixels of the photo, or `min_size` of
-    the network input, are ignored. The share `own_shape` of the views keeps the photo's shape. Augmented ones
-    come from the `cache`, if there is one. Without `width` and `height` the photos keep their sizes."""
+    integers, fixes the augmentation, which takes the photo from the `cache`, if there is one. Faces with a
+    side below `min_face` pixels of the photo, or `min_size` of the network input, are ignored. The share
+    `own_shape` of the views keeps the photo's shape. Without `width` and `height` photos keep their sizes."""
 
     def __init__(self, annotations: Annotations, width: int | None = None, height: int | None = None,
                  min_face: float = 0, min_size: float = 0, own_shape: float = 0,
@@ -176,9 +171,9 @@ class FaceDataset(Dataset):
             else:
                 image = open_picture(path)
                 size = upright_size(image)
-            if (self.sizes[index] > 0).all() and tuple(self.sizes[index]) != size:  # its boxes would be off
-                raise InputError(
-                    "{}: is {}x{}, but its json says {}x{}".format(path, *size, *self.sizes[index]))
+            said = tuple(self.sizes[index])
+            require(0 in said or said == size,  # else its boxes would be off
+                    "{}: is {}x{}, but its json says {}x{}".format(path, *size, *said))
             if seed is None:
                 target = (self.width, self.height) if self.width else size
                 picture = image.resize(target, Image.Resampling.BILINEAR)
@@ -187,13 +182,11 @@ class FaceDataset(Dataset):
                 picture, faces, ignored, crowd = self.augment(image, size, faces, ignored, crowd, seed)
         except InputError as error:  # what to do about it is for the caller to say
             black = torch.zeros(3, self.height or 1, self.width or 1, dtype=torch.uint8)
-            none = np.zeros(0, bool)
-            faces = np.zeros((0, 4), np.float32)
-            return Item(index, black, faces, none, none, (1, 1), UNLABELLED, str(error))
-        small = (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
+            none = np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros(0, bool)
+            return Item(index, black, *none, (1, 1), UNLABELLED, str(error))
+        ignored = ignored | (faces[:, 2:] - faces[:, :2] < self.min_size).any(1)
         faces = faces.clip(0, picture.size * 2)
-        outside = (faces[:, 2:] <= faces[:, :2]).any(1)  # a json without sizes hides that
-        ignored = ignored | small | outside
+        ignored |= (faces[:, 2:] <= faces[:, :2]).any(1)  # outside, which a json without sizes hides
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if seed is None:  # training wants it as it lies in memory, channels last
             pixels = pixels.contiguous()
@@ -231,10 +224,9 @@ class FaceDataset(Dataset):
 
 @dataclass
 class Batch:
-    """B photos and all faces on them, T rows.
+    """B photos and all faces on them, T rows: a multiple of ROWS, on a GPU a power of two, for few graphs.
 
-    T is a multiple of ROWS, on a GPU a power of two: few shapes keep its graphs few. The rows beyond the
-    faces are empty boxes, which no anchor overlaps, so they change nothing."""
+    The rows beyond the faces are empty boxes, which no anchor overlaps, so they change nothing."""
     images: torch.Tensor   # uint8 `[B, 3, H, W]`, RGB
     faces: torch.Tensor    # float32 `[T, 4]`, xyxy in pixels of the network input
     ignored: torch.Tensor  # bool `[T]`
@@ -271,15 +263,15 @@ def collate(items: list[Item], few_shapes: bool = False) -> Batch:
     rows = max(1, math.ceil(total / ROWS)) * ROWS
     if few_shapes:
         rows = 1 << (rows - 1).bit_length()
-    more = rows - total
+
+    def filled(values):
+        return torch.cat([values, values.new_zeros(rows - total, *values.shape[1:])])
 
     def joined(name):
-        values = torch.from_numpy(np.concatenate([getattr(item, name) for item in items]))
-        return torch.cat([values, values.new_zeros(more, *values.shape[1:])])
-    image = torch.arange(len(items)).repeat_interleave(counts)
+        return filled(torch.from_numpy(np.concatenate([getattr(item, name) for item in items])))
     return Batch(torch.stack([item.picture for item in items]),
                  joined("faces"), joined("ignored"), joined("crowd"),
-                 torch.cat([image, image.new_zeros(more)]), counts > 0,
+                 filled(torch.arange(len(items)).repeat_interleave(counts)), counts > 0,
                  torch.tensor([item.labels for item in items], dtype=torch.uint8),
                  [item.index for item in items], [item.size for item in items],
                  {item.index: item.error for item in items if item.error})
@@ -290,8 +282,7 @@ class TrainBatches:
 
     An epoch is `repeat` passes over n photos in one shuffled order, filled up to a multiple of `world`
     processes. Process `rank` takes every world-th photo, so the processes' k-th batches are one process's
-    k-th batch of `world` times the size. Set `epoch` before iterating; `skip` leaves out what is done of it.
-    """
+    k-th batch of `world` times the size. Set `epoch` first; `skip` leaves out what is done of it."""
 
     def __init__(self, n, batch, repeat=1, seed=0, rank=0, world=1, augment=True):
         self.n, self.batch, self.repeat, self.seed = n, batch, repeat, seed
@@ -324,8 +315,7 @@ class TrainBatches:
 def eval_batches(n: int, batch: int, rank: int = 0, world: int = 1) -> list:
     """The batches of process `rank`: all processes' show each of n photos once, as it is.
 
-    They are cut before they are dealt out, so a photo's company, and with it its detections, are the same for
-    any `world`."""
+    Cut before they are dealt out: a photo's company, and so its detections, are the same for any `world`."""
     return [[(index, None) for index in range(first, min(first + batch, n))]
             for first in range(rank * batch, n, world * batch)]
 

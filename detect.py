@@ -8,7 +8,6 @@
     python detect.py crowd.jpg --tiles 300         # still smaller ones, in tiles of the photo
 """
 
-import argparse
 import glob
 import itertools
 import os
@@ -18,13 +17,13 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from support.script import InputError, TilesFlag, command, new_parser, parse_size, write_json
+from support.script import InputError, TilesFlag, command, new_parser, parse_size, require, write_json
 
 from tqdm import tqdm
 
 from detector import MODEL, detect, find, load_detector, to_pixels
+from support.options import number
 from support.pictures import HEIC, PICTURES, draw_faces, hide_faces, load_picture, save_picture
 from support.threads import use_threads
 from support.video import VIDEOS, annotate_video
@@ -33,6 +32,7 @@ KEPT = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".mp4
 STREAMS = ("http://", "https://", "rtsp://")
 SHOWN = 0.4  # least score of a face that is shown, where neither --score nor the model says
 BATCH = 8    # pictures that go through the network at once; as many more are read ahead by threads
+parse_score = number(float, lambda score: 0 <= score <= 1, "a score between 0 and 1")
 
 
 def is_video(source):
@@ -44,28 +44,34 @@ def find_inputs(arguments, out):
     """List the pictures and videos in files, folders and globs, each once, and tell what was left out.
 
     Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing."""
-    found, others, left_out = [], Counter(), ""
-    out = Path(out).resolve()
+    found, others = [], Counter()
     for argument in arguments:
-        names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        files = [Path(name) for name in names if not os.path.isdir(name)]
-        own = out if Path(argument).resolve() in out.parents else None
-        for path in sorted(Path(argument).rglob("*")) if os.path.isdir(argument) else ():
-            if path.is_dir() or path.name.startswith("._") or "__MACOSX" in path.parts:  # a Mac's additions
-                continue
-            if own and own in path.resolve().parents:
-                continue
-            if path.suffix.lower() in PICTURES | VIDEOS:
-                files.append(path)
-            else:
-                others[path.suffix.lower() or path.name] += 1
-        if others:
-            left_out = "; left out: " + ", ".join(f"{many} {kind}" for kind, many in others.most_common())
-            left_out += " (pip install pillow-heif reads HEIC)" * bool(HEIC & set(others))
-        if not files:
-            raise InputError(f"{argument}: no such file, nor a folder or pattern with pictures{left_out}")
+        if os.path.isdir(argument):
+            inside = files_in(Path(argument), Path(out).resolve())
+            files = [path for path in inside if path.suffix.lower() in PICTURES | VIDEOS]
+            others.update(path.suffix.lower() or path.name for path in sorted({*inside} - {*files}))
+        else:
+            names = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+            files = [Path(name) for name in names if not os.path.isdir(name)]
+        require(files, f"{argument}: no such file, nor a folder or pattern with pictures{left_out(others)}")
         found += files
-    return list(dict.fromkeys(found)), left_out
+    return list(dict.fromkeys(found)), left_out(others)
+
+
+def files_in(folder, out):
+    """All files in a folder, without what a Mac adds and without results of an earlier run, in `out`."""
+    own = out if folder.resolve() in out.parents else None
+    return [path for path in sorted(folder.rglob("*"))
+            if not path.is_dir() and own not in path.resolve().parents
+            and not path.name.startswith("._") and "__MACOSX" not in path.parts]
+
+
+def left_out(others):
+    """What was left out, {ending: how many}, as the end of a line."""
+    if not others:
+        return ""
+    kinds = ", ".join(f"{many} {kind}" for kind, many in others.most_common())
+    return f"; left out: {kinds}" + " (pip install pillow-heif reads HEIC)" * bool(HEIC & set(others))
 
 
 def name_outputs(sources, out):
@@ -75,20 +81,16 @@ def name_outputs(sources, out):
     targets, taken = {}, set()
     inputs = {source.resolve() for source in sources if isinstance(source, Path)}
     for source in sources:
-        name = f"webcam{source}.mp4"
-        if isinstance(source, str):
-            name = f"{Path(urlsplit(source).path).stem or 'stream'}.mp4"
-        elif isinstance(source, Path):
-            name = source.name
-        if Path(name).suffix.lower() not in KEPT:
-            name = f"{name}.mp4" if is_video(source) else f"{name}.png"
+        name = source.name if isinstance(source, Path) else "live.mp4"
         stem, ending = os.path.splitext(name)
-        numbered = itertools.chain([name], (f"{stem}-{n}{ending}" for n in itertools.count(2)))
-        name = next(name for name in numbered if name.lower() not in taken)
+        if ending.lower() not in KEPT:
+            stem, ending = name, ".mp4" if is_video(source) else ".png"
+        numbered = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        name = next(stem + ending for stem in numbered if (stem + ending).lower() not in taken)
         taken.add(name.lower())
         targets[source] = Path(out) / name
-        if targets[source].resolve() in inputs:
-            raise InputError(f"{targets[source]}: --out {out} would overwrite it; name another folder")
+        require(targets[source].resolve() not in inputs,
+                f"{targets[source]}: --out {out} would overwrite it; name another folder")
     return targets
 
 
@@ -152,13 +154,11 @@ def as_json(faces):
 def describe(entries):
     """What was found: the faces of pictures, and of each video the frames with faces."""
     pictures = [entry["faces"] for entry in entries if "faces" in entry]
-    parts = [f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}"]
-    for entry in entries:
-        frames = entry.get("frames", [])
-        if frames:
-            shown = f"{sum(map(bool, frames))} of {count(len(frames), 'frame')}"
-            parts.append(f"faces in {shown} of {entry['file']}")
-    return ", ".join(parts)
+    videos = [(entry["frames"], entry["file"]) for entry in entries if "frames" in entry]
+    return ", ".join([
+        f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}",
+        *(f"faces in {sum(map(bool, frames))} of {count(len(frames), 'frame')} of {file}"
+          for frames, file in videos)])
 
 
 def count(number, noun):
@@ -168,15 +168,7 @@ def count(number, noun):
 
 def refuse_failed(failed, total):
     """Raise InputError if any of the inputs failed."""
-    if failed:
-        raise InputError(f"{len(failed)} of {total} failed: " + "; ".join(map(str, failed[:5])))
-
-
-def parse_score(text):
-    """Parse a score, for argparse."""
-    if not 0 <= float(text) <= 1:  # NaN is neither
-        raise argparse.ArgumentTypeError(f"{text}: a score between 0 and 1 is expected")
-    return float(text)
+    require(not failed, f"{len(failed)} of {total} failed: {'; '.join(map(str, failed[:5]))}")
 
 
 def add_model_flags(parser):
@@ -212,7 +204,7 @@ def main(argv=None):
 
     webcams = [word for word in args.inputs if re.fullmatch("[0-9]{1,3}", word) and not os.path.exists(word)]
     streams = [word for word in args.inputs if word.lower().startswith(STREAMS)]
-    sources, left_out = find_inputs([word for word in args.inputs if word not in webcams + streams], args.out)
+    sources, omitted = find_inputs([word for word in args.inputs if word not in webcams + streams], args.out)
     sources += [*map(int, webcams), *streams]
     targets = name_outputs(sources, args.out)
     detector = chosen_detector(args)
@@ -247,7 +239,7 @@ def main(argv=None):
     if entries:  # what an earlier run has found is not replaced by nothing
         write_json(Path(args.out) / "detections.json", entries)
         where = f"; see {args.out}"
-    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{reason}{left_out}")
+    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{reason}{omitted}")
     refuse_failed([error for _, error in results if error], len(sources))
 
 

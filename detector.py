@@ -23,7 +23,7 @@ from tqdm import tqdm
 from support.coco import Annotations, Detections, to_xywh
 from support.pictures import load_picture
 from support.runtimes import SUFFIXES, open_network
-from support.script import InputError, bad_values, first_line
+from support.script import InputError, bad_values, first_line, require
 
 WITH_TORCH = find_spec("torch") is not None
 if WITH_TORCH:
@@ -45,8 +45,7 @@ TILE_COVERED = 0.5  # of the smaller box: a cut box and another that share more 
 
 def need_torch(what: str) -> None:
     """Raise InputError where PyTorch is not installed."""
-    if not WITH_TORCH:
-        raise InputError(f"{what} needs PyTorch, which is not installed: pip install -r requirements.txt")
+    require(WITH_TORCH, f"{what} needs PyTorch, which is not installed: pip install -r requirements.txt")
 
 
 def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor,
@@ -74,14 +73,13 @@ class TorchDetector:
     """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
 
     Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own: anchors
-    keep their pixels. `threshold` is `check_threshold`'s dict, or None: none, or for another size or tiles.
-    """
+    keep their pixels."""
 
-    threshold = None
+    threshold = None  # `check_threshold`'s dict, where the model has one for this size and these tiles
 
     def __init__(self, model: SSD, size: tuple | None = None, device: str = "cpu", rounded: bool = True):
         self.model, self.device = model.to(device).eval(), device
-        self.size = size or (model.config.input_width, model.config.input_height)
+        self.size = size or model.config.input_size
         self.anchors = make_anchors(model.config, self.size, rounded).to(device)
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
@@ -92,10 +90,9 @@ class TorchDetector:
 
 
 class ExportedDetector:
-    """An exported network with its input convention; it is used as a TorchDetector is.
+    """An exported network, used as a TorchDetector is.
 
-    `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's. Raises
-    ValueError or KeyError if it does not."""
+    `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's."""
 
     threshold = None
 
@@ -123,9 +120,9 @@ class ExportedDetector:
         """Make faces `[K, 5]`, best first, of the output for one picture."""
         if faces.shape[-1] != (5 if self.head == "generic" else 7):
             raise ValueError(f"its output is {list(faces.shape)}")
-        if self.head == "detection_output":
-            rows = faces.reshape(-1, 7)  # image, label, score, box in 0-1; no faces at the end: image -1
-            rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]
+        if self.head == "detection_output":  # [1, 1, N, 7]: image, label, score, box in 0-1
+            rows = faces[0, 0]
+            rows = rows[(rows[:, 0] == 0) & (rows[:, 1] == 1)]  # after the last face image is -1
             faces = np.concatenate([rows[:, 3:] * np.float32(self.size * 2), rows[:, 2:3]], 1)
         return faces[np.argsort(-faces[:, 4], kind="stable")]
 
@@ -133,50 +130,42 @@ class ExportedDetector:
 def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: str | None = None,
                   colour: str | None = None, white: int | None = None, threads: int = 0,
                   tiles: tuple | None = None):
-    """Load a model file (.pth, .onnx, .xml) as a detector: a TorchDetector or an ExportedDetector.
+    """Load a model file (.pth, .onnx, .xml) as a TorchDetector or an ExportedDetector.
 
-    Without `path` it is the shipped network. `size` (width, height) overrides a checkpoint's input size.
-    `colour` (rgb or bgr) and `white` (1 or 255) say what an exported model of others takes. `threads` limits
-    an exported model's. `tiles` (side, overlap) makes a TiledDetector of it. Raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such model; train.py makes one, --model names it")
+    `size` (width, height) overrides a checkpoint's input size. `colour` (rgb or bgr) and `white` (1 or 255)
+    say what an exported model of others takes, `threads` how many an exported one uses. `tiles` (side,
+    overlap) makes a TiledDetector of it. Raises InputError."""
+    require(Path(path).is_file(), f"{path}: no such model; train.py makes one, --model names it")
     if size:
         need_torch("--size")
     if Path(path).suffix in SUFFIXES:
         network = open_network(path, threads)
         entry = network.metadata.get("threshold")
         detector = _exported(network, path, colour, white)
-        if size and size != detector.size:
-            raise InputError("{}: takes {}x{}; its size is fixed, see export.py --size".format(
-                path, *detector.size))
+        require(not size or size == detector.size,
+                "{}: takes {}x{}; its size is fixed, see export.py --size".format(path, *detector.size))
     else:
         need_torch(f"{path}: a checkpoint")
-        if colour or white:
-            raise InputError(f"{path}: a checkpoint's input is known; leave --colour and --range out")
         with bad_values():
             content = read_checkpoint(path)
-            model = rebuild(content, content.get("ema") or content["state_dict"], path)
-            detector = TorchDetector(model, size, choose_device(device))
+            detector = TorchDetector(rebuild(content, path), size, choose_device(device))
         entry = content.get("threshold")
     entry = check_threshold(entry, path)
-    fits = entry and detector.size == tuple(entry["size"])
+    fits = entry and detector.size == tuple(entry["size"]) and entry["tiles"] == (tiles and list(tiles))
     if tiles:
         detector = TiledDetector(detector, *tiles)
-        tiles = [detector.side, detector.overlap]
-    if fits and tiles == entry["tiles"]:
-        detector.threshold = entry
+    detector.threshold = entry if fits else None
     return detector
 
 
 def _exported(network, path, colour, white):
     """The detector of an exported network. What is known of it must be true, on a black picture."""
     metadata = network.metadata
-    if "head" in metadata and (colour or white):
-        raise InputError(f"{path}: says itself what it takes; leave --colour and --range out")
+    require("head" not in metadata or not (colour or white),
+            f"{path}: says itself what it takes; leave --colour and --range out")
     if "head" not in metadata:
-        if not colour or not white:
-            raise InputError(f"{path}: was not written by export.py; say what it takes with "
-                             "--colour rgb|bgr and --range 1|255")
+        require(colour and white, f"{path}: was not written by export.py; say what it takes with "
+                "--colour rgb|bgr and --range 1|255")
         metadata = {"head": "detection_output", "colour": colour.upper(), "value_range": f"0-{white}"}
     if metadata["head"] == "raw":
         need_torch(f"{path}: head raw")
@@ -192,18 +181,16 @@ def _exported(network, path, colour, white):
 def check_threshold(entry: dict | str | None, path) -> dict | None:
     """The threshold that a model file holds, if any: a dict, or JSON in an exported file's metadata.
 
-    `score`; `size` [width, height] of the network input and `tiles` ([side, overlap], None: whole photos)
-    with which it was measured; `target`, such as "precision=0.95"; and more plain values. Raises InputError
-    if it makes no sense."""
+    `score`; the `size` [width, height] of the input and the `tiles` ([side, overlap] or None) that it was
+    measured with; `target`, such as "precision=0.95"; and more. Raises InputError if it makes no sense."""
     if entry is None:
         return None
-    with suppress(KeyError, TypeError, ValueError, RecursionError):
-        entry = json.loads(entry if isinstance(entry, str) else json.dumps(entry))  # plain values, or refused
+    with suppress(KeyError, TypeError, ValueError):
+        entry = json.loads(entry) if isinstance(entry, str) else entry
         width, height = entry["size"]
         side, overlap = (1, 0) if entry["tiles"] is None else entry["tiles"]
-        numbers = (entry["score"], width, height, side, overlap)
-        if (all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
-                and min(width, height, side) >= 1 and isinstance(entry["target"], str)):
+        if (0 <= entry["score"] <= 1 <= min(width, height, side) and overlap >= 0
+                and isinstance(entry["target"], str)):
             return entry
     raise InputError(f"{path}: its threshold is damaged; choose it anew with python -m tools.threshold")
 
@@ -237,12 +224,10 @@ def _as_picture(image):
     """What `detect` takes as a picture (PIL, RGB)."""
     if isinstance(image, (str, Path)):
         return load_picture(image)
-    name = f"{type(image).__name__} {getattr(image, 'shape', '')}"
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
-        if image.ndim == 2 or image.shape[2:] in ((3,), (4,)):
-            image = Image.fromarray(image)
-    if not isinstance(image, Image.Image) or not min(image.size):
-        raise InputError(f"{name}: a file, a PIL image or an RGB array uint8 [H, W, 3] is expected")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] == (3,):
+        image = Image.fromarray(image)
+    require(isinstance(image, Image.Image) and min(image.size), f"{type(image).__name__} "
+            f"{getattr(image, 'shape', '')}: a file, a PIL image or an RGB array uint8 [H, W, 3] is expected")
     return image.convert("RGB")
 
 
@@ -250,12 +235,12 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
                rank: int = 0, processes: int = 1, check=None) -> tuple[Detections, dict]:
     """Find the faces on all photos of some Annotations.
 
-    Returns Detections sorted by photo, and {index: line} of photos that cannot be read; in each of several
-    processes both are whole. `check()` is called before each batch, as often in every process."""
-    need_torch("detect_all")
+    Returns Detections sorted by photo, and {index: line} of photos that cannot be read; whole in each of
+    several processes. `check()` is called before each batch, as often in every process."""
     device = getattr(detector, "device", "cpu")
     batch_size = batch_size or (64 if device.startswith("cuda") else 16)
-    batch_size = batch_size if detector.size else 1  # whole pictures go one at a time
+    if not detector.size:  # whole pictures go one at a time
+        batch_size = 1
     batches = eval_batches(len(annotations.ids), batch_size, rank, processes)
     loader = make_loader(FaceDataset(annotations, *(detector.size or ())), batches, workers, device)
     found, errors = {}, {}
@@ -277,7 +262,7 @@ def detect_all(detector, annotations: Annotations, batch_size: int | None = None
 def cut(size: tuple, side: int, overlap: int) -> np.ndarray:
     """Lay tiles over a picture of `size` (width, height): int `[V, 4]`, xyxy, first the whole picture.
 
-    Neighbours share `overlap` pixels or more. A picture no larger than a tile is its own only view."""
+    Neighbours share `overlap` pixels or more. A picture no larger than a tile is the only view."""
     def starts(length):
         count = 1 + max(0, math.ceil((length - side) / (side - overlap)))
         return np.linspace(0, max(0, length - side), count).round().astype(int)
@@ -313,14 +298,16 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
 class TiledDetector:
     """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`, K unlimited.
 
-    `side` and `overlap` are pixels of the picture. `size` is None: it takes pictures of any size."""
+    `side` and `overlap` are pixels of the picture."""
 
-    size = threshold = None
+    size = None  # it takes pictures of any
+    threshold = None
 
-    def __init__(self, detector, side: int, overlap: int | None = None):
+    def __init__(self, detector, side: int, overlap: int):
         need_torch("--tiles")
-        self.detector, self.side = detector, side
-        self.overlap = side // 4 if overlap is None else overlap
+        self.detector = detector
+        self.side = side
+        self.overlap = overlap
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
         return [self._faces(Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))) for pixels in images]

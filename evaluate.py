@@ -1,7 +1,7 @@
 """Measure a detector or existing predictions: COCO's 12 numbers, AP by face size, WIDER easy, medium, hard.
 
     python evaluate.py --data data/val.json                            # the shipped network
-    python evaluate.py --model runs/face/best.pth --size 640 --out found.json --plot pr.png
+    python evaluate.py --model runs/face/best.pth --size 640 --out found.json
     python evaluate.py --wider                                         # on WIDER val (see wider_to_coco.py)
     python evaluate.py --wider --predictions FOLDER_OR_RESULTS.json    # scores what any detector has written
     python evaluate.py --wider --wider-part --data part.json           # only on the photos of part.json
@@ -15,13 +15,13 @@ import os
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-from support.script import (InputError, TilesFlag, command, file_hash, git_commit, new_parser, parse_picture,
-                            parse_size, read_json, write_json)
+from support.script import (InputError, TilesFlag, command, file_hash, git_commit, new_parser, parse_size,
+                            read_json, write_json)
 
 import metrics
 from support import wider
 from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
-from support.plots import plot_curves
+from support.options import at_least
 from support.runtimes import SUFFIXES
 from support.threads import use_threads
 
@@ -31,23 +31,14 @@ RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers",
 
 
 def score_faces(annotations, detections, sizes=metrics.FACE_SIZES):
-    """Score Detections on Annotations: every number as a plain value, and the curves by name."""
+    """Score Detections on Annotations: every number as a plain value."""
     truth = annotations.ids[annotations.image], annotations.xywh, annotations.ignored
     found = annotations.ids[detections.image], detections.xywh, detections.score
-    numbers, curves = metrics.coco_ap(*truth, annotations.area, *found)
     outcomes = metrics.outcomes(*arrays(annotations, detections), len(annotations.ids))
     by_size = metrics.size_ap(*truth, *found, sizes)
-    scores = {"coco": numbers,
-              "AP50_by_size": {f"> {size} px" if size else "all faces": ap for size, ap in by_size.items()},
-              "operating_points": metrics.operating_points(outcomes)}
-    return scores, {f"IoU {iou}": curve for iou, curve in curves.items()}
-
-
-def score_wider(truth, detections):
-    """Score Detections on the photos of a wider.GroundTruth: {level: AP}, and the curves by level."""
-    found = detections.image, detections.xywh, detections.score
-    curves = metrics.wider_ap(truth.image, truth.xywh, truth.kept, *found)
-    return {"wider": {level: curve.ap for level, curve in curves.items()}}, curves
+    return {"coco": metrics.coco_ap(*truth, annotations.area, *found),
+            "AP50_by_size": {f"> {size} px" if size else "all faces": ap for size, ap in by_size.items()},
+            "operating_points": metrics.operating_points(outcomes)}
 
 
 def table(scores):
@@ -74,15 +65,8 @@ def hashes(model, **more):
     return {name: file_hash(path) for name, path in files.items() if path and os.path.isfile(path)}
 
 
-def settings(args):
-    """What produced the numbers: flags, the files' hashes, the git commit."""
-    return {"flags": {key: value for key, value in vars(args).items() if value is not None and key != "json"},
-            "sha256": hashes(args.model, data=args.data, predictions=args.predictions),
-            "commit": git_commit()}
-
-
 def parse_args(argv):
-    """Parse the flags."""
+    """Parse the flags, and refuse what does not go together."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", help=f"COCO json (default {DATA})")
@@ -92,36 +76,28 @@ def parse_args(argv):
         help="easy / medium / hard AP by the ground truth in FOLDER (default %(const)s)")
     add("--wider-part", action="store_true",
         help="on the photos of --data alone; without it WIDER's other photos count as without detections")
-    add("--face-sizes", type=int, nargs="+", metavar="PX",
+    add("--face-sizes", type=int, nargs="+", metavar="PX", default=metrics.FACE_SIZES,
         help="AP50 of faces larger than these (default 0 30 60 100)")
     add("--model", help="a checkpoint, .onnx or .xml (default: the shipped network)")
     add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
     add("--tiles", action=TilesFlag)
     add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
     add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
-    add("--batch-size", type=int, help="photos at once (default 16)")
-    add("--workers", type=int, help="processes that load (default: one for each core, at most 8)")
+    add("--batch-size", type=at_least(1), help="photos at once (default 16)")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1),
+        help="processes that load (default: one for each core, at most 8)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
-    add("--skip-unreadable", action="store_true", default=None,
+    add("--skip-unreadable", action="store_true",
         help="leave photos out that cannot be read, with their faces")
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
-    add("--plot", type=parse_picture, metavar="PNG", help="precision-recall curves")
     args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
-
-
-def check_args(parser, args):
-    """Refuse what does not go together or would do nothing; settle the defaults."""
     folder = args.predictions and os.path.isdir(args.predictions)
-    unused = [f"--{name.replace('_', '-')}" for name in RUNNING if getattr(args, name) is not None]
-    if args.predictions and unused:
-        parser.error(f"--predictions runs no model: {', '.join(unused)} would do nothing")
-    if args.wider and args.face_sizes:
-        parser.error("--face-sizes would do nothing with --wider, whose levels are easy, medium and hard")
+    idle = [name for name in RUNNING if getattr(args, name) != parser.get_default(name)]
+    if args.predictions and idle:
+        parser.error(f"--predictions runs no model: --{idle[0].replace('_', '-')} would do nothing")
     if args.wider_part and not args.wider:
         parser.error("--wider-part is for --wider")
     if folder and not args.wider:
@@ -129,9 +105,7 @@ def check_args(parser, args):
     if folder and not args.data and (args.out or args.wider_part):
         parser.error("--out and --wider-part need the photos: give their --data as well")
     args.data = args.data or (None if folder else DATA)
-    args.face_sizes = args.face_sizes or metrics.FACE_SIZES
-    if args.batch_size == 0 or min(args.batch_size or 1, args.workers or 0) < 0:
-        parser.error("--batch-size must be at least 1, --workers at least 0")
+    return args
 
 
 def run_model(args, annotations):
@@ -139,6 +113,7 @@ def run_model(args, annotations):
     import torch
 
     from detector import MODEL, detect_all, load_detector
+    from model import read_checkpoint
     from support.distributed import join_processes, leave_processes
     annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
@@ -148,10 +123,8 @@ def run_model(args, annotations):
     made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "tiles": args.tiles,
             "size": (detector.detector if args.tiles else detector).size}
     if not args.model.endswith(SUFFIXES):
-        from model import read_checkpoint
         made["trained_on"] = read_checkpoint(args.model).get("photos")
-    workers = min(8, os.cpu_count() or 1) if args.workers is None else args.workers
-    detections, errors = detect_all(detector, annotations, args.batch_size, workers, rank, processes)
+    detections, errors = detect_all(detector, annotations, args.batch_size, args.workers, rank, processes)
     leave_processes()  # each now has everything, and goes its own way
     if errors:
         lines = f"{len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}"
@@ -166,8 +139,8 @@ def run_model(args, annotations):
 def load_detections(args, truth):
     """Read the detections of --predictions, or run the model: (Annotations, names, Detections, made).
 
-    truth is the wider.GroundTruth or None, `names` are the photos' for it, and `made` says what made the
-    detections of a model. Without --data the photos are those of `truth`, and there are no Annotations."""
+    `names` are the photos' for the wider.GroundTruth `truth`, if any. Without --data the photos are its own,
+    and there are no Annotations. `made` says what made the detections of a model."""
     annotations = read_annotations(args.data) if args.data else None
     made = None
     if not args.predictions:
@@ -186,7 +159,7 @@ def load_detections(args, truth):
 
 
 def score(args, truth, annotations, names, detections):
-    """Score Detections on Annotations or on WIDER's ground truth: the numbers, and the curves by name."""
+    """Score Detections on Annotations or on WIDER's ground truth, and say what they are scored on."""
     if truth is None:
         print(f"{args.data}: {len(annotations.ids):,} photos, {len(annotations.image):,} faces "
               f"({annotations.ignored.sum():,} ignored), {len(detections.score):,} detections")
@@ -199,10 +172,12 @@ def score(args, truth, annotations, names, detections):
     elif there < every:
         print(f"{every - there:,} images of the ground truth are not in {args.data} and count as without "
               "detections; --wider-part leaves them out")
-    return score_wider(truth, wider.renumber(detections, names, truth, args.wider))
+    found = wider.renumber(detections, names, truth, args.wider)
+    faces = truth.image, truth.xywh, truth.kept
+    return {"wider": metrics.wider_ap(*faces, found.image, found.xywh, found.score)}
 
 
-def write_outputs(args, scores, curves, annotations, names, detections, made):
+def write_outputs(args, scores, annotations, names, detections, made):
     """Write the files that were asked for."""
     if args.out:
         write_json(args.out, to_results(annotations, detections))
@@ -212,10 +187,10 @@ def write_outputs(args, scores, curves, annotations, names, detections, made):
     if args.wider_out:
         wider.write_predictions(args.wider_out, names, detections)
     if args.json:
-        write_json(args.json, scores | settings(args))
-    if args.plot:
-        plot_curves(curves, args.plot)
-    for path in filter(None, (args.out, args.wider_out, args.json, args.plot)):
+        flags = {key: value for key, value in vars(args).items() if value is not None and key != "json"}
+        sha256 = hashes(args.model, data=args.data, predictions=args.predictions)
+        write_json(args.json, scores | {"flags": flags, "sha256": sha256, "commit": git_commit()})
+    for path in filter(None, (args.out, args.wider_out, args.json)):
         print(f"wrote {path}")
 
 
@@ -257,9 +232,9 @@ def main(argv=None):
     annotations, names, detections, made = load_detections(args, truth)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun one process scores
         return
-    scores, curves = score(args, truth, annotations, names, detections)
+    scores = score(args, truth, annotations, names, detections)
     print(table(scores))
-    write_outputs(args, scores, curves, annotations, names, detections, made)
+    write_outputs(args, scores, annotations, names, detections, made)
 
 
 if __name__ == "__main__":

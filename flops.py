@@ -27,17 +27,14 @@ def count(model, width, height):
         if module not in names:
             return
         elements = output.numel()
-        macs = extra = 0
+        macs = 0
+        extra = {nn.BatchNorm2d: 2, nn.ReLU: 1}.get(type(module), 0)
         if isinstance(module, nn.Conv2d):
             macs = elements * module.weight[0].numel()  # each output element is a sum over one filter
-            extra = elements if module.bias is not None else 0
-        elif isinstance(module, nn.BatchNorm2d):
-            extra = 2 * elements
-        elif isinstance(module, nn.ReLU):
-            extra = elements
+            extra = int(module.bias is not None)
         rows.append({"layer": names[module], "type": type(module).__name__, "output": tuple(output.shape[1:]),
                      "parameters": sum(p.numel() for p in module.parameters()), "convolution": macs,
-                     "all": macs + extra})
+                     "all": macs + extra * elements})
 
     with register_module_forward_hook(note), torch.no_grad():
         model.to("meta").eval()(torch.empty(1, 3, height, width, device="meta"))  # computes shapes only

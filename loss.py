@@ -14,9 +14,8 @@ QUALITY_WEIGHT, EIOU_WEIGHT = 4, 2  # as in docs/trials.md, where no other value
 
 
 def batch_divisor(positive):
-    """What this process divides its sums by: max(positives, images) of the whole batch.
+    """What this process divides its sums by: max(positives `[B, A]` bool, images) of the whole batch.
 
-    positive `[B, A]` bool.
     The whole batch is that of all processes. Divided by their number, since gradients are averaged over them
     afterwards: N processes with batch B / N then follow one process with batch B."""
     count = positive.sum().float()
@@ -113,34 +112,28 @@ class Criterion:
     """The loss of a batch: matching, multibox loss and, with a teacher, distillation.
 
     anchors `[A, 4]`; loss_weights `[2]`, the model's; distill: the weights of the distillation's two parts;
-    matching: "iou" or "aligned" (`task_aligned`); class_loss and box_loss: names in CLASS_LOSSES, BOX_LOSSES.
-    """
+    matching: "iou" or "aligned" (`task_aligned`); class_loss, box_loss: names in CLASS_LOSSES, BOX_LOSSES."""
 
     def __init__(self, anchors, loss_weights, distill=(0, 0), matching="iou", class_loss="cross-entropy",
                  box_loss="smooth-l1"):
         self.anchors, self.loss_weights, self.distill = anchors, loss_weights, distill
         self.matching, self.class_loss, self.box_loss = matching, class_loss, box_loss
 
-    def match(self, outputs, batch):
-        """Labels `[B, A]` and offsets `[B, A, 4]` to learn on a Batch, for the network's outputs on it."""
-        chosen = None
-        if self.matching == "aligned":
-            chosen = task_aligned(*outputs, self.anchors, batch.faces, batch.image)
-        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images),
-                                batch.crowd, chosen)
-        return labels.masked_fill((batch.labels == UNLABELLED)[:, None], -1), targets
-
     def __call__(self, outputs, batch, teacher=None):
         """The losses `[3]` (total, class, box) and what distillation adds to the first of them.
 
         outputs: logits `[B, A, 2]` and offsets `[B, A, 4]`; teacher: the same of the teacher, or None."""
-        labels, targets = self.match(outputs, batch)
+        chosen = None
+        if self.matching == "aligned":
+            chosen = task_aligned(*outputs, self.anchors, batch.faces, batch.image)
+        labels, targets = match(self.anchors, batch.faces, batch.ignored, batch.image, len(batch.images),
+                                batch.crowd, chosen)                                # [B, A], [B, A, 4]
+        labels = labels.masked_fill((batch.labels == UNLABELLED)[:, None], -1)
         divisor = batch_divisor(labels == 1)
         distilled = 0
         if teacher:
-            complete = batch.labels == COMPLETE
             labels, targets, taught, weight = soft_targets(labels, targets, *teacher, batch.has_faces,
-                                                           complete)
+                                                           batch.labels == COMPLETE)
             # Few labels must not make the teacher's part so much stronger that training diverges.
             seen = batch_divisor((labels == 1) | (confidence(teacher[0]) > 0)).clamp(min=FACES * len(labels))
             scores, boxes = distillation_loss(*outputs, *teacher, taught, weight, seen)
@@ -157,11 +150,10 @@ def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces, co
     labels are trusted. Returns (labels, targets, taught `[B, A]` bool: where the teacher's scores are
     learned, weight `[B, A]` of its boxes).
 
-    Datasets differ in where a face ends. Mixed, they would blur the boxes that the teacher knows. So the more
-    confident the teacher is, the nearer the box target is to its box. A face that the teacher sees and nobody
-    labelled is not taught as background. Photos without any face are the exception: there somebody looked at
-    the whole. Where labels are complete the teacher's boxes do not count, and a face that it alone sees is
-    background, whatever its score."""
+    Datasets differ in where a face ends, so the more confident the teacher is, the nearer the box target is
+    to its box. A face that the teacher sees and nobody labelled is not taught as background, except on photos
+    without any face: there somebody looked at the whole. Where labels are complete the teacher's boxes do not
+    count, and a face that it alone sees is background, whatever its score."""
     weight = confidence(teacher_logits)                                                 # [B, A]
     seen_alone = (labels == 0) & (weight > 0)
     hidden = seen_alone & (has_faces & ~complete)[:, None]

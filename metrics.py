@@ -7,9 +7,9 @@ Pure functions over arrays, in float64; nothing is rounded. Each takes the M fac
     gt_xywh `[M, 4]`, dt_xywh `[D, 4]`   boxes: x, y, width, height in pixels of the original image
     dt_score `[D]`                       finite
 
-The order of the rows matters only for ties. Equal scores are sorted by image id, then by input order. First
-all pairs are found of a face and a detection of the same image with IoU 0.5 or more. There are few, so every
-later step handles all images at once. A metric over no faces is -1.
+The order of the rows matters only for ties: equal scores are sorted by image id, then by input order. First
+all pairs of a face and a detection of one image with IoU 0.5 or more are found; there are few, so every later
+step handles all images at once. A metric over no faces is -1.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,6 @@ MAX_DETECTIONS = (1, 10, 100)
 FACE_SIZES = (0, 30, 60, 100)            # px, as in the reference's table: all faces, > 30, > 60, > 100
 PAIRS = 2 ** 20                          # box pairs compared at once; limits the memory on crowded images
 WIDER_THRESHOLDS = 1 - np.arange(1, 1001) / 1000
-
-
-@dataclass
-class Curve:
-    """A precision-recall curve and its average precision."""
-    ap: float
-    recall: np.ndarray      # [R]
-    precision: np.ndarray   # [R]
 
 
 @dataclass
@@ -50,12 +42,10 @@ class Outcomes:
 
 
 def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
-            dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[dict, dict]:
+            dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, float]:
     """Compute the 12 COCO numbers of one class, as pycocotools does (Lin et al. 2014; COCOeval.py, bbox).
 
-    gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels. Returns the numbers
-    by name (AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large), and the
-    curves at IoU 0.5 and 0.75, {0.5: Curve, 0.75: Curve}."""
+    gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels."""
     gt_area = np.asarray(gt_area, np.float64)
     crowd, rank, _, dt_xywh, pairs = _coco_pairs(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score)
     dt_area = dt_xywh[:, 2] * dt_xywh[:, 3]
@@ -70,18 +60,17 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
         recall[name] = {n: hit[:, rank < n].sum(1) / faces if faces else -np.ones(len(IOUS))
                         for n in MAX_DETECTIONS}
 
-    curves = {iou: Curve(float(at.mean()), RECALLS, at)
-              for iou, at in zip((0.5, 0.75), precision[""][[0, 5]])}
-    numbers = {"AP": precision[""].mean(), "AP50": curves[0.5].ap, "AP75": curves[0.75].ap}
+    every = precision[""]
+    numbers = {"AP": every.mean(), "AP50": every[0].mean(), "AP75": every[5].mean()}
     numbers |= {f"AP{name}": precision[name].mean() for name in AREAS if name}
     numbers |= {f"AR{n}": recall[""][n].mean() for n in MAX_DETECTIONS}
     numbers |= {f"AR{name}": recall[name][MAX_DETECTIONS[-1]].mean() for name in AREAS if name}
-    return {name: float(number) for name, number in numbers.items()}, curves
+    return {name: float(number) for name, number in numbers.items()}
 
 
 def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
                  dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Match detections to faces of all sizes as in `coco_ap`, for who computes its AP on resampled images.
+    """Match detections to faces of all sizes as in `coco_ap`, for AP on resampled images.
 
     Returns, for the 100 best detections of each image, best first: their image `[D]`, and at each IoU
     threshold which find a face `[10, D]` and which count at all `[10, D]`."""
@@ -104,8 +93,7 @@ def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: 
 
 def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
             dt_xywh: np.ndarray, dt_score: np.ndarray, sizes: tuple = FACE_SIZES) -> dict[int, float]:
-    """Compute VOC AP at IoU 0.5 over the faces larger than each of `sizes`: {size: AP}, as in the
-    reference's accuracy table.
+    """Compute VOC AP at IoU 0.5 over faces larger than each of `sizes`, as the reference's table: {size: AP}.
 
     The size of a box is its shorter side, in pixels. Smaller faces and crowd regions count neither as found
     nor as missed, nor do detections matched to them, nor unmatched ones that are not larger than `size`."""
@@ -160,11 +148,11 @@ def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[d
 
 
 def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, Curve]:
-    """Compute WIDER FACE AP as the official code does (Yang et al. 2016): {level: Curve}.
+             dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, float]:
+    """Compute WIDER FACE AP as the official code does, at 1,000 thresholds (Yang et al. 2016): {level: AP}.
 
-    A curve has 1,000 points, one per score threshold. kept {level: `[M]` bool} marks the faces of each level.
-    All other faces are ignored, and so are the detections on them, and images without any annotated box."""
+    kept {level: `[M]` bool} marks the faces of each level. All other faces are ignored, and so are the
+    detections on them, and images without any annotated box."""
     gt_image, gt_xywh, none, _, dt_image, dt_xywh, dt_score = _sorted(
         gt_image, gt_xywh, np.zeros(len(gt_image)), dt_image, dt_xywh, dt_score)
     lowest, highest = dt_score.min(initial=1), dt_score.max(initial=0)
@@ -172,7 +160,7 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
     face = _best_face(*_overlaps(gt_image, gt_xywh, dt_image, dt_xywh, none, pixel=1), len(score))
     annotated = np.isin(dt_image, gt_image)
 
-    curves = {}
+    result = {}
     for level, asked in kept.items():
         asked = np.asarray(asked, bool)
         hit = _first_on_face(face, asked)
@@ -180,16 +168,14 @@ def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np
         found, shown = (np.searchsorted(-score[flags], -WIDER_THRESHOLDS, side="right")
                         for flags in (hit, counted))
         faces = np.count_nonzero(asked)
-        recall, precision = found / max(faces, 1), found / np.maximum(shown, 1)
-        curves[level] = Curve(_envelope_area(recall, precision) if faces else -1.0, recall, precision)
-    return curves
+        result[level] = _envelope_area(found / faces, found / np.maximum(shown, 1)) if faces else -1.0
+    return result
 
 
 def _sorted(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score):
-    """Faces and detections, given as any sequences, as int64, float64 and bool arrays.
+    """Faces, and detections in order (by score; equal ones by image id, then input order), as arrays.
 
-    Returns the three of the faces, the order of the detections (by score, best first; equal ones by image id,
-    then by input order), and the three of the detections in that order."""
+    Returns the three of the faces, the order, and the three of the detections in it."""
     dt_image, dt_score = np.asarray(dt_image, np.int64), np.asarray(dt_score, np.float64)
     gt_xywh, dt_xywh = (np.asarray(xywh, np.float64).reshape(-1, 4) for xywh in (gt_xywh, dt_xywh))
     order = np.lexsort((dt_image, -dt_score))  # a stable sort
@@ -255,10 +241,8 @@ def _coco_hits(pairs, rank, ignored, crowd, outside):
     outside `[D]` marks detections that do not count where they find nothing. Within one image detections
     choose in order of score. Each takes the free face with the highest IoU, if that reaches the threshold; of
     equal ones the later in the file; an ignored face only if no other is free. A face can be taken once, a
-    crowd region any number of times.
-
-    The loop runs over the rank: first the best detection of every image, then every second best, and so on.
-    Those of one step lie on different images, so none can take a face from another."""
+    crowd region any number of times. A step of the loop are the detections of one rank: they lie on different
+    images, so none can take a face from another."""
     d, g, iou = pairs
     order = np.lexsort((-g, -iou, ignored[g], d, rank[d]))
     d, g, iou = d[order], g[order], iou[order]
@@ -281,9 +265,8 @@ def _coco_hits(pairs, rank, ignored, crowd, outside):
 def _by_size(sizes, *faces_and_detections):
     """Match detections to faces as VOC does at IoU 0.5, for each of `sizes`.
 
-    Returns the order of the detections, best first, and {size: (face, counted, asked)} in it: the face that a
-    detection finds, -1 for none, `[D]`; whether it counts at all, as true or false, `[D]`; whether a face is
-    to be found, being no crowd region and larger than `size`, `[M]`."""
+    Returns the order of the detections, best first, and {size: (face, counted, asked)}: the face that each
+    finds, -1 for none, `[D]`; whether it counts, `[D]`; which faces are to be found, `[M]`."""
     gt_image, gt_xywh, crowd, order, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     d, g, iou = _overlaps(gt_image, gt_xywh, dt_image, dt_xywh, crowd)
     real = ~crowd[g]

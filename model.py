@@ -6,11 +6,9 @@ file imports nothing of this repository: copy it, and `load_model` works elsewhe
 
 import math
 import os
-import stat
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass
-from numbers import Real
 
 import torch
 from torch import nn
@@ -34,6 +32,7 @@ ROWS = (
     (4, 480, 1, 1),
 )
 
+
 def grid_size(width: int, height: int) -> tuple[int, int]:
     """Columns and rows of the grid, the feature map's cells, for an input of `width` x `height` pixels."""
     return math.ceil(width / STRIDE), math.ceil(height / STRIDE)
@@ -48,10 +47,8 @@ class Config:
     anchors: tuple = HAND_DESIGNED     # (width, height) in pixels of the network input
 
     def __post_init__(self):
-        sides = [side for anchor in self.anchors for side in anchor]
-        if not all(isinstance(number, Real) for number in (*self.input_size, self.width, *sides)):
-            raise ValueError("numbers expected for the input's sides, width and anchors")
         object.__setattr__(self, "anchors", tuple((float(w), float(h)) for w, h in self.anchors))
+        sides = [side for anchor in self.anchors for side in anchor]
         # The upper bounds are no limits of the method: a hostile file of a few bytes could fill the memory.
         if not all(isinstance(side, int) and STRIDE <= side <= 8192 for side in self.input_size):
             raise ValueError(f"input {self.input_width}x{self.input_height}: "
@@ -174,18 +171,15 @@ def read_checkpoint(path) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: a checkpoint without \"state_dict\", "
                          "ours or the official snapshots' is expected")
-    for key in ("config", "meta", "optimizer", "ema", "state_dict"):
-        if not isinstance(content.get(key), dict | None):
-            raise ValueError(f"{path}: not a checkpoint, its \"{key}\" is no dictionary")
-        if content.get(key) and key in ("ema", "state_dict"):
-            content[key] = tensors_of(content[key], f"{path}: not a checkpoint, its \"{key}\"")
+    for key in ("ema", "state_dict"):
+        require_tensors(content.get(key) or {}, f"{path}: not a checkpoint, its \"{key}\"")
     return content
 
 
 def load_file(path):
-    """What torch.save wrote, on the CPU. Raises ValueError, one line, if the file is damaged or hostile."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write into it
-        raise ValueError(f"{path}: not a checkpoint, nor any ordinary file")
+    """What torch.save wrote, on the CPU. Raises ValueError, one line, if the file is absent or damaged."""
+    if not os.path.isfile(path):  # opening a pipe would wait for somebody to write into it
+        raise ValueError(f"{path}: not a checkpoint, there is no such file")
     try:
         fault = zip_fault(path)
         with warnings.catch_warnings():
@@ -195,45 +189,30 @@ def load_file(path):
         fault = "not a checkpoint, or truncated, or it holds more than tensors and plain values"
     if fault:
         raise ValueError(f"{path}: {fault}")
-    # A dict of a hostile file may have `get` and `items` of its own.
-    return dict(dict.items(content)) if isinstance(content, dict) else content
+    return content
 
 
 def zip_fault(path) -> str | None:
-    """What is wrong with a checkpoint that is a zip: PyTorch looks at no checksum. (Before 1.6: no zips.)"""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # by these torch.load tells the formats apart too
-            return None
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            if any(member.compress_type or member.compress_size != member.file_size for member in members):
-                return "refused, it is compressed; torch.save does not do that"
-            if sum(member.file_size for member in members) > os.path.getsize(path):
-                return "refused, parts of it are there twice"
-            return "damaged, its checksums tell; copy or download it again" if archive.testzip() else None
+    """What is wrong with a checkpoint that is a zip, whose checksums torch.load does not look at."""
+    if not zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote none
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type for member in archive.infolist()):
+            return "refused, it is compressed; torch.save does not do that"
+        return "damaged, its checksums tell; copy or download it again" if archive.testzip() else None
 
 
-def tensors_of(state, subject):
-    """`state` as {name: dense tensor}. Raises ValueError, starting with `subject`, if it is not."""
-    tensors = dict(dict.items(state))
-    for name, tensor in tensors.items():
-        if (not isinstance(name, str) or not isinstance(tensor, torch.Tensor)
-                or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta):
-            raise ValueError(f"{subject} holds other things than named, dense tensors")
-    return tensors
+def require_tensors(state, subject) -> None:
+    """Raise ValueError, starting with `subject`, unless `state` is {name: tensor}."""
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
+        raise ValueError(f"{subject} holds other things than named tensors")
 
 
 def fill(model: nn.Module, state: dict, path) -> None:
-    """Load {name: tensor} into a model with these names and shapes. Raises ValueError on senseless values."""
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise ValueError(f"{path}: not a checkpoint of this detector "
-                             f"({name} is {tensor.dtype}, not {own[name].dtype})")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
-        if name.endswith("running_var") and (tensor < 0).any():
-            raise ValueError(f"{path}: damaged, the variances {name} are negative")
+    """Load {name: tensor} into a model of these shapes. Raises ValueError if one is not finite."""
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ValueError(f"{path}: holds weights that are not finite; was it a training that diverged?")
     model.load_state_dict(state, strict=False)
 
 
@@ -260,13 +239,13 @@ def load_model(path) -> SSD:
     """The model of a checkpoint, ours or an official snapshot, for evaluation: averaged weights if there are.
 
     Raises ValueError if the file does not fit."""
-    content = read_checkpoint(path)
-    return rebuild(content, content.get("ema") or content["state_dict"], path).eval()
+    return rebuild(read_checkpoint(path), path).eval()
 
 
-def rebuild(content: dict, state: dict, path) -> SSD:
-    """The model of a checkpoint's content, with the weights `state`. Raises ValueError if they do not fit."""
+def rebuild(content: dict, path, averaged: bool = True) -> SSD:
+    """The model of a checkpoint's content, with its `averaged` weights if there are. Raises ValueError."""
     model = SSD(config_of(content, path))
+    state = averaged and content.get("ema") or content["state_dict"]
     same = fitting(model, state)
     wrong = [name for name in [*state, *model.state_dict()] if name not in same]
     if wrong:
@@ -292,8 +271,7 @@ def load_imagenet(model: SSD, path=None) -> None:
     """Start the backbone from torchvision's ImageNet MobileNetV2 (width 1.0), each tensor cut to shape.
 
     The last block does not fit (4, 480 for 6, 320) and stays random, as does the input's batch norm. `path`
-    is a file of the weights, else torchvision downloads them. Raises ValueError if they cannot be had or fit.
-    """
+    is a file of the weights, else torchvision downloads them. Raises ValueError if they cannot be had."""
     from torchvision.models import MobileNet_V2_Weights
     weights = MobileNet_V2_Weights.IMAGENET1K_V1
     name = path or "the download"
@@ -302,16 +280,16 @@ def load_imagenet(model: SSD, path=None) -> None:
     ours = {key: tensor for key, tensor in model.backbone.state_dict().items() if key.startswith(wanted)}
     try:
         source = load_file(path) if path else weights.get_state_dict(progress=True, check_hash=True)
-        theirs = [tensor for key, tensor in tensors_of(source, "it").items() if key.startswith(wanted)]
+        require_tensors(source, "it")
+        theirs = [tensor for key, tensor in source.items() if key.startswith(wanted)]
         if len(ours) != len(theirs):
             raise ValueError("other layers")
     except Exception as error:  # a download may fail in any way
-        reason = str(error).removeprefix(f"{path}: ").partition("\n")[0][:160]
+        reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); fetch {weights.url} "
                          "and give its path") from None
-    cut = {}
-    for (key, own), tensor in zip(ours.items(), theirs):  # nested differently, but listed in the same order
-        if own.ndim != tensor.ndim or any(o > t for o, t in zip(own.shape, tensor.shape)):
-            raise ValueError(f"ImageNet weights are of width 1.0, they cannot fill {key} {tuple(own.shape)}")
-        cut[key] = tensor[tuple(slice(n) for n in own.shape)]
+    if model.config.width > 1:
+        raise ValueError("ImageNet weights are of width 1.0, they cannot fill a wider network")
+    cut = {key: tensor[tuple(slice(n) for n in own.shape)]  # nested differently, but listed in the same order
+           for (key, own), tensor in zip(ours.items(), theirs)}
     fill(model.backbone, cut, name)

@@ -15,7 +15,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from support.script import InputError, bad_values, command, first_line, git_commit
+from support.script import InputError, bad_values, command, first_line, git_commit, require
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from anchors import make_anchors
-from checkpoints import find_checkpoint, load_momentum, make_model, resume_command, resume_model, save
+from checkpoints import find_checkpoint, make_model, resume_model, save
 from data import Batch, FaceDataset, TrainBatches, make_loader, to_input
 from detector import TorchDetector, detect_all
 from evaluate import score_faces
@@ -112,16 +112,19 @@ class Trainer:
         self.unreadable = {}
         self.batches = TrainBatches(len(dataset), args.batch_size, args.repeat, args.seed, rank, processes,
                                     not args.no_augment)
-        if self.batches.last * math.prod(grid_size(*model.config.input_size)) == 1 and not args.freeze_bn:
-            raise InputError("the last batch of an epoch is one photo, whose feature map is one cell: too "
-                             "little for batch normalisation; choose another --batch-size or a larger --size")
+        cells = math.prod(grid_size(*model.config.input_size))
+        require(self.batches.last * cells > 1 or args.freeze_bn, "the last batch of an epoch is one photo, "
+                "whose feature map is one cell: too little for batch norm; change --batch-size or --size")
+        if args.warmup is None:
+            args.warmup = min(WARM_UP, 4 * self.batches.total)
         if content:
             self.restore(content)
         self.loader = make_loader(dataset, self.batches, args.workers, device)
 
     def restore(self, content):
         """Continue from a checkpoint's content. What the flags say now is what is used."""
-        load_momentum(self.optimizer, content)
+        groups = self.optimizer.state_dict()["param_groups"]  # the rates and the decay are those of the flags
+        self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
         for name in ("epoch", "step", "done", "best", "waited", "record"):
             setattr(self, name, content[name])
         self.sums = content["sums"].to(self.device)
@@ -133,7 +136,7 @@ class Trainer:
             print_once("this epoch begins anew: its photos are other ones now, or come in another order")
         if not self.run["val"]:
             self.run["val"] = content["val"]  # while nothing is validated, the last set's is kept
-        elif content["val"] not in (None, self.run["val"]) and self.best >= 0:
+        elif content["val"] not in (None, self.run["val"]):
             self.best = -1.0
             self.waited = 0
             print_once("another validation set than before: best.pth begins anew")
@@ -141,8 +144,7 @@ class Trainer:
     @property
     def finished(self):
         """Whether there is no epoch left to train: all are done, or --patience has come to its end."""
-        impatient = self.args.patience is not None and self.waited >= self.args.patience
-        return self.epoch >= self.args.epochs or impatient
+        return self.epoch >= self.args.epochs or self.waited >= (self.args.patience or math.inf)
 
     def connect(self):
         """Tie the network to those of the other processes, and compile it. All processes must come here."""
@@ -241,7 +243,7 @@ class Trainer:
             print_once(f"{self.args.val}: left out, with their faces, {len(errors)} photos that could not be "
                        f"used, such as {next(iter(errors.values()))}")
             annotations, detections = annotations.without(errors, detections)
-        scores, _ = score_faces(annotations, detections)
+        scores = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
         if ap50 > self.best and self.rank == 0:
             save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50)
@@ -258,9 +260,8 @@ class Trainer:
 
 def check_finite(losses):
     """Stop if losses, or their sums, are not finite; the first of them is returned as a number."""
-    if not losses.isfinite().all():
-        raise InputError(f"the loss is not finite ({losses[0]:.3g}); resume the last checkpoint with a lower "
-                         "--lr or with --clip 10, or, should it be ruined as well, start again so")
+    require(losses.isfinite().all(), f"the loss is not finite ({losses[0]:.3g}); resume the last checkpoint, "
+            "or start again, with a lower --lr or with --clip 10")
     return losses[0].item()
 
 
@@ -271,10 +272,8 @@ def floats_of(model):
 
 def choose_precision(args, before, device):
     """--precision where it is left open: that of the run that is resumed, or else what is fast here."""
-    if args.precision:
-        return args.precision
-    if before:
-        return before.get("precision", "fp32")
+    if args.precision or before:
+        return args.precision or before.get("precision", "fp32")
     cpu = torch.cpu.get_capabilities()  # where it does not multiply bfloat16 itself, that is far slower
     fast = device.startswith("cuda") or device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return "bf16" if fast else "fp32"
@@ -283,13 +282,11 @@ def choose_precision(args, before, device):
 def choose_compile(args, before, device, processes, photos, pixels):
     """Whether to compile where --compile is left open, and whether that works here.
 
-    `photos` are those of an epoch, of so many `pixels`. How many epochs there will be plays no part: it
-    changes when a run is resumed."""
+    `photos` are those of an epoch, of so many `pixels`."""
     wanted = args.compile
-    if wanted is None and before:
-        wanted = before.get("compile", False)
-    elif wanted is None:
-        wanted = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
+    if wanted is None:
+        pays = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
+        wanted = before.get("compile", False) if before else pays
     if not wanted:
         return False
     print_once("trying the compiler, up to half a minute the first time")
@@ -302,42 +299,40 @@ def choose_compile(args, before, device, processes, photos, pixels):
 
 
 def find_val(args):
-    """The json to validate on, or None: that of --val, or the val.json beside the one train.json."""
+    """The Annotations to validate on, or None: those of --val, or of a val.json beside the one train.json."""
+    if args.val not in (None, "none"):
+        return read_val(args.val)
     beside = Path(args.data[0]).with_name("val.json")
     if not args.val and [Path(path).name for path in args.data] == ["train.json"] and beside.exists():
-        return str(beside)
-    return None if args.val == "none" else args.val
+        try:
+            return read_val(beside)
+        except InputError as error:  # nobody has asked for it
+            print_once(f"no validation: {error}")
+    return None
 
 
 def read_val(path):
-    """The Annotations to validate on. Raises InputError where photos are missing, or hold no face."""
+    """The Annotations of a validation set. Raises InputError where photos are missing, or hold no face."""
     val = read_annotations(path)
-    val.require_photos()
     absent = [val.file(n) for n in range(len(val.ids)) if not val.file(n).is_file()]
-    trouble = "holds no face to find, so there is no AP to choose best.pth by" if val.ignored.all() else ""
-    if absent:
-        trouble = f"{len(absent)} of its {len(val.ids)} photos are missing, such as {absent[0]}"
-    if trouble:
-        raise InputError(f"{path}: {trouble}; name another set with --val, or --val none")
+    require(not absent, f"{path}: {len(absent)} of its {len(val.ids)} photos are missing, such as "
+            f"{absent and absent[0]}; name another set with --val")
+    require(not val.ignored.all(), f"{path}: holds no face to find; name another set with --val")
     return val
 
 
 def read_inputs(args, content):
-    """Read what a process needs before it meets the others: Annotations, those of --val, and the model."""
+    """Read what a process needs before it meets the others: the Annotations to train on, and the model."""
     parts = [read_annotations(path) for path in args.data]
     parts = [part.complete() if path in args.complete else part for path, part in zip(args.data, parts)]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
     for part in parts:
         part.require_photos()
     faces = join(parts)
-    if not len(faces.ids):
-        raise InputError(f"{args.data[0]}: no photos to train on")
-    val = read_val(args.val) if args.val else None
-    if args.patience and not val:
-        raise InputError("--patience waits for a better AP50: name a set to validate on with --val")
+    require(len(faces.ids), f"{args.data[0]}: no photos to train on")
     torch.manual_seed(args.seed)
     with bad_values():
-        return faces, val, make_model(args, content)
+        return faces, make_model(args, content)
 
 
 def prepare(args):
@@ -349,8 +344,11 @@ def prepare(args):
         raise InputError(f"--sync-bn works on GPUs only, the device is {device}", reported=rank > 0)
     content = from_first(lambda: find_checkpoint(args))
     args.resume = content["path"] if content else None
-    args.val = find_val(args)
-    faces, val, model = all_or_none(lambda: read_inputs(args, content))
+    val = from_first(lambda: find_val(args))
+    args.val = str(val.path) if val else None
+    if args.patience and not val:
+        raise InputError("--patience waits for a better AP50: name a set to validate on with --val", rank > 0)
+    faces, model = all_or_none(lambda: read_inputs(args, content))
     # Kept in checkpoints as it is.
     run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
            "val": val.fingerprint() if val else None,
@@ -361,16 +359,12 @@ def prepare(args):
         from_first(lambda: cache.check(faces.file(n) for n in range(len(faces.ids))))
     dataset = FaceDataset(faces, *size, args.min_face, args.min_size, args.own_shape, cache)
     before = content["flags"] if content else None
+    photos = len(dataset) * args.repeat
     args.precision = choose_precision(args, before, device)
-    args.compile = choose_compile(args, before, device, processes, len(dataset) * args.repeat,
-                                  math.prod(size))
-    if args.warmup is None:
-        batches = TrainBatches(len(dataset), args.batch_size, args.repeat, world=processes)
-        args.warmup = min(WARM_UP, 4 * batches.total)
+    args.compile = choose_compile(args, before, device, processes, photos, math.prod(size))
     trainer = all_or_none(lambda: Trainer(args, model, dataset, content, run, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)
-    photos = len(dataset) * args.repeat
     monitor = all_or_none(lambda: None if rank else Monitor(args, model, validated, photos))
     stop = StopFlag()  # before the lines below: who has read them may count on a signal saving the run
     if rank == 0:
@@ -402,7 +396,6 @@ def main(argv=None):
     """Prepare, train, report how it ended."""
     args = parse_args(argv, __doc__)
     last = str(Path(args.out) / "last.pth")
-    again = resume_command(args, argv)
     trainer, val, monitor, stop = prepare(args)
     try:
         if args.resume != last:
@@ -415,7 +408,7 @@ def main(argv=None):
         threading.excepthook = lambda error: issubclass(error.exc_type, ConnectionError) or report(error)
         if trainer.rank == 0:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
-                tqdm.write(f"stopped; the run is saved in {last}. To go on:\n{again}", file=sys.stderr)
+                tqdm.write(f"stopped; the run is saved in {last}; to go on, add --resume", file=sys.stderr)
         raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:

@@ -12,78 +12,63 @@ pictures that are there.
 
 import os
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
-from support.script import InputError, command, new_parser, read_text, write_json
+from support.script import command, new_parser, read_text, require, write_json
 
 from support.coco import clip
 from support.pictures import read_sizes
 
 ATTRIBUTES = ("blur", "expression", "illumination", "invalid", "occlusion", "pose")
-COLUMNS = ("x", "y", "w", "h", *ATTRIBUTES)
-NUMBERS = re.compile(r"[-+.eE\s]*\d[-+.\deE\s]*", re.ASCII)  # int() would accept "1_000", float() "nan"
-LARGEST = 10 ** 15  # coordinates and areas must be smaller, also for read_annotations
+NUMBER = r"-?\d{1,7}(?:\.\d+)?"  # float() would accept "1_000" and "nan"
+ROW = re.compile(rf"{NUMBER}(?:\s+{NUMBER}){{3}}(?:\s+-?\d{{1,7}}){{6}}", re.ASCII)  # x y w h ATTRIBUTES
 
 
 def read_wider(path):
-    """Read a WIDER FACE annotation file: `[(name, rows)]` in file order, a row the ten numbers of `COLUMNS`.
+    """Read a WIDER FACE annotation file: `{name: rows}` in file order, a row x, y, w, h and ATTRIBUTES.
 
     Blank lines are accepted. A picture without faces has the count 0; the row of zeros that follows it in the
     official files may be missing. Raises InputError with `file:line` for any other format."""
     # Not str.splitlines(): it also splits at characters that may be part of a name.
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
-    lines = [(number, line) for number, line in lines if line]
-    if not lines:
-        raise InputError(f"{path}: lists no pictures")
-
+    lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(place, line) for place, line in lines if line]
     pictures, at = {}, 0
     while at < len(lines):
-        number, line = lines[at]
-        name = _name(f"{path}:{number}", line)
-        if name in pictures:
-            raise InputError(f"{path}:{number}: picture {name!r} is listed twice")
-        if at + 1 == len(lines):
-            raise InputError(f"{path}:{number}: the file ends after the name {name!r}, is it truncated?")
-        number, count = lines[at + 1]
-        if not re.fullmatch(r"\d{1,9}", count, re.ASCII):
-            raise InputError(
-                f"{path}:{number}: the number of faces of {name!r} is expected, found {count[:60]!r}")
-        said = f"{name!r} has {count} faces by line {number}"
+        place, line = lines[at]
+        name = _name(place, line)
+        require(name not in pictures, f"{place}: picture {name!r} is listed twice")
+        require(at + 1 < len(lines), f"{place}: the file ends after the name {name!r}, is it truncated?")
+        place, count = lines[at + 1]
+        require(re.fullmatch(r"\d{1,9}", count, re.ASCII),
+                f"{place}: the number of faces of {name!r} is expected, found {count[:60]!r}")
+        said = f"{name!r} has {count} faces by {place}"
         rows = lines[at + 2:at + 2 + int(count)]
         at += 2 + len(rows)
-        pictures[name] = [_row(f"{path}:{n}", row, said) for n, row in rows]
-        if len(rows) < int(count):
-            raise InputError(f"{path}:{number}: the file ends after {len(rows)} faces, but {said}")
-        if at < len(lines) and NUMBERS.fullmatch(lines[at][1]):
-            place = f"{path}:{lines[at][0]}"
-            if rows or any(_row(place, lines[at][1], said)):
-                raise InputError(f"{place}: a row too many, {said}")
-            at += 1  # the row of zeros after a picture without faces, as in the official train file
-    return list(pictures.items())
+        pictures[name] = [_row(own, row, said) for own, row in rows]
+        require(len(rows) == int(count), f"{place}: the file ends after {len(rows)} faces, but {said}")
+        if at < len(lines) and ROW.fullmatch(lines[at][1]):
+            place, row = lines[at]  # the official train file has one of zeros after a picture without faces
+            require(not rows and set(row.split()) == {"0"}, f"{place}: a row too many, {said}")
+            at += 1
+    require(pictures, f"{path}: lists no pictures")
+    return pictures
 
 
 def _name(place, text):
     """Check a picture's name: a relative path that stays inside the images folder. Raises InputError."""
     name = PurePosixPath(text)
-    if NUMBERS.fullmatch(text):
-        raise InputError(
+    require(not ROW.fullmatch(text),
             f"{place}: a picture's name is expected, found {text[:60]!r}; does the count above agree?")
-    if name.is_absolute() or PureWindowsPath(text).drive or {"\0", "\\"} & set(text) or ".." in name.parts:
-        raise InputError(
+    require(not name.is_absolute() and text[1:2] != ":" and ".." not in name.parts and "\\" not in text,
             f"{place}: {text[:200]!r} is not plainly inside the images folder, write 'event/name.jpg'")
     return str(name)
 
 
 def _row(place, text, said):
     """Parse the ten numbers of a face, whole ones to int. Raises InputError, with what is `said` of it."""
-    try:
-        values = [float(token) for token in text.split()] if NUMBERS.fullmatch(text) else []
-    except ValueError:  # "+"
-        values = []
-    if (len(values) != len(COLUMNS) or not all(abs(value) < LARGEST for value in values)
-            or not all(value.is_integer() for value in values[4:])):
-        raise InputError(f"{place}: x y w h and six whole numbers ({', '.join(ATTRIBUTES)}) are expected, "
-                         f"found {text[:60]!r}; {said}")
+    require(ROW.fullmatch(text), f"{place}: x y w h and six whole numbers ({', '.join(ATTRIBUTES)}) are "
+            f"expected, found {text[:60]!r}; {said}")
+    values = map(float, text.split())
     return [int(value) if value.is_integer() else value for value in values]
 
 
@@ -91,20 +76,20 @@ def to_coco(pictures, sizes, prefix):
     """Make the COCO content of `pictures` in the folder `prefix` and their `sizes`: (content, counts)."""
     images, annotations = [], []
     met = dict.fromkeys(("invalid", "empty", "rows of zeros", "clipped", "outside"), 0)
-    for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures, sizes), 1):
+    for image_id, ((name, rows), (width, height)) in enumerate(zip(pictures.items(), sizes), 1):
         images.append({"id": image_id, "file_name": str(prefix / name), "width": width, "height": height})
         for row in rows:
             attributes = dict(zip(ATTRIBUTES, row[4:]))
             box, kind = clip(row[:4], width, height)
             invalid = attributes["invalid"] != 0
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
-                                "bbox": box, "area": min(max(box[2], 0) * max(box[3], 0), LARGEST - 1),
+                                "bbox": box, "area": max(box[2], 0) * max(box[3], 0),
                                 "iscrowd": int(invalid or kind in ("empty", "outside")), **attributes})
             met["invalid"] += invalid
             met["rows of zeros"] += not any(row)
             if kind != "inside":
                 met[kind] += 1
-    counts = {"pictures": len(images), "without annotation": sum(not rows for _, rows in pictures),
+    counts = {"pictures": len(images), "without annotation": sum(not rows for rows in pictures.values()),
               "annotations": len(annotations), **met,
               "marked iscrowd": sum(a["iscrowd"] for a in annotations)}
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "face"}]}, counts
@@ -113,21 +98,17 @@ def to_coco(pictures, sizes, prefix):
 def convert(annotation, images, out, skip_missing=False):
     """Convert the text `annotation` and the folder `images` to the COCO file `out`: counts. Or InputError."""
     annotation, images, out = Path(annotation), Path(images), Path(out)
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder of pictures")
-    if out.is_dir() or os.path.realpath(out) == os.path.realpath(annotation):
-        raise InputError(
+    require(images.is_dir(), f"{images}: no such folder of pictures")
+    require(not out.is_dir() and os.path.realpath(out) != os.path.realpath(annotation),
             f"{out}: is a folder or the annotation text itself, name another file for the output")
-    pictures = dict(read_wider(annotation))
+    pictures = read_wider(annotation)
     missing = [name for name in pictures if not os.path.isfile(images / name)]
-    if missing and not (skip_missing and len(missing) < len(pictures)):
-        first = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        raise InputError(f"{images}: of {len(pictures):,} pictures {len(missing):,} are missing ({first}); "
-                         "of a partial download --skip-missing converts those that are there")
+    require(not missing or skip_missing and len(missing) < len(pictures),
+            f"{images}: of {len(pictures):,} pictures {len(missing):,} are missing, such as {missing[:3]}; "
+            "of a partial download --skip-missing converts those that are there")
     for name in missing:
         del pictures[name]
-    pictures = list(pictures.items())
-    sizes = read_sizes(pictures, images, os.cpu_count())
+    sizes = read_sizes(pictures.items(), images, os.cpu_count())
     prefix = os.path.relpath(images, out.parent)
     if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
         prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))

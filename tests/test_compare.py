@@ -91,7 +91,7 @@ def test_command(sample, tmp_path, small, capsys, refused):
     torch.save(checkpoint(small), tmp_path / "b.pth")
     main([str(data), str(tmp_path / "a.json"), str(tmp_path / "b.pth")])
     rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:]}
-    numbers = score_faces(faces, found)[0]["coco"]
+    numbers = score_faces(faces, found)["coco"]
     assert rows["AP"][0] == f"{numbers['AP']:.4f}" and rows["AP50"][0] == f"{numbers['AP50']:.4f}"
     assert int(rows["all faces"][0]) == (~faces.ignored).sum()
     same = [tmp_path / "a.json"] * 2

@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -122,15 +121,6 @@ except ValueError as error:
     assert float(said.split()[0]) < 100 and "packed.pth: refused, it is compressed" in said
 
 
-def test_parts_listed_many_times_are_refused(plain):
-    with zipfile.ZipFile(plain) as archive:
-        largest = max(archive.infolist(), key=lambda member: member.file_size)
-    with zipfile.ZipFile(plain, "a") as archive:  # its directory lists the same bytes 400 times
-        archive.filelist += [largest] * 400
-        archive._didModify = True
-    assert "twice" in refusal(plain)
-
-
 @pytest.mark.slow
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
@@ -143,37 +133,26 @@ def hostile(small):
     """{name: change of a checkpoint's content} of what the right keys may hold."""
     state = small.state_dict()
     name = "backbone.features.3.conv.0.weight"
-    variance = "bbox_head.reg_convs.0.1.running_var"
-    own_methods = OrderedDict(state)
-    own_methods.get = own_methods.copy = 5
     kinds = {"ema list": {"ema": [1]}, "ema text": {"ema": "weights"}, "ema number": {"ema": 3},
-             "meta": {"meta": [1]}, "optimizer": {"optimizer": "SGD"}, "config list": {"config": [300, 300]},
+             "config list": {"config": [300, 300]},
              "config text": {"config": "small"}, "config none": {"config": None},
              "state list": {"state_dict": [state]}, "ema keys": {"ema": {b"x": state[name]}},
              "keys": {"state_dict": {**state, 5: state[name]}},
              "unexpected": {"state_dict": {**state, "more\nlines": state[name]}}}
-    values = {"text": "x", "none": None, "list": [1.0], "int": state[name].long(), "bool": state[name] > 0,
-              "complex": state[name].to(torch.complex64), "sparse": state[name].to_sparse(),
-              "nan": state[name] / 0,
-              "quantized": torch.quantize_per_tensor(state[name], 0.1, 0, torch.qint8),
-              "meta tensor": state[name].to("meta")}
+    values = {"text": "x", "none": None, "list": [1.0], "nan": state[name] / 0}
     for place in ("state_dict", "ema"):
         kinds |= {f"{key} in {place}": {place: {**state, name: value}} for key, value in values.items()}
-        kinds[f"negative variance in {place}"] = {place: {**state, variance: -state[variance]}}
-    count = variance.replace("running_var", "num_batches_tracked")
-    kinds["floating count"] = {"state_dict": {**state, count: torch.tensor(0.5)}}
     config = checkpoint(small)["config"]
     wrong = {"input_width": [torch.tensor(64), "64", 64.5, 10**400, None], "width": ["1", float("nan"), [1]],
-             "anchors": [5, [["1", "2"]], [[1]], [[float("nan"), 1]], torch.ones(9, 2) * 1j], "a\nb": [1]}
+             "anchors": [5, [["1", "2"]], [[1]], [[float("nan"), 1]]], "a\nb": [1]}
     for key, values in wrong.items():
         kinds |= {f"config {key} {n}": {"config": config | {key: value}} for n, value in enumerate(values)}
-    return kinds, own_methods
+    return kinds
 
 
 @pytest.mark.slow
 def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
-    kinds, own_methods = hostile(small)
-    for n, (kind, change) in enumerate(kinds.items()):
+    for n, (kind, change) in enumerate(hostile(small).items()):
         path = tmp_path / f"{n}.pth"
         torch.save(checkpoint(small) | change, path)
         loads = [load_model] if kind.startswith("config") or kind == "unexpected" else [
@@ -183,12 +162,7 @@ def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
                 assert refusal(path, load)
             except Exception as error:
                 raise AssertionError(kind) from error
-    whole = OrderedDict(checkpoint(small))
-    whole.get = 5
-    torch.save(whole, tmp_path / "good.pth")
-    assert load_model(tmp_path / "good.pth").config == small.config
-    harmless = [{"ema": None}, {"ema": {}}, {"meta": None}, {"optimizer": None}, {"state_dict": own_methods}]
-    for change in harmless:
+    for change in ({"ema": None}, {"ema": {}}, {"meta": None}, {"optimizer": None}):
         torch.save(checkpoint(small) | change, tmp_path / "good.pth")
         assert load_model(tmp_path / "good.pth").config == small.config
 
@@ -196,10 +170,6 @@ def test_entries_of_the_wrong_kind_are_refused_in_one_line(tmp_path, small):
 def test_wrong_tensors_among_imagenet_weights_are_refused_in_one_line(tmp_path):
     name = "features.3.conv.0.0.weight"
     state = mobilenet_v2(weights=None).state_dict()
-    variance = "features.3.conv.0.1.running_var"
-    wrong = ["x", state[name].long(), state[name].to_sparse(), state[name] / 0,
-             state[name].to(torch.complex64)]
-    changes = [{name: value} for value in wrong] + [{variance: -state[variance]}, {5: state[name]}]
-    for n, change in enumerate(changes):
+    for n, change in enumerate(({name: "x"}, {name: state[name] / 0}, {5: state[name]})):
         torch.save(state | change, tmp_path / f"{n}.pth")
         refusal(tmp_path / f"{n}.pth", lambda path: load_imagenet(SSD(Config(width=0.25)), path))

