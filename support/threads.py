@@ -49,6 +49,7 @@ def settle() -> None:
     """Let OpenMP use these cores, and its threads wait without burning them. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 us: as long as one layer waits for the last
 
 
 def use_threads(text: str) -> int:
