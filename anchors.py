@@ -17,9 +17,8 @@ MAX_LOG = math.log(1000 / 16)  # bound on log(side / anchor side), so that no of
 def make_anchors(config: Config, size: tuple | None = None, rounded: bool = True) -> torch.Tensor:
     """All anchors `[A, 4]`, xyxy in pixels of the network input, cells row-major, anchor fastest.
 
-    `size` (width, height) of the input is the configuration's own unless given. `rounded`: corners are
-    rounded in pixel-inclusive coordinates before they are shifted to their cells, as in training and the
-    generic export; else they are centred on the cell, as in PriorBoxClustered (DetectionOutput export)."""
+    `size` (width, height) is the configuration's own unless given. `rounded`: corners are rounded in
+    pixel-inclusive coordinates, as in training; else centred on the cell, as in PriorBoxClustered."""
     columns, rows = grid_size(*(size or config.input_size))
     sides = torch.tensor(config.anchors, dtype=torch.float64)               # [n, 2]
     if rounded:  # half to even, on the inclusive corners of a box centred in the cell's pixels 0..15
@@ -49,20 +48,14 @@ def decode(offsets: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return torch.cat([centres - sides / 2, centres + sides / 2], -1)
 
 
-def match(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
-          crowd: torch.Tensor | None = None,
-          chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match the anchors with the faces of a whole batch: labels `[B, A]` and offsets `[B, A, 4]`.
-
-    As `assign`, with the offsets to each anchor's face; they are 0 where there is no face."""
+def match(anchors, faces, ignored, image, batch: int, crowd=None, chosen=None) -> tuple:
+    """As `assign`: labels `[B, A]`, and offsets `[B, A, 4]` to each anchor's face, 0 where there is none."""
     labels, face = assign(anchors, faces, ignored, image, batch, crowd, chosen)
     boxes = torch.cat([faces, faces.new_ones(1, 4)])[face]                  # [B, A, 4]
     return labels, encode(boxes, anchors).masked_fill(labels[..., None] != 1, 0)
 
 
-def assign(anchors: torch.Tensor, faces: torch.Tensor, ignored: torch.Tensor, image: torch.Tensor, batch: int,
-           crowd: torch.Tensor | None = None,
-           chosen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def assign(anchors, faces, ignored, image, batch: int, crowd=None, chosen=None) -> tuple:
     """Assign the faces of a whole batch to the anchors: labels `[B, A]` and which face it is, `[B, A]`.
 
     Labels are 1 for a face, 0 for background, -1 for neither; the face is T where the label is not 1.
@@ -108,13 +101,11 @@ def first_of_highest(values, image, batch):
 
 
 @torch.no_grad()
-def task_aligned(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tensor, faces: torch.Tensor,
-                 image: torch.Tensor) -> torch.Tensor:
+def task_aligned(logits, offsets, anchors, faces, image) -> torch.Tensor:
     """The anchors `[T, A]`, bool, that answer best for each face (TOOD, Feng et al. 2021, section 3.2).
 
-    Each face's anchors are ranked by score x IoU ** 6, the IoU of the box they predict with the face. Chosen
-    are the best nine of those whose own IoU with it is 0.2 or more. So scores and boxes are learned in the
-    same places. logits `[B, A, 2]` and offsets `[B, A, 4]` are the network's; the rest is as in `assign`."""
+    Of the anchors whose own IoU with the face is 0.2 or more these are the nine with the highest score x
+    IoU ** 6, the IoU of the box they predict. logits `[B, A, 2]`, offsets `[B, A, 4]`; rest as `assign`."""
     scores = logits.float().softmax(-1)[..., 1][image]                      # [T, A]
     iou = pair_iou(decode(offsets.float(), anchors)[image], faces[:, None])
     alignment = scores * iou ** 6 * (box_iou(faces, anchors) >= LEAST_IOU)

@@ -11,10 +11,10 @@ from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weight
 from support.distributed import launch_id, print_once
 from support.script import bad_values, require, whole_file
 
-# What a run's checkpoint holds beside the model.
-STATE = {"optimizer", "epoch", "step", "done", "best", "waited", "sums", "record", "flags"}
+STATE = {"optimizer", "epoch", "step", "done", "best", "waited", "sums", "record", "flags"}  # of a run
 
 
+@bad_values()
 def find_checkpoint(args):
     """Settle --resume: the content of the checkpoint to continue, or None for a new run.
 
@@ -23,15 +23,13 @@ def find_checkpoint(args):
     last = Path(args.out) / "last.pth"
     path = str(last) if args.resume == "" else args.resume
     if last.exists() and (path is None or os.path.realpath(path) != os.path.realpath(last)):
-        with bad_values():
-            own = launch_id() is not None and read_checkpoint(last).get("launch") == launch_id()
+        own = launch_id() is not None and read_checkpoint(last).get("launch") == launch_id()
         require(own, f"{last} exists: continue that run with --resume, or name another folder with --out")
         path = str(last)
     if path is None:
         return None
     require(os.path.exists(path), f"{path}: no checkpoint to resume")
-    with bad_values():
-        content = read_checkpoint(path)
+    content = read_checkpoint(path)
     require(STATE <= content.keys(),
             f"{path}: holds weights only, nothing to resume; start from it with --load-from")
     return content | {"path": path}
@@ -68,9 +66,7 @@ def make_model(args, content):
 
 
 def resume_model(args, content, averaged=False):
-    """The model of a checkpoint's content, with its averaged weights if asked for and there.
-
-    Raises InputError if the flags ask for another architecture, or the weights do not fit."""
+    """The model of a checkpoint's content, averaged weights if asked for; InputError if flags do not fit."""
     path = content["path"]
     config = config_of(content, path)
     wanted = asdict(wanted_config(args, config))

@@ -81,8 +81,7 @@ def distort_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image
     """Distort brightness, contrast, saturation and hue of a PIL image, each with probability 0.5.
 
     brightness +-32 of 255, contrast and saturation x 0.5-1.5, hue +-18 degrees (Howard 2013, with SSD's
-    ranges). In YIQ, saturation stretches the plane of colours and hue turns it. So all four are one affine
-    map of RGB: one pass over the pixels, one rounding, after the crop."""
+    ranges). In YIQ all four are one affine map: one pass over the pixels, one rounding, after the crop."""
     coins = rng.random(4) < 0.5
     if not coins.any():
         return image

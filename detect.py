@@ -18,14 +18,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.script import InputError, TilesFlag, command, new_parser, parse_size, require, write_json
+from support.script import InputError, command, new_parser, require, write_json
 
 from tqdm import tqdm
 
 from detector import MODEL, detect, find, load_detector, to_pixels
-from support.options import number
+from support.options import add_model_flags, number
 from support.pictures import HEIC, PICTURES, draw_faces, hide_faces, load_picture, save_picture
-from support.threads import use_threads
 from support.video import VIDEOS, annotate_video
 
 KEPT = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".mp4"}  # formats of drawings
@@ -41,9 +40,7 @@ def is_video(source):
 
 
 def find_inputs(arguments, out):
-    """List the pictures and videos in files, folders and globs, each once, and tell what was left out.
-
-    Results of an earlier run, in `out`, are not searched. Raises InputError if an argument names nothing."""
+    """The pictures and videos in files, folders and globs, each once, and what was left out; InputError."""
     found, others = [], Counter()
     for argument in arguments:
         if os.path.isdir(argument):
@@ -75,9 +72,7 @@ def left_out(others):
 
 
 def name_outputs(sources, out):
-    """Choose where each source's drawing goes: flat in the folder `out`, x-2.jpg for the second x.jpg.
-
-    Raises InputError where a drawing would overwrite an input."""
+    """Where each drawing goes: flat in folder `out`, x-2.jpg for the second x.jpg. Never over an input."""
     targets, taken = {}, set()
     inputs = {source.resolve() for source in sources if isinstance(source, Path)}
     for source in sources:
@@ -107,7 +102,8 @@ def search(detector, files, score, use):
             return error, None
 
     used = ()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
         reading = pool.map(read, files[:BATCH])
         for first in range(0, len(files), BATCH):
             images, pixels = zip(*reading)
@@ -151,14 +147,14 @@ def as_json(faces):
     return [{"box": [round(v, 2) for v in face[:4]], "score": round(face[4], 5)} for face in faces.tolist()]
 
 
-def describe(entries):
-    """What was found: the faces of pictures, and of each video the frames with faces."""
-    pictures = [entry["faces"] for entry in entries if "faces" in entry]
-    videos = [(entry["frames"], entry["file"]) for entry in entries if "frames" in entry]
-    return ", ".join([
-        f"{count(sum(map(len, pictures)), 'face')} on {count(len(pictures), 'picture')}",
-        *(f"faces in {sum(map(bool, frames))} of {count(len(frames), 'frame')} of {file}"
-          for frames, file in videos)])
+def describe(entries, pictures):
+    """What was found: the faces on pictures, if any were given, and of each video the frames with faces."""
+    faces = [len(entry["faces"]) for entry in entries if "faces" in entry]
+    found = [f"faces in {sum(map(bool, entry['frames']))} of {count(len(entry['frames']), 'frame')} of "
+             f"{entry['file']}" for entry in entries if "frames" in entry]
+    if pictures or not found:
+        found.insert(0, f"{count(sum(faces), 'face')} on {count(len(faces), 'picture')}")
+    return ", ".join(found)
 
 
 def count(number, noun):
@@ -171,21 +167,9 @@ def refuse_failed(failed, total):
     require(not failed, f"{len(failed)} of {total} failed: {'; '.join(map(str, failed[:5]))}")
 
 
-def add_model_flags(parser):
-    """Add the flags that choose the network and its input."""
-    add = parser.add_argument
-    add("--model", default=MODEL, help="a checkpoint, .onnx or .xml (default: the shipped network)")
-    add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
-    add("--tiles", action=TilesFlag)
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
-    add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
-    add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
-
-
 def chosen_detector(args):
     """The detector that the flags choose."""
-    return load_detector(args.model, args.size, args.device, args.colour, args.range, tiles=args.tiles)
+    return load_detector(args.model or MODEL, args.size, args.device, args.colour, args.range, args.tiles)
 
 
 @command
@@ -228,10 +212,8 @@ def main(argv=None):
         return save_drawing(file, targets[file], image, faces, change)
 
     pictures = [source for source in sources if not is_video(source)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        found = search(detector, pictures, score, draw)
-        results = list(tqdm(found, total=len(pictures), unit="picture", disable=None))
+    found = search(detector, pictures, score, draw)
+    results = list(tqdm(found, total=len(pictures), unit="picture", disable=None))
     for source in filter(is_video, sources):
         results.append(save_video(source, targets[source], find_faces, change))
     entries = [entry for entry, _ in results if entry]
@@ -239,7 +221,7 @@ def main(argv=None):
     if entries:  # what an earlier run has found is not replaced by nothing
         write_json(Path(args.out) / "detections.json", entries)
         where = f"; see {args.out}"
-    print(f"{describe(entries)}{where}; {time.perf_counter() - started:.1f} s{reason}{omitted}")
+    print(f"{describe(entries, pictures)}{where}; {time.perf_counter() - started:.1f} s{reason}{omitted}")
     refuse_failed([error for _, error in results if error], len(sources))
 
 

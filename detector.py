@@ -72,8 +72,7 @@ def to_picture(faces: np.ndarray, input_size: tuple, picture_size: tuple) -> np.
 class TorchDetector:
     """A network with its postprocessing: uint8 pictures `[B, 3, H, W]`, RGB, to B arrays `[K, 5]`.
 
-    Faces are as `postprocess` has them. `size` (width, height) may differ from the network's own: anchors
-    keep their pixels."""
+    Faces are as in `postprocess`. `size` (width, height) may be another than the network's, anchors stay."""
 
     threshold = None  # `check_threshold`'s dict, where the model has one for this size and these tiles
 
@@ -128,18 +127,16 @@ class ExportedDetector:
 
 
 def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: str | None = None,
-                  colour: str | None = None, white: int | None = None, threads: int = 0,
-                  tiles: tuple | None = None):
+                  colour: str | None = None, white: int | None = None, tiles: tuple | None = None):
     """Load a model file (.pth, .onnx, .xml) as a TorchDetector or an ExportedDetector.
 
-    `size` (width, height) overrides a checkpoint's input size. `colour` (rgb or bgr) and `white` (1 or 255)
-    say what an exported model of others takes, `threads` how many an exported one uses. `tiles` (side,
-    overlap) makes a TiledDetector of it. Raises InputError."""
+    `size` (width, height) overrides a checkpoint's; `colour` (rgb, bgr) and `white` (1, 255) say what a model
+    of others takes; `tiles` (side, overlap) makes it a TiledDetector. Raises InputError."""
     require(Path(path).is_file(), f"{path}: no such model; train.py makes one, --model names it")
     if size:
         need_torch("--size")
     if Path(path).suffix in SUFFIXES:
-        network = open_network(path, threads)
+        network = open_network(path)
         entry = network.metadata.get("threshold")
         detector = _exported(network, path, colour, white)
         require(not size or size == detector.size,
@@ -296,9 +293,7 @@ def merge(faces: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 class TiledDetector:
-    """Any detector, on whole pictures and on tiles of them: `[B, 3, H, W]` to B arrays `[K, 5]`, K unlimited.
-
-    `side` and `overlap` are pixels of the picture."""
+    """As any detector, on pictures and on tiles of `side` pixels that share `overlap`; K is unlimited."""
 
     size = None  # it takes pictures of any
     threshold = None

@@ -15,15 +15,13 @@ import os
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-from support.script import (InputError, TilesFlag, command, file_hash, git_commit, new_parser, parse_size,
-                            read_json, write_json)
+from support.script import command, file_hash, git_commit, new_parser, read_json, require, write_json
 
 import metrics
 from support import wider
 from support.coco import Annotations, Detections, arrays, read_annotations, read_results, to_results
-from support.options import at_least
+from support.options import add_model_flags, at_least
 from support.runtimes import SUFFIXES
-from support.threads import use_threads
 
 DATA = "data/val.json"
 RUNNING = ("model", "size", "tiles", "colour", "range", "batch_size", "workers", "device", "threads",
@@ -78,18 +76,11 @@ def parse_args(argv):
         help="on the photos of --data alone; without it WIDER's other photos count as without detections")
     add("--face-sizes", type=int, nargs="+", metavar="PX", default=metrics.FACE_SIZES,
         help="AP50 of faces larger than these (default 0 30 60 100)")
-    add("--model", help="a checkpoint, .onnx or .xml (default: the shipped network)")
-    add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
-    add("--tiles", action=TilesFlag)
-    add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
-    add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
+    add_model_flags(parser)
     add("--batch-size", type=at_least(1), help="photos at once (default 16)")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1),
         help="processes that load (default: one for each core, at most 8)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
-    add("--skip-unreadable", action="store_true",
-        help="leave photos out that cannot be read, with their faces")
+    add("--skip-unreadable", action="store_true", help="leave out unreadable photos, with their faces")
     add("--out", metavar="FILE.json", help="detections as COCO results; FILE.made.json says what made them")
     add("--wider-out", metavar="FOLDER", help="detections as WIDER's prediction folder")
     add("--json", metavar="FILE", help="every number in full precision, and what produced them")
@@ -119,7 +110,7 @@ def run_model(args, annotations):
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
-    detector = load_detector(args.model, args.size, device, args.colour, args.range, tiles=args.tiles)
+    detector = load_detector(args.model, args.size, device, args.colour, args.range, args.tiles)
     made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "tiles": args.tiles,
             "size": (detector.detector if args.tiles else detector).size}
     if not args.model.endswith(SUFFIXES):
@@ -128,8 +119,8 @@ def run_model(args, annotations):
     leave_processes()  # each now has everything, and goes its own way
     if errors:
         lines = f"{len(errors)} photos could not be used: {'; '.join(list(errors.values())[:5])}"
-        if not args.skip_unreadable:
-            raise InputError(f"{args.data}: {lines}; mend them or leave them out with --skip-unreadable")
+        require(args.skip_unreadable,
+                f"{args.data}: {lines}; mend them or leave them out with --skip-unreadable")
         if rank == 0:
             print(f"left out, with their faces: {lines}")
         annotations, detections = annotations.without(errors, detections)
@@ -215,11 +206,10 @@ def read_detections(data: str, path: str) -> tuple[Annotations, Detections, dict
     if not made_path(path).exists():
         return annotations, detections, None
     made = read_json(made_path(path))
-    if not isinstance(made, dict) or made.get("detections") != file_hash(path):
-        raise InputError(f"{made_path(path)}: is not of {path} as it is now; write both again, with --out")
+    require(isinstance(made, dict) and made.get("detections") == file_hash(path),
+            f"{made_path(path)}: is not of {path} as it is now; write both again, with --out")
     own, seen = photo_list(annotations), set(map(tuple, made["photos"]))
-    if not seen <= set(own):
-        raise InputError(f"{path}: is of other photos than {data}")
+    require(seen <= set(own), f"{path}: is of other photos than {data}")
     unseen = [index for index, photo in enumerate(own) if photo not in seen]
     return *annotations.without(unseen, detections), made
 

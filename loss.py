@@ -72,10 +72,9 @@ def smooth_l1(logits, offsets, labels, targets, anchors):
 
 
 def eiou(logits, offsets, labels, targets, anchors):
-    """EIoU loss (Zhang et al. 2022) of the positives' boxes, summed.
+    """EIoU loss (Zhang et al. 2022) of the positives' boxes, summed: 1 - IoU, and three distances squared.
 
-    1 - IoU, and three distances squared: of the centres, by the diagonal of the box around both, and of
-    the widths and heights, by its sides."""
+    Those of the centres, by the diagonal of the box around both, and of the sides, by its sides."""
     # Over all anchors: to pick the positives a GPU would have to wait for their number.
     boxes, faces = decode(offsets, anchors), decode(targets, anchors)                   # [B, A, 4]
     around = torch.maximum(boxes[..., 2:], faces[..., 2:]) - torch.minimum(boxes[..., :2], faces[..., :2])
@@ -100,8 +99,7 @@ def distillation_loss(logits, offsets, teacher_logits, teacher_offsets, taught, 
 
     Shapes and divisor are as in `multibox_loss`; taught `[B, A]` bool and weight `[B, A]` are from
     `soft_targets`. Scores: the divergence from the teacher's (Hinton et al. 2015, at temperature 1). Boxes:
-    the L1 distance, weighted by its confidence. L1 is felt however small it is, and the last percents of a
-    box are what a strict IoU asks for."""
+    the L1 distance, weighted by its confidence. L1 is felt however small, as a strict IoU needs it."""
     teacher = teacher_logits.float().softmax(-1)                                        # [B, A, 2]
     divergence = F.kl_div(logits.float().log_softmax(-1), teacher, reduction="none").sum(-1)
     distance = (offsets.float() - teacher_offsets.float()).abs().sum(-1) * weight
@@ -150,10 +148,9 @@ def soft_targets(labels, targets, teacher_logits, teacher_offsets, has_faces, co
     labels are trusted. Returns (labels, targets, taught `[B, A]` bool: where the teacher's scores are
     learned, weight `[B, A]` of its boxes).
 
-    Datasets differ in where a face ends, so the more confident the teacher is, the nearer the box target is
-    to its box. A face that the teacher sees and nobody labelled is not taught as background, except on photos
-    without any face: there somebody looked at the whole. Where labels are complete the teacher's boxes do not
-    count, and a face that it alone sees is background, whatever its score."""
+    Datasets differ in where a face ends: the more confident the teacher, the nearer is the target to its box.
+    A face that only it sees is not taught as background, except on photos without any face, at which somebody
+    looked. Where labels are complete its boxes do not count, and a face that only it sees is background."""
     weight = confidence(teacher_logits)                                                 # [B, A]
     seen_alone = (labels == 0) & (weight > 0)
     hidden = seen_alone & (has_faces & ~complete)[:, None]

@@ -7,9 +7,8 @@ Pure functions over arrays, in float64; nothing is rounded. Each takes the M fac
     gt_xywh `[M, 4]`, dt_xywh `[D, 4]`   boxes: x, y, width, height in pixels of the original image
     dt_score `[D]`                       finite
 
-The order of the rows matters only for ties: equal scores are sorted by image id, then by input order. First
-all pairs of a face and a detection of one image with IoU 0.5 or more are found; there are few, so every later
-step handles all images at once. A metric over no faces is -1.
+Equal scores are sorted by image id, then by input order. Only pairs of a face and a detection with IoU 0.5 or
+more matter; they are few, so each step handles all images at once. A metric over no faces is -1.
 """
 
 from dataclasses import dataclass
@@ -41,8 +40,7 @@ class Outcomes:
         return self.face >= 0
 
 
-def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, gt_area: np.ndarray,
-            dt_image: np.ndarray, dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, float]:
+def coco_ap(gt_image, gt_xywh, gt_ignored, gt_area, dt_image, dt_xywh, dt_score) -> dict[str, float]:
     """Compute the 12 COCO numbers of one class, as pycocotools does (Lin et al. 2014; COCOeval.py, bbox).
 
     gt_ignored `[M]` marks crowd regions; gt_area `[M]` is the annotated area in pixels."""
@@ -68,8 +66,7 @@ def coco_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, g
     return {name: float(number) for name, number in numbers.items()}
 
 
-def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-                 dt_xywh: np.ndarray, dt_score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def coco_matches(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score) -> tuple:
     """Match detections to faces of all sizes as in `coco_ap`, for AP on resampled images.
 
     Returns, for the 100 best detections of each image, best first: their image `[D]`, and at each IoU
@@ -78,7 +75,7 @@ def coco_matches(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarr
     return image, *_coco_hits(pairs, rank, crowd, crowd, np.zeros(len(rank), bool))
 
 
-def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: float | np.ndarray = 1.0):
+def coco_precision(hit, counted, faces: float, weights=1.0) -> np.ndarray:
     """Read the precision envelope at COCO's 101 recalls: `[101]`, all -1 if there are no faces.
 
     hit `[D]` marks detections that find a face, counted `[D]` those that count at all, best first; each is
@@ -91,8 +88,7 @@ def coco_precision(hit: np.ndarray, counted: np.ndarray, faces: float, weights: 
     return precision[np.searchsorted(found / faces, RECALLS)]
 
 
-def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-            dt_xywh: np.ndarray, dt_score: np.ndarray, sizes: tuple = FACE_SIZES) -> dict[int, float]:
+def size_ap(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, sizes=FACE_SIZES) -> dict[int, float]:
     """Compute VOC AP at IoU 0.5 over faces larger than each of `sizes`, as the reference's table: {size: AP}.
 
     The size of a box is its shorter side, in pixels. Smaller faces and crowd regions count neither as found
@@ -107,8 +103,7 @@ def size_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, d
     return result
 
 
-def outcomes(gt_image: np.ndarray, gt_xywh: np.ndarray, gt_ignored: np.ndarray, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray, photos: int) -> Outcomes:
+def outcomes(gt_image, gt_xywh, gt_ignored, dt_image, dt_xywh, dt_score, photos: int) -> Outcomes:
     """Match detections to faces as in `size_ap`, at IoU 0.5 and for all sizes, whatever score is shown.
 
     Here images are indices below `photos`. The Outcomes are in input order."""
@@ -147,8 +142,7 @@ def operating_points(found: Outcomes, scores: tuple = (0.3, 0.5, 0.7)) -> list[d
     return [dict(zip(points, map(float, point))) for point in zip(*points.values())]
 
 
-def wider_ap(gt_image: np.ndarray, gt_xywh: np.ndarray, kept: dict, dt_image: np.ndarray,
-             dt_xywh: np.ndarray, dt_score: np.ndarray) -> dict[str, float]:
+def wider_ap(gt_image, gt_xywh, kept: dict, dt_image, dt_xywh, dt_score) -> dict[str, float]:
     """Compute WIDER FACE AP as the official code does, at 1,000 thresholds (Yang et al. 2016): {level: AP}.
 
     kept {level: `[M]` bool} marks the faces of each level. All other faces are ignored, and so are the
@@ -191,8 +185,7 @@ def _by_image(image):
 
 
 def _coco_pairs(*faces_and_detections):
-    """What `_coco_hits` needs: crowd `[M]`; of the 100 best detections of each image, best first, the rank
-    in their image from 0, image and xywh; the pairs from `_overlaps`."""
+    """Crowd `[M]`; rank, image, xywh of each image's 100 best detections, best first; their `_overlaps`."""
     gt_image, gt_xywh, crowd, _, dt_image, dt_xywh, _ = _sorted(*faces_and_detections)
     rank = np.empty(len(dt_image), np.int64)
     for own in _by_image(dt_image).values():

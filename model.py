@@ -154,11 +154,6 @@ class SSD(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.bbox_head(self.backbone(images))
 
-    @property
-    def loss_weights(self):
-        """The two learned weights of class and box loss, `[2]`."""
-        return self.bbox_head.loss_weights
-
 
 def checkpoint(model: SSD, **more) -> dict:
     """What a checkpoint of ours holds: configuration, weights and `more`, all plain types and tensors."""
@@ -236,9 +231,7 @@ def config_of(content: dict, path="") -> Config:
 
 
 def load_model(path) -> SSD:
-    """The model of a checkpoint, ours or an official snapshot, for evaluation: averaged weights if there are.
-
-    Raises ValueError if the file does not fit."""
+    """The model of a checkpoint, ours or an official snapshot, in evaluation mode, as `rebuild` makes it."""
     return rebuild(read_checkpoint(path), path).eval()
 
 
@@ -256,9 +249,7 @@ def rebuild(content: dict, path, averaged: bool = True) -> SSD:
 
 
 def load_weights(model: SSD, path) -> list[str]:
-    """Start `model` from a detector snapshot of any shape; returns the names of tensors that did not fit.
-
-    Raises ValueError if the file is no checkpoint, or none of it fits."""
+    """Start `model` from a snapshot of any shape: the names that did not fit, or ValueError if all."""
     content = read_checkpoint(path)
     same = fitting(model, content.get("ema") or content["state_dict"])
     if not any(tensor.ndim for tensor in same.values()):

@@ -45,8 +45,7 @@ PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU ta
 def lr_at(step, epoch, lr, milestones, warmup):
     """The learning rate of iteration `step` (from 0, of the whole run) in `epoch` (from 0): a pure function.
 
-    `lr`, divided by 10 at each epoch of `milestones`. Over the first `warmup` iterations it rises linearly
-    from a third."""
+    It is `lr`, a tenth of it from each of `milestones` on, and rises from a third of it over `warmup`."""
     lr *= 0.1 ** sum(epoch >= milestone for milestone in milestones)
     return lr * (1 + 2 * step / warmup) / 3 if step < warmup else lr
 
@@ -98,7 +97,7 @@ class Trainer:
         if on_gpu and processes == 1 and (self.teacher is None or self.teacher.same_size):
             self.graphs = Graphs(self.gradients, self.raw_model.buffers())
         self.anchors = make_anchors(self.raw_model.config).to(device)
-        self.criterion = Criterion(self.anchors, self.raw_model.loss_weights, args.distill,
+        self.criterion = Criterion(self.anchors, self.raw_model.bbox_head.loss_weights, args.distill,
                                    matching=args.matching, class_loss=args.class_loss, box_loss=args.box_loss)
         self.autocast = functools.partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                                           args.precision == "bf16", cache_enabled=False)
@@ -148,9 +147,8 @@ class Trainer:
 
     def connect(self):
         """Tie the network to those of the other processes, and compile it. All processes must come here."""
-        for model in (self.raw_model, self.ema, self.teacher):
-            if model:
-                share_weights(model)
+        for model in filter(None, (self.raw_model, self.ema, self.teacher)):
+            share_weights(model)
         if self.processes > 1:
             own_gpu = [self.device] if self.device.startswith("cuda") else None
             self.model = DistributedDataParallel(self.model, device_ids=own_gpu)
@@ -228,7 +226,7 @@ class Trainer:
         self.record = {
             "epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"],
             "loss": total / count, "class_loss": class_loss / count, "box_loss": box_loss / count,
-            "loss_weights": self.raw_model.loss_weights.tolist(), "seconds": seconds,
+            "loss_weights": self.raw_model.bbox_head.loss_weights.tolist(), "seconds": seconds,
             "photos_per_second": photos / seconds}
 
     def validate(self, annotations, stop):
@@ -280,9 +278,7 @@ def choose_precision(args, before, device):
 
 
 def choose_compile(args, before, device, processes, photos, pixels):
-    """Whether to compile where --compile is left open, and whether that works here.
-
-    `photos` are those of an epoch, of so many `pixels`."""
+    """Whether to compile: as --compile or the resumed run has it, else if an epoch is long enough to pay."""
     wanted = args.compile
     if wanted is None:
         pays = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
@@ -412,15 +408,14 @@ def main(argv=None):
         raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:
-        monitor.close()
+        monitor.lock.close()  # another run may write in the folder now
         for line in trainer.unreadable.values():
             print(f"unreadable: {line}")
         best = f", best.pth AP50 {trainer.best:.4f}" if val else ""
         early = f"; stopped early: {trainer.waited} epochs without a better AP50 (--patience {args.patience})"
         print(f"finished {trainer.epoch} epochs: {last}{best}{early if trainer.epoch < args.epochs else ''}")
-    if trainer.processes > 1:
-        trainer.model = None  # it must not be the last to hold the group: ending that late can wait for ever
-        leave_processes()
+    trainer.model = None  # it must not be the last to hold the group: ending that late can wait for ever
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def convert(annotation, images, out, skip_missing=False):
             "of a partial download --skip-missing converts those that are there")
     for name in missing:
         del pictures[name]
-    sizes = read_sizes(pictures.items(), images, os.cpu_count())
+    sizes = read_sizes(list(pictures), images)
     prefix = os.path.relpath(images, out.parent)
     if prefix.startswith(".."):  # the system resolves ".." after symbolic links, so resolve them first
         prefix = os.path.relpath(os.path.realpath(images), os.path.realpath(out.parent))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from support.pictures import load_picture
-from support.script import InputError, whole_file
+from support.script import require, whole_file
 
 # The short side that is kept, in the network's: a view of four fifths of the photo still has a pixel for each
 # of the network's. Smaller views are enlarged from it, as they would be from a smaller photo.
@@ -36,17 +36,14 @@ class PhotoCache:
         """Raise InputError if a photo has changed since it was kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = {name.rsplit("-", 2)[0]: name for name in os.listdir(self.folder) if name.endswith(".rgb")}
-        for path in paths:
-            if os.path.isfile(path):
-                name = self.file(path).name
-                if kept.get(name.rsplit("-", 2)[0], name) != name:
-                    raise InputError(f"{path}: has changed since it was put into {self.folder}; "
-                                     "remove that folder, or name another with --cache")
+        for path in filter(os.path.isfile, paths):
+            name = self.file(path).name
+            require(kept.get(name.rsplit("-", 2)[0], name) == name, f"{path}: has changed since it was put "
+                    f"into {self.folder}; remove that folder, or name another with --cache")
 
     def load(self, path):
         """The photo `path`, reduced, uint8 `[h, w, 3]`, its upright (width, height). Raises InputError."""
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such picture")
+        require(os.path.isfile(path), f"{path}: no such picture")
         file = self.file(path)
         if not file.exists():
             self.keep(path, file)
@@ -61,7 +58,6 @@ class PhotoCache:
         scale = self.short / min(size)
         if scale < 1:
             image = image.resize([max(1, round(side * scale)) for side in size], Image.Resampling.BILINEAR)
-        with whole_file(file) as temporary:
-            with open(temporary, "wb") as opened:
-                np.array([*image.size, *size], "<u4").tofile(opened)
-                np.asarray(image).tofile(opened)
+        with whole_file(file) as temporary, open(temporary, "wb") as opened:
+            np.array([*image.size, *size], "<u4").tofile(opened)
+            np.asarray(image).tofile(opened)

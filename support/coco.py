@@ -1,7 +1,6 @@
 """COCO files: annotations and detection results, read with checks.
 
-Boxes stay `xywh` (x, y, width, height in pixels, float64) as in the files. The two evaluation protocols are
-defined on it, to the last digit.
+Boxes stay `xywh`, in pixels, float64, as in the files: the evaluation protocols are defined on it.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ from support.script import InputError, read_json, require
 import numpy as np
 
 MADE, COMPLETE, UNLABELLED = 0, 1, 2  # how far the labels of a photo can be trusted, see Annotations
+OF_FACES = ("xywh", "area", "ignored", "crowd")  # arrays of Annotations with a row for each face
 FOREIGN = (".txt", ".xml", ".csv", ".yaml", ".yml", ".zip")
 CONVERT = "python -m tools.labels_to_coco makes it of YOLO, Pascal VOC, CVAT, Label Studio, COCO and CSV"
 
@@ -29,9 +29,7 @@ def to_xywh(xyxy: np.ndarray) -> np.ndarray:
 
 
 def clip(box, width, height):
-    """Clip an xywh box to the picture: (box, "inside" or "clipped" or "empty" or "outside").
-
-    Empty boxes, and boxes outside the picture, are returned unchanged."""
+    """Clip an xywh box to the picture: (box, "inside" or "clipped"), or (the same, "empty" or "outside")."""
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return box, "empty"
@@ -71,11 +69,8 @@ class Annotations:
         return self.path.parent / self.names[index]
 
     def require_photos(self) -> None:
-        """Raise InputError if none of 20 photos, spread over the set, is where the json says.
-
-        One that is missing or unreadable is found when it is read; this is for a json that lies elsewhere."""
-        count = len(self.names)
-        files = [self.file(n) for n in range(0, count, max(1, count // 20))]
+        """Raise InputError if none of 20 photos, spread over the set, is where the json says."""
+        files = [self.file(n) for n in range(0, len(self.names), max(1, len(self.names) // 20))]
         require(not files or any(os.path.isfile(file) for file in files),
                 f"{self.path}: its photos are not there, such as {files and files[0]}; python -m "
                 f"tools.labels_to_coco {self.path} PHOTOS mine.json finds them below PHOTOS")
@@ -87,10 +82,8 @@ class Annotations:
 
     def unlabelled(self) -> "Annotations":
         """The same photos without their boxes: no anchor on them is face or background."""
-        none = slice(0, 0)
-        return replace(self, image=self.image[none], xywh=self.xywh[none], area=self.area[none],
-                       ignored=self.ignored[none], crowd=self.crowd[none],
-                       labels=np.full(len(self.ids), UNLABELLED, np.uint8))
+        none = {name: getattr(self, name)[:0] for name in ("image", *OF_FACES)}
+        return replace(self, labels=np.full(len(self.ids), UNLABELLED, np.uint8), **none)
 
     def complete(self) -> "Annotations":
         """The same, whose labels are said to be complete: what is not labelled is no face."""
@@ -100,9 +93,9 @@ class Annotations:
         """Leave out the photos at the indices `dropped`: (Annotations, Detections), indices renumbered."""
         kept = np.setdiff1d(np.arange(len(self.ids)), list(dropped))
         faces, found = np.isin(self.image, kept), np.isin(detections.image, kept)
-        arrays = {name: getattr(self, name)[faces] for name in ("xywh", "area", "ignored", "crowd")}
+        rows = {name: getattr(self, name)[faces] for name in OF_FACES}
         fewer = replace(self, ids=self.ids[kept], names=[self.names[n] for n in kept], sizes=self.sizes[kept],
-                        image=np.searchsorted(kept, self.image[faces]), labels=self.labels[kept], **arrays)
+                        image=np.searchsorted(kept, self.image[faces]), labels=self.labels[kept], **rows)
         return fewer, Detections(np.searchsorted(kept, detections.image[found]), detections.xywh[found],
                                  detections.score[found])
 
@@ -116,9 +109,8 @@ def moved_images(images: list[dict], source: str | Path, target: str | Path) -> 
 def read_annotations(path: str | Path) -> Annotations:
     """Read a COCO file into `Annotations`.
 
-    Faces are the category `face`, or the only category there is. Photos without faces are kept. Boxes
-    that are empty, reversed or outside their photo are kept and marked ignored. Raises InputError for
-    what cannot be read safely."""
+    Faces are the category `face`, or the only one. Photos without faces are kept. Boxes that are empty,
+    reversed or outside their photo are marked ignored. Raises InputError for what cannot be read safely."""
     path = Path(path)
     images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
@@ -144,8 +136,7 @@ def read_annotations(path: str | Path) -> Annotations:
     crowd = np.array([face.get("iscrowd", 0) for face in faces], bool)
     empty = (xywh[:, 2:] <= 0).any(1)
     size = sizes[image]
-    known = (size > 0).all(1)
-    outside = known & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1) & ~empty
+    outside = (size > 0).all(1) & ((xywh[:, :2] >= size) | (xywh[:, :2] + xywh[:, 2:] <= 0)).any(1)
     order = np.argsort(image, kind="stable")
     return Annotations(path, category, np.array([e["id"] for e in images], np.int64),
                        [e["file_name"] for e in images], sizes, image[order], xywh[order], area[order],
@@ -183,10 +174,9 @@ def join(parts: list[Annotations]) -> Annotations:
     names = [os.path.abspath(part.file(n)) for part in parts for n in range(len(part.ids))]
     start = np.cumsum([0] + [len(part.ids) for part in parts])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts])
-              for name in ("sizes", "xywh", "area", "ignored", "crowd", "labels")}
+              for name in ("sizes", "labels", *OF_FACES)}
     image = np.concatenate([part.image + before for part, before in zip(parts, start)])
-    ids = np.arange(1, start[-1] + 1)
-    return Annotations(first.path, first.category, ids, names, image=image, **arrays)
+    return replace(first, ids=np.arange(1, start[-1] + 1), names=names, image=image, **arrays)
 
 
 def arrays(annotations: Annotations, detections: Detections) -> tuple:
@@ -222,8 +212,7 @@ def read_results(path: str | Path, annotations: Annotations) -> Detections:
     image = np.array([index_of[entry["image_id"]] for entry in found.values()], np.int64)
     xywh = _numbers(path, "bbox", {n: entry.get("bbox") for n, entry in found.items()}, 4)
     score = _numbers(path, "score", {n: entry.get("score") for n, entry in found.items()}, 1)[:, 0]
-    known = annotations.sizes[annotations.sizes > 0]
-    if not len(known) or known.max() > 100:
+    if not 0 < annotations.sizes.max(initial=0) <= 100:
         require_pixels(path, xywh)
     return Detections(image, xywh, score)
 

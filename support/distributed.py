@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.script import InputError, first_line, one_line
+from support.script import InputError, first_line, one_line, require
 
 JOIN = datetime.timedelta(seconds=50)  # how long processes wait for each other at the start
 
@@ -36,8 +36,7 @@ def join_processes(device: str | None = None) -> tuple[int, int, str]:
     local = int(os.environ["LOCAL_RANK"])
     if (device or "cuda") == "cuda" and torch.cuda.is_available():
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
-        if wanted > there:
-            raise InputError(
+        require(wanted <= there,
                 f"{wanted} processes, but GPUs: {there}; lower --nproc_per_node or give --device cpu")
         torch.cuda.set_device(local)  # before the first tensor, or every process takes memory on GPU 0
         device = f"cuda:{local}"
@@ -81,9 +80,7 @@ def gather(own: dict) -> dict:
 
 
 def all_or_none(make):
-    """Call `make()` in every process and return its result. If any raises InputError, all do.
-
-    So no process waits for one that has given up. Each machine reports one line."""
+    """Call `make()` in every process: its result. If any raises InputError all do, one line a machine."""
     result, text = None, None
     try:
         result = make()

@@ -6,10 +6,9 @@ import torch
 class Graphs:
     """Calls `function(*tensors)`, work on the GPU, from a CUDA graph for each shape (see PyTorch's notes).
 
-    The function must not wait for the GPU, and must find the same memory each time: what it changes, such as
-    gradients, has to exist before the first call. `buffers` are tensors that it changes as it runs (batch
-    norm's statistics): recording runs it a few times, and puts them back. The output is overwritten by the
-    next call."""
+    The function must not wait for the GPU. What it changes, such as gradients, exists before the first call.
+    `buffers` (batch norm's statistics) are put back after recording, which runs it a few times. The next call
+    overwrites the output."""
 
     def __init__(self, function, buffers):
         self.function = function

@@ -111,16 +111,11 @@ class Monitor:
             print(f"curves.png is not drawn, the training goes on: {one_line(error)}", flush=True)
         self.drawn = time.perf_counter()
 
-    def close(self):
-        """Let another run write in the folder."""
-        self.lock.close()
-
 
 def claim(out):
     """Lock the folder of a run while the returned file is open. What a killed run left half-written goes.
 
-    lockf, not flock: its locks are not inherited by loading processes, which outlive a killed run by seconds.
-    """
+    lockf, not flock: loading processes, which outlive a killed run by seconds, do not inherit its locks."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "w")
     try:

@@ -1,10 +1,10 @@
-"""The flags of train.py: what they are, and which values make sense."""
+"""Flags: types that check a value, those that choose a network to use, and all flags of train.py."""
 
 import math
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import Action, ArgumentTypeError, BooleanOptionalAction
 
 from support.script import ROOT, FlagFileParser, new_parser, parse_sides, parse_size
-from support.threads import usable_cores
+from support.threads import usable_cores, use_threads
 
 
 def number(kind, fits, words):
@@ -30,8 +30,33 @@ SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 SEED = number(int, lambda value: 0 <= value < 2 ** 32, "from 0 to below 2 to the 32")
 
 
-def make_parser(description=None):
-    """The flags. What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
+class TilesFlag(Action):
+    """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        side, overlap = [*values, values[0] // 4][:2]
+        if len(values) > 2 or side < 16 or not 0 <= overlap <= side * 3 // 4:
+            parser.error(f"{option}: SIDE of at least 16 pixels and OVERLAP of at most three quarters of it")
+        setattr(namespace, self.dest, [side, overlap])
+
+
+def add_model_flags(parser):
+    """Add the flags that choose the network that detects, and its input."""
+    add = parser.add_argument
+    add("--model", help="a checkpoint, .onnx or .xml (default: the shipped network)")
+    add("--size", type=parse_size, help="network input, S or WxH (default: the model's own)")
+    add("--tiles", action=TilesFlag, nargs="+", type=int, metavar=("SIDE", "OVERLAP"),
+        help="also look at overlapping tiles of SIDE pixels of the picture (OVERLAP: default SIDE / 4)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--threads", type=use_threads, help="of the CPU (default: the cores this process may use)")
+    add("--colour", choices=("rgb", "bgr"), help="what an .onnx or .xml not from export.py takes")
+    add("--range", type=int, choices=(1, 255), help="white in the input of such a model")
+
+
+def parse_args(argv, description=None):
+    """Parse and check the flags of train.py. `description` is what --help shows above them.
+
+    What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
     parser = new_parser(description, FlagFileParser, fromfile_prefix_chars="@")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["data/train.json"], help="COCO files (default data/train.json)")
@@ -89,12 +114,6 @@ def make_parser(description=None):
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
         help="torch.compile the network (default: on a CPU, in one process, if an epoch is long enough)")
-    return parser
-
-
-def parse_args(argv, description=None):
-    """Parse and check the flags. `description` is what --help shows above them."""
-    parser = make_parser(description)
     args = parser.parse_args(argv)
     if not set(args.complete) <= set(args.data):
         parser.error("--complete names files of --data")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from support.script import CONTROL, InputError, whole_file
+from support.script import CONTROL, InputError, require, whole_file
 
 with suppress(ImportError):  # reads HEIC, where it is installed
     from pillow_heif import register_heif_opener
@@ -37,8 +37,7 @@ def load_picture(path):
 
 def open_picture(path):
     """Open a picture file (PIL), of which only the header is read. Raises InputError if it cannot be."""
-    if not os.path.isfile(path):  # opening a pipe or a device could wait for ever
-        raise InputError(f"{path}: no such picture")
+    require(os.path.isfile(path), f"{path}: no such picture")  # opening a pipe could wait for ever
     with _decoding(path):
         return Image.open(os.fspath(path))
 
@@ -50,10 +49,8 @@ def upright_size(image):
     return image.size[::-1] if lying and image.format != "TIFF" else image.size  # Pillow turns TIFF itself
 
 
-def read_sizes(pictures, images, jobs):
-    """Read the sizes `[(width, height)]` of all pictures in the folder `images`, with `jobs` threads.
-
-    Raises InputError if any is missing or unreadable; the message names up to 20."""
+def read_sizes(names, images):
+    """The sizes `[(width, height)]` of pictures `names` in the folder `images`. InputError names up to 20."""
     bad = {"missing": [], "unreadable": []}
 
     def read(name):
@@ -64,14 +61,12 @@ def read_sizes(pictures, images, jobs):
         except InputError:
             bad["unreadable" if os.path.isfile(path) else "missing"].append(repr(name))
 
-    names = [name for name, _ in pictures]
-    with warnings.catch_warnings(), ThreadPool(jobs) as pool:
+    with warnings.catch_warnings(), ThreadPool() as pool:
         warnings.simplefilter("ignore")  # about large pictures: only headers are read
         sizes = list(tqdm(pool.imap(read, names, chunksize=16), "image sizes", len(names), disable=None))
-    if any(bad.values()):
-        parts = [f"{len(them):,} {kind} ({', '.join(sorted(them)[:LISTED])}{', ...' * (len(them) > LISTED)})"
-                 for kind, them in bad.items() if them]
-        raise InputError(f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
+    parts = [f"{len(them):,} {kind} ({', '.join(sorted(them)[:LISTED])}{', ...' * (len(them) > LISTED)})"
+             for kind, them in bad.items() if them]
+    require(not parts, f"{images}: of {len(names):,} pictures {' and '.join(parts)}; all are needed")
     return sizes
 
 

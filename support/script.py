@@ -166,24 +166,9 @@ def parse_picture(text):
     return text
 
 
-class TilesFlag(argparse.Action):
-    """`--tiles SIDE [OVERLAP]` as [side, overlap] in pixels of the picture; OVERLAP is SIDE / 4 if absent."""
-
-    def __init__(self, *args, **more):
-        super().__init__(*args, nargs="+", type=int, metavar=("SIDE", "OVERLAP"), **more, help="also look at "
-                         "overlapping tiles of SIDE pixels of the picture (OVERLAP: default SIDE / 4)")
-
-    def __call__(self, parser, namespace, values, option=None):
-        side, overlap = [*values, values[0] // 4][:2]
-        if len(values) > 2 or side < 16 or not 0 <= overlap <= side * 3 // 4:
-            parser.error(f"{option}: SIDE of at least 16 pixels and OVERLAP of at most three quarters of it")
-        setattr(namespace, self.dest, [side, overlap])
-
-
 def new_parser(description, kind=argparse.ArgumentParser, **more):
     """An argument parser that shows a script's docstring as it is written."""
-    raw = argparse.RawDescriptionHelpFormatter
-    return kind(description=description, formatter_class=raw, **more)
+    return kind(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
 
 class FlagFileParser(argparse.ArgumentParser):
@@ -201,14 +186,12 @@ class FlagFileParser(argparse.ArgumentParser):
 def whole_file(path):
     """Yield a temporary path beside `path`. On success it replaces `path`; on any error it is removed.
 
-    A reader sees the old file or the new one, never half. Raises InputError if nothing can be written there.
-    """
+    A reader sees the old file or the new one, never half. Raises InputError if it cannot be written."""
     path = Path(path)
     # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
     temporary = path.with_name(f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}{path.suffix}")
     try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder, a file is to be written there")
+        require(not path.is_dir(), f"{path}: is a folder, a file is to be written there")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)

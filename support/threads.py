@@ -4,52 +4,47 @@ import argparse
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def usable_cores() -> int:
     """The cores of this process: its affinity or its container's quota, rounded up, shared under torchrun."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     cores = math.ceil(min(cores, cpu_quota()))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def cpu_quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
     """How many CPUs' time Linux's control groups allow this process; infinity if they do not say."""
-    try:
-        lines = Path(own).read_text().splitlines()
-    except OSError:
-        return math.inf
-    quotas = [math.inf]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
-            folder = Path(root, controllers, path.strip("/"))
-            quotas += [read_quota(group) for group in (folder, *folder.parents)]
-    return min(quotas)
+    groups = []
+    with suppress(OSError):  # not on Linux
+        for line in Path(own).read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+                folder = Path(root, controllers, path.strip("/"))
+                groups += [folder, *folder.parents]
+    return min(map(read_quota, groups), default=math.inf)
 
 
 def read_quota(group: Path) -> float:
     """The quota of one control group: version 2's cpu.max, or version 1's two files."""
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        return float(quota) / float(period) if float(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no such group, or "max"
-        return math.inf
+    files = [group / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    with suppress(OSError, ValueError):  # no such group, or "max"
+        quota, period = " ".join(file.read_text() for file in files if file.exists()).split()
+        if float(quota) > 0:
+            return float(quota) / float(period)
+    return math.inf
 
 
 def settle() -> None:
     """Let OpenMP use these cores, and its threads wait without burning them. What the user has set stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 us: as long as one layer waits for the last
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # some 50 us: as long as one layer waits for the last
 
 
 def use_threads(text: str) -> int:

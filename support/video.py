@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.script import InputError, whole_file
+from support.script import InputError, require, whole_file
 
 VIDEOS = {ending for ending, kind in mimetypes.types_map.items() if kind.startswith("video/")}
 VIDEOS |= set(".mkv .wmv .asf .flv .ogv .ts .mts .m2ts .vob .3gp .3g2 .mxf .m4v".split())  # not in all tables
@@ -23,8 +23,7 @@ def open_video(source):
         raise InputError(f"{source}: videos and webcams need OpenCV: "
                          "pip install 'opencv-python-headless<4.12'") from None
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-    if not capture.isOpened():
-        raise InputError(f"{source}: cannot be opened as a video")
+    require(capture.isOpened(), f"{source}: cannot be opened as a video")
     capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # phones store frames lying; not every version turns them
     return cv2, capture
 
@@ -41,9 +40,9 @@ def read_frames(capture, total):
 def annotate_video(source, target, find, change, frames):
     """Write a video with what `change(image, faces)` makes of each frame (PIL) and its faces, `find(image)`.
 
-    The faces `[K, 5]` of each frame are added to the list `frames`. A webcam or stream is recorded until
-    Ctrl-C, at its true speed: late frames are written twice, early ones left out. Returns how many frames
-    could not be read. Raises InputError if `target` (MP4) could not be written, with all faces found."""
+    The faces `[K, 5]` of each frame are added to `frames`. A webcam or stream is recorded until Ctrl-C at its
+    true speed: late frames are written twice, early ones left out. Returns how many frames could not be read.
+    Raises InputError if `target` (MP4) could not be written."""
     cv2, capture = open_video(source)
     total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     live = not isinstance(source, Path) and (isinstance(source, int) or not total)
@@ -73,8 +72,7 @@ def annotate_video(source, target, find, change, frames):
                         frames.append(frames[-1])
                 if writer is None:
                     size = frame.shape[1::-1]
-                    kind = cv2.VideoWriter_fourcc(*"mp4v")
-                    writer = cv2.VideoWriter(str(temporary), kind, rate, size)
+                    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
                     writes = writer.isOpened()
                 image = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
                 faces = find(image)
@@ -88,9 +86,7 @@ def annotate_video(source, target, find, change, frames):
             capture.release()
             if writer:
                 writer.release()
-        if not frames:
-            raise InputError(f"{source}: no frame could be read")
-        if not writes:
-            raise InputError("{}: OpenCV cannot write {}x{} at {:g} frames/s".format(target, *size, rate))
+        require(frames, f"{source}: no frame could be read")
+        require(writes, "{}: OpenCV cannot write {}x{} at {:g} frames/s".format(target, *size, rate))
     # Containers may only estimate the number of frames, so a quarter of a second at the end is not missed.
     return holes + gap * (gap > rate / 4)

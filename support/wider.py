@@ -1,8 +1,7 @@
 """Read and write WIDER FACE's own files: the ground truth (.mat) and folders of predictions.
 
-A prediction folder has one text file per image. An image's name is `<event>/<image>` without the suffix, for
-example `0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh` in pixels of the original image, float64, as
-in the files. This file does not import torch.
+A prediction folder has one text file per image. An image's name is `<event>/<image>` without the suffix, as
+`0--Parade/0_Parade_marchingband_1_465`. Boxes are `xywh` in pixels of the original image, float64.
 """
 
 import re
@@ -68,9 +67,7 @@ def renumber(detections, names, ground_truth, where):
 
 
 def wider_names(path, file_names):
-    """Make the `<event>/<image>` names of a COCO file's file names: their last two parts, without the suffix.
-
-    Raises InputError, naming the file `path`, if a name has fewer than two parts, or if two are equal."""
+    """The `<event>/<image>` names of a COCO file: the last two parts, without suffix. Raises InputError."""
     names = [re.sub(r"\.(jpe?g|png)$", "", "/".join(name.split("/")[-2:]), flags=re.IGNORECASE)
              for name in file_names]
     _check_names(path, names)
@@ -106,10 +103,9 @@ def write_predictions(folder, names, detections):
     The images of the Detections are indices into `names`; one without detections gets a file too. All digits
     are written. Raises InputError for names that would lead out of `folder`, before anything is written."""
     _check_names(folder, names)
-    image, score = detections.image, detections.score
-    values = np.column_stack((detections.xywh, score))
-    order = np.lexsort((-score, image))
-    ends = np.searchsorted(image[order], np.arange(len(names)), side="right")
+    values = np.column_stack((detections.xywh, detections.score))
+    order = np.lexsort((-detections.score, detections.image))
+    ends = np.searchsorted(detections.image[order], np.arange(len(names)), side="right")
     for name, rows in zip(names, np.split(values[order], ends[:-1])):
         lines = [name.split("/")[1], str(len(rows)), *(" ".join(map(repr, row)) for row in rows.tolist())]
         with whole_file(Path(folder) / f"{name}.txt") as temporary:
@@ -140,8 +136,7 @@ def _check_names(source, names):
 def _load_mat(path, *keys):
     """Read the variables `keys` of a MATLAB file: {key: array}. Raises InputError."""
     try:
-        with open(path, "rb") as file:
-            content = loadmat(file, variable_names=keys)
+        content = loadmat(str(path), variable_names=keys)
         return {key: content[key] for key in keys}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; download eval_tools from http://shuoyang1213.me/WIDERFACE "

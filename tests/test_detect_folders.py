@@ -214,3 +214,10 @@ def test_outputs_of_streams_and_webcams_have_names_of_their_own(tmp_path):
     sources = ["rtsp://camera/live", "http://a/b/clip.avi?x=1", "https://camera/", 0, tmp_path / "live.mp4"]
     names = [path.name for path in detect.name_outputs(sources, tmp_path / "out").values()]
     assert names == ["live.mp4", "live-2.mp4", "live-3.mp4", "live-4.mp4", "live-5.mp4"]
+
+
+def test_pictures_are_named_where_some_were_given():
+    picture, clip = {"faces": [1, 2]}, {"file": "x", "frames": [[], [1], [1, 2]]}
+    assert detect.describe([clip], []) == "faces in 2 of 3 frames of x"
+    assert detect.describe([picture, clip], ["x.jpg"]) == "2 faces on 1 picture, faces in 2 of 3 frames of x"
+    assert detect.describe([clip], ["bad.jpg"]).startswith("0 faces on 0 pictures, ")

@@ -38,7 +38,7 @@ def test_a_batch_gives_what_single_images_give(small):
 def test_initial_values():
     """Backbone: Kaiming, fan out, deviation sqrt(2 / outputs). Head: Xavier, up to sqrt(6 / (in + out))."""
     model = SSD()
-    assert not model.loss_weights.any()
+    assert not model.bbox_head.loss_weights.any()
     assert not model.bbox_head.cls_convs[0][3].bias.any()
     weight = model.backbone.features[16].conv[6].weight.detach()
     assert weight.std() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.05)
@@ -69,7 +69,7 @@ def test_configurations_that_no_memory_would_hold_are_refused(wrong):
 def test_averaged_weights_are_preferred(tmp_path, small):
     averaged = {name: torch.full_like(tensor, 2) for name, tensor in small.state_dict().items()}
     torch.save(checkpoint(small, ema=averaged), tmp_path / "x.pth")
-    assert load_model(tmp_path / "x.pth").loss_weights.tolist() == [2, 2]
+    assert load_model(tmp_path / "x.pth").bbox_head.loss_weights.tolist() == [2, 2]
 
 
 def test_official_layout(tmp_path):

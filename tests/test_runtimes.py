@@ -21,6 +21,7 @@ from detector import MODEL, load_detector
 from detector import detect as detect_faces
 from model import checkpoint
 from support.runtimes import open_network, openvino_core
+from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,14 +81,14 @@ def test_what_a_model_takes_must_be_known(foreign, folder, refused):
     arguments = ("--data", "x.json", "--model")
     assert "x.json" in refused(evaluate.main, *arguments, folder / "plain/model.xml")
     for kwargs, reason in (({}, "--colour"), ({"colour": "rgb"}, "--range")):
-        with pytest.raises(evaluate.InputError, match=reason):
+        with pytest.raises(InputError, match=reason):
             load_detector(foreign / "foreign.onnx", **kwargs)
 
 
 @pytest.mark.slow
 def test_refusals(folder, tmp_path):
     def refused(path, match, **kwargs):
-        with pytest.raises(evaluate.InputError, match=match) as error:
+        with pytest.raises(InputError, match=match) as error:
             load_detector(path, **kwargs)
         assert "\n" not in str(error.value)
     plain = folder / "plain"

@@ -242,7 +242,7 @@ def batch_gradients(rank, world, folder, port, losses):
     model = DistributedDataParallel(raw_model) if world > 1 else raw_model
     dataset = FaceDataset(read_annotations(f"{folder}/train.json"), 64, 64)
     batch = collate([dataset[index, (7, index)] for index in range(rank, 6, world)])
-    criterion = Criterion(make_anchors(raw_model.config), raw_model.loss_weights, (0, 0), *losses)
+    criterion = Criterion(make_anchors(raw_model.config), raw_model.bbox_head.loss_weights, (0, 0), *losses)
     criterion(model(batch.images.float() / 255), batch)[0][0].backward()
     assert mean(torch.tensor([rank + 1.0])).tolist() == [(world + 1) / 2]
     torch.save({name: p.grad for name, p in raw_model.named_parameters()},

@@ -206,7 +206,7 @@ def convert(path, photos, out, wanted, to):
     plain = [name for name in others if labels.format == "YOLO" and os.path.dirname(name) in folders]
     found |= {name: Photo([name], name, []) for name in plain}
     labels.left_out["photos without labels"] = (len(others) - len(plain)) * bool(photos)
-    sizes = read_sizes([(name, None) for name in found], root, os.cpu_count())
+    sizes = read_sizes(list(found), root)
     files, folder = [os.path.join(root, name) for name in found], os.path.realpath(out.parent)
     names = [Path(os.path.relpath(file, folder)).as_posix() for file in files]
     content, met = to_coco(found.values(), labels.relative, names, sizes, faces)

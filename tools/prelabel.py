@@ -5,15 +5,15 @@
 """
 
 import os
-import warnings
 from pathlib import Path
 
 from support.script import command, new_parser, write_json
 
 from tqdm import tqdm
 
-from detect import add_model_flags, chosen_detector, count, find_inputs, parse_score, refuse_failed, search
+from detect import chosen_detector, count, find_inputs, parse_score, refuse_failed, search
 from support.coco import to_xywh
+from support.options import add_model_flags
 
 SURE, DOUBTFUL = 0.5, 0.2  # least score of a face, and of what may be one
 
@@ -48,11 +48,9 @@ def main(argv=None):
         parser.error(f"{args.json}: the name of a .json is expected")
     files, left_out = find_inputs(args.inputs, args.json)
     score = DOUBTFUL if args.fooled is None else args.fooled
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large pictures; threads cannot each set that
-        found = search(chosen_detector(args), files, score,
-                       lambda path, image, faces: (path, getattr(image, "size", image), faces))
-        found = list(tqdm(found, total=len(files), unit="picture", disable=None))
+    found = search(chosen_detector(args), files, score,
+                   lambda path, image, faces: (path, getattr(image, "size", image), faces))
+    found = list(tqdm(found, total=len(files), unit="picture", disable=None))
     failed = [error for _, error, faces in found if faces is None]
     photos = [photo for photo in found if photo[2] is not None]
     text = count(len(photos), "picture")
