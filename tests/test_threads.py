@@ -42,6 +42,10 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     settle()
     assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    settle()
+    assert os.environ["OMP_WAIT_POLICY"] == "active" and "GOMP_SPINCOUNT" not in os.environ
 
 
 @pytest.mark.slow
