@@ -26,6 +26,9 @@ def describe_run(trainer, dataset, content):
           f"{trainer.batches.total:,} batches of {args.batch_size} x {trainer.processes} processes")
     print(f"width {config.width:g}, input {config.input_width}x{config.input_height}, {trainer.device}, "
           f"{args.precision}{', compiled in the first iteration' if args.compile else ''}; {goal}")
+    if args.milestones and min(args.milestones) >= args.epochs > 1:
+        print(f"the learning rate never falls: its --milestones {args.milestones} lie beyond the "
+              f"{args.epochs} epochs")
 
 
 class Progress:

@@ -39,7 +39,7 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     # pictures (more are in test_hard_runs.py)
     ("evaluate", "--data bad.json --model good.pth --workers 0",
      f"{len(UNREADABLE)} photos could not be used"),
-    ("tools.worst", "good.json r-good.json --count 0", "--count must be at least 1"),
+    ("tools.worst", "good.json r-good.json --count 0", "--count: 0 is not at least 1"),
     ("detect", "run --model good.pth", "run: no such file, nor a folder or pattern with pictures"),
     ("detect", "e/a.jpg --model good.pth --out e", "would overwrite it"),
     # models

@@ -114,7 +114,7 @@ def test_fewer_photos_than_processes(world, tmp_path):
 INTERRUPTED = {  # script: the function in which the signal arrives, arguments
     "tools.fit_anchors": ("fit", "--data good.json -k 1 --min-face 0"),
     "tools.benchmark": ("interleaved", "latency good.pth"),
-    "tools.look": ("load_picture", "--data good.json"),
+    "tools.look": ("contact_sheet", "--data good.json"),
     "detect": ("search", "e/a.jpg --model good.pth --out new"),
     "evaluate": ("score_faces", "--data good.json --predictions r-good.json"),
     "export": ("build", "--model good.pth --out new"),

@@ -182,7 +182,7 @@ def test_distillation_needs_the_anchors_of_the_teacher(sample, tmp_path, refused
 @pytest.mark.parametrize("ema, decays", [(0.9, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15))])
 def test_the_average_forgets_its_first_weights_sooner(sample, tmp_path, ema, decays):
     """Its decay starts at a tenth and rises to --ema, so that the untrained weights do not stay in it."""
-    flags = ["--ema", ema, "--batch-size", 12]  # one iteration an epoch
+    flags = ["--ema", ema, "--batch-size", 12, "--val", "none"]  # one iteration an epoch
     before = run(tmp_path / "r", sample, "--epochs", 0, *flags)
     average = before["state_dict"]
     for epoch, decay in enumerate(decays, 1):

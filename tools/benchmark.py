@@ -10,7 +10,6 @@ time for one input, through everything in the model's file, in float32 on the CP
 """
 
 import functools
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 import timeit
 from pathlib import Path
 
-from support.script import ROOT, InputError, command, new_parser, write_json
+from support.script import ROOT, command, new_parser, require, write_json
 
 import numpy as np
 import torch
@@ -42,13 +41,8 @@ VIEWS = 12_880 * 2 * 70  # of the reference recipe on WIDER FACE: photos, passes
 
 
 def interleaved(jobs, rounds, seconds=0.2):
-    """Time each job in turn, round by round, about `seconds` in each.
-
-    Returns the median seconds of a call `[len(jobs), rounds]`."""
-    calls = []
-    for job in jobs:
-        job()
-        calls.append(max(3, round(seconds / timeit.timeit(job, number=1))))
+    """Time all jobs in turn, round by round, about `seconds` in each: median seconds of a call `[J, R]`."""
+    calls = [max(3, round(seconds / timeit.repeat(job, number=1, repeat=2)[1])) for job in jobs]
     measured = np.zeros((len(jobs), rounds))
     for turn in tqdm(range(rounds), "rounds", leave=False, disable=None):
         for n, job in enumerate(jobs):
@@ -78,29 +72,26 @@ def latency(args):
         else:
             call = load_detector(path, device="cpu")
             shape = [1, 3, *call.size[::-1]]
-            noise = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
+            noise = rng.integers(0, 256, shape, np.uint8)
             note = "PyTorch FP32"
         jobs[f"{path} ({note}, {'x'.join(map(str, shape))})"] = functools.partial(call, noise)
-    print(f"latency of one input; threads: {args.threads}, f32, {args.rounds} interleaved rounds, "
-          f"{platform.machine()} CPU, torch {torch.__version__}")
+    print(f"latency of one input, {args.threads} threads, f32, {args.rounds} interleaved rounds")
     report(jobs, interleaved(jobs.values(), args.rounds) * 1000, "ms")
 
 
 def training(args):
     """Time the training step, with the seconds to its first: precision, CUDA graph, compiling."""
     device = choose_device(args.device)
-    ways = [("fp32", False, False), ("bf16", False, False), ("bf16", True, False)]
+    ways = ["fp32", "bf16", "bf16 compiled"]
     if device.startswith("cuda"):
-        ways = [("bf16", False, False), ("bf16", False, True), ("bf16", True, True)]
+        ways = ["bf16", "bf16 graph", "bf16 compiled graph"]
     with tempfile.TemporaryDirectory() as folder:
         file = photos(args, folder)
         for size in args.batch_sizes:
             jobs = {}
-            for precision, compiled, graph in ways:
-                step = make_step(device, file, size, precision, compiled, graph)
-                seconds = timeit.timeit(step, number=1)
-                words = [precision, "compiled" * compiled, "graph" * graph]
-                jobs[f"{' '.join(filter(None, words))}, first step {seconds:.1f} s"] = step
+            for way in ways:
+                step = make_step(device, file, size, way.split()[0], "compiled" in way, "graph" in way)
+                jobs[f"{way}, first step {timeit.timeit(step, number=1):.1f} s"] = step
             print(f"training step on {device}, batch {size}, {args.threads} threads")
             report(jobs, size / interleaved(jobs.values(), args.rounds, 1), "photos/s")
 
@@ -137,12 +128,11 @@ def recipe(args):
         loaded = sum(len(batch.index) for batch in batches)
         loader = loaded / (time.perf_counter() - started)
         step = size / np.median(interleaved([make_step(device, file, size)], args.rounds, 1))
-        words = ["--data", file, "--val", "none", "--min-face", 0, "--epochs", args.epochs, "--lr", 0.001,
+        words = ["--data", file, "--val", "none", "--min-face", 0, "--epochs", 2, "--lr", 0.001,
                  "--batch-size", size, "--workers", args.workers, "--device", device, "--out", folder + "/r"]
         run = [sys.executable, ROOT / "train.py", *map(str, words)]
         done = subprocess.run(run, text=True, capture_output=True)
-    if done.returncode:
-        raise InputError(done.stderr.strip()[-300:])
+    require(not done.returncode, done.stderr.strip()[-300:])
     whole = float(done.stdout.rsplit(" photos/s", 1)[0].rsplit(None, 1)[1])
     print(f"{device}, batch {size}, {args.workers} workers, photos a second: loader alone {loader:.0f}, "
           f"step alone {step:.0f}, the last epoch of train.py {whole:.0f}; "
@@ -158,11 +148,9 @@ def peer(args):
     found = []
     for index in tqdm(range(len(annotations.ids)), leave=False, disable=None):
         picture = load_picture(annotations.file(index))
-        boxes, scores, size = find(network, picture)
-        likely = np.flatnonzero(scores > SCORE)
-        boxes, scores = torch.from_numpy(boxes[likely]), torch.from_numpy(scores[likely])
-        kept = nms(boxes, scores, NMS_IOU)[:TOP]
-        faces = torch.cat([boxes[kept], scores[kept, None]], 1).numpy()
+        faces, size = find(network, picture)
+        faces = torch.from_numpy(faces[faces[:, 4] > SCORE])
+        faces = faces[nms(faces[:, :4], faces[:, 4], NMS_IOU)[:TOP]]
         found.append(to_picture(faces, size, picture.size))
     image = np.repeat(np.arange(len(found)), [len(faces) for faces in found])
     faces = np.concatenate(found)
@@ -171,11 +159,12 @@ def peer(args):
 
 
 def ultraface(network, picture):
-    """Boxes `[K, 4]`, scores `[K]` and the size of the picture in their pixels (Linzaer's UltraFace)."""
+    """Faces `[K, 5]` by Linzaer's UltraFace, and the size of the picture in their pixels."""
     height, width = network.shape[2:]
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     scores, boxes = network(((pixels - 127) / 128).transpose(2, 0, 1)[None])
-    return boxes[0] * np.float32([width, height, width, height]), scores[0, :, 1], (width, height)
+    boxes = boxes[0] * np.float32([width, height, width, height])
+    return np.concatenate([boxes, scores[0, :, 1:]], 1), (width, height)
 
 
 def yunet(network, picture):
@@ -186,21 +175,21 @@ def yunet(network, picture):
     canvas = np.zeros((height, width, 3), np.float32)
     canvas[:size[1], :size[0]] = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))[..., ::-1]
     outputs = network(np.ascontiguousarray(canvas.transpose(2, 0, 1)[None]))
-    boxes, scores = [], []
+    faces = []
     for level, stride in enumerate((8, 16, 32)):
         classes, objects, offsets = (outputs[3 * part + level][0] for part in range(3))
         y, x = np.divmod(np.arange(len(offsets)), width // stride)
         centres = (np.stack([x, y], 1) + offsets[:, :2]) * stride
         sides = np.exp(offsets[:, 2:]) * stride
-        boxes.append(np.concatenate([centres - sides / 2, centres + sides / 2], 1))
-        scores.append(np.sqrt(classes.clip(0, 1) * objects.clip(0, 1))[:, 0])
-    return np.concatenate(boxes).astype(np.float32), np.concatenate(scores), size
+        scores = np.sqrt(classes.clip(0, 1) * objects.clip(0, 1))
+        faces.append(np.concatenate([centres - sides / 2, centres + sides / 2, scores], 1))
+    return np.concatenate(faces).astype(np.float32), size
 
 
 def photos(args, folder):
     """The path of --data, or else of a synthetic dataset, 1024x768, which is drawn into `folder`."""
     if not args.data:
-        sample.draw_sample(folder, train=args.photos, val=1, size=(1024, 768))
+        sample.draw_sample(folder, train=64, val=1, size=(1024, 768))
     return args.data or Path(folder) / "train.json"
 
 
@@ -213,13 +202,11 @@ def main(argv=None):
     add("models", nargs="*", help="latency: .pth, .onnx or .xml; ratios are to the first; peer: its .onnx")
     add("--threads", type=at_least(1), default=1, help="of the model or step (default 1)")
     add("--rounds", type=at_least(1), default=5, help="of measurement (default 5)")
-    add("--data", help="COCO json (default: synthetic photos)")
-    add("--photos", type=at_least(1), default=64, help="synthetic ones (default 64)")
+    add("--data", help="COCO json (default: 64 synthetic photos)")
     add("--out", help="peer: COCO results json to write")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--batch-sizes", type=at_least(1), nargs="+", default=[65], help="default 65; recipe uses the first")
     add("--workers", type=at_least(0), default=usable_cores(), help="recipe: loading processes")
-    add("--epochs", type=at_least(1), default=2, help="recipe: of the real run (default %(default)s)")
     args = parser.parse_args(argv)
     given = {"latency": args.models, "peer": args.models and args.data and args.out}
     if not given.get(args.command, True):

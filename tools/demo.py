@@ -5,7 +5,6 @@
 Results are in runs/demo, which is removed first; the synthetic photos are in data/sample.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -14,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from support.script import ROOT, InputError, command, new_parser
+from support.script import ROOT, command, new_parser, read_json, require
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe
@@ -25,8 +24,7 @@ def run(*arguments):
     """Run a script of this repository, after showing the line that one would type."""
     print("\n$ " + shlex.join(["python", *map(str, arguments)]), flush=True)
     code = subprocess.run([sys.executable, *map(str, arguments)]).returncode
-    if code:
-        raise InputError(f"stopped, as {arguments[0]} ended with exit code {code}; its message is above")
+    require(not code, f"stopped, as {arguments[0]} ended with exit code {code}; its message is above")
 
 
 def measure(model, name):
@@ -35,7 +33,7 @@ def measure(model, name):
     run("evaluate.py", "--model", model, "--data", DATA / "val.json", "--face-sizes", 0, 19, 30, 60,
         "--json", OUT / f"{name}.json", "--out", detections)
     run("-m", "tools.worst", DATA / "val.json", detections, "--score", SCORE, "--out", OUT / f"{name}.png")
-    return json.loads((OUT / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(OUT / f"{name}.json")
 
 
 def table(measured):

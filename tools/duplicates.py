@@ -57,8 +57,7 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
 def near_duplicates(pixels: np.ndarray, place: np.ndarray) -> dict:
     """Find for each thumbnail of uint8 `[I, 32, 32]` the earlier one it resembles most, maybe mirrored.
 
-    `place` `[I]` is the number of each photo's set; one of another set is preferred, so that each leak is
-    found. Returns {index: (index of the earlier, correlation from 0.95 to 1)}."""
+    Photos of another set, by `place` `[I]`, come first. Returns {index: (the earlier, correlation)}."""
     views = [pixels, pixels[:, :, ::-1]]
     hashed, thumbs = [hashes(view) for view in views], [normalised(view) for view in views]
     found = {}

@@ -19,9 +19,7 @@ def shape_iou(sides, anchors):
 
 
 def fit(sides: np.ndarray, k: int) -> np.ndarray:
-    """Fit k anchors `[k, 2]` to face sides `[M, 2]`, smallest first.
-
-    k-means with 1 - IoU as the distance (YOLO9000, Redmon and Farhadi 2017, section 2)."""
+    """Fit k anchors `[k, 2]`, smallest first, to face sides `[M, 2]`: k-means by 1 - IoU (YOLO9000, 2017)."""
     centres = np.random.default_rng(0).choice(np.unique(sides, axis=0), k, replace=False)
     before = None
     while not np.array_equal(centres, before):

@@ -112,7 +112,7 @@ def turned(place, box, entry, pivot=None, unit=(1, 1)):
     return around(place, (corners - pivot) * unit @ turn / unit + pivot)
 
 
-def read_xml(path):
+def _parse_xml(path):
     """Parse an XML file; the root element. Entities are refused, since they could make it explode."""
     text = read_text(path)
     require("<!DOCTYPE" not in text and "<!ENTITY" not in text,
@@ -126,11 +126,14 @@ def read_xml(path):
     return root
 
 
-def read_voc(files, folder):
-    """Read Pascal VOC's xml files, one for each photo. Corners are taken as they are, from 0."""
+def read_xml(files, folder):
+    """Read CVAT's xml, or Pascal VOC's, one for each photo. Corners are taken as they are, from 0."""
+    root = _parse_xml(files[0])
+    if root.tag == "annotations" and len(files) == 1:
+        return _read_cvat(files[0], root)
     photos, base = [], photos_around(folder)
     for file in tqdm(files, "labels", disable=None):
-        root = read_xml(file)
+        root = _parse_xml(file)
         require(root.tag == "annotation", f"{file}: is CVAT's among {len(files)} xml files; name it alone")
         own = Path(os.path.relpath(file, base))
         name = re.split(r"[\\/]", (root.findtext("filename") or "").strip())[-1]
@@ -150,7 +153,7 @@ def _texts(element, path):
     return {child.tag: child.text for child in element.iterfind(path)}
 
 
-def read_cvat(path, root):
+def _read_cvat(path, root):
     """Read CVAT's xml for images 1.1: boxes, also turned ones, polygons, masks."""
     require(root.find("track") is None, f'{path}: holds tracks of a video; export "CVAT for images 1.1"')
     result = Labels("CVAT", [], [name.text or UNNAMED for name in root.iterfind("meta//labels/label/name")])
@@ -182,9 +185,7 @@ def _cvat_box(place, shape):
 
 
 def read_label_studio(path, tasks):
-    """Read Label Studio's tasks, also JSON-MIN. Boxes are in percent; of annotations the newest counts.
-
-    A task that nobody has finished is no photo without faces: it is left out."""
+    """Read Label Studio's tasks, also JSON-MIN: of annotations the newest counts, unfinished tasks do not."""
     result = Labels("Label Studio", [], relative=True)
     for n, task in enumerate(tasks):
         place = f"{path}: task {task.get('id', n)}"
@@ -227,8 +228,7 @@ def _file_name(text):
     if not re.match(r"/data/|\w{2,}://", text):
         return text
     parts = urllib.parse.urlsplit(text)
-    query = urllib.parse.parse_qs(parts.query)
-    return query["d"][0] if "d" in query else urllib.parse.unquote(parts.path)
+    return dict(urllib.parse.parse_qsl(parts.query)).get("d", urllib.parse.unquote(parts.path))
 
 
 def _region_box(place, region):
@@ -291,9 +291,7 @@ def _coco_box(place, entry):
 
 
 def read_csv(path):
-    """Read `file,x1,y1,x2,y2` and maybe a label, in pixels: in this order, or by the names in a first line.
-
-    A row with a file alone is a photo without faces. Without a label the category is face."""
+    """Read `file,x1,y1,x2,y2` and maybe a label, in pixels, in this order or as a first line names them."""
     text = read_text(path)
     first = text.lstrip().split("\n", 1)[0]
     rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
@@ -322,9 +320,7 @@ def read_csv(path):
 
 
 def read_retinaface(path):
-    """Read the text of WIDER that RetinaFace and SCRFD train on: `# photo`, then a line for each face.
-
-    It begins with x y w h or, where SCRFD has the photo's width and height after its name, x1 y1 x2 y2."""
+    """Read RetinaFace's text, `# photo` and lines x y w h, or SCRFD's, `# photo w h` and x1 y1 x2 y2."""
     photos, text = [], read_text(path)
     require(text.startswith("#"), f"{path}: of YOLO, name the folder; WIDER's text is for wider_to_coco.py")
     for n, line in enumerate(text.split("\n"), 1):

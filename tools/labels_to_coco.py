@@ -4,9 +4,8 @@
     python -m tools.labels_to_coco export.json photos mine.json --category face mask
     python -m tools.labels_to_coco mine.json --to yolo mine-yolo
 
-LABELS is a folder of YOLO txt or Pascal VOC xml, CVAT's xml for images, a json of Label Studio or COCO, CSV,
-or RetinaFace's text: which one, is recognised. Photos are where the labels say, or found by name anywhere
-below PHOTOS, or around the labels. More in docs/labels.md.
+LABELS is a file or folder of YOLO, Pascal VOC, CVAT, Label Studio, COCO, CSV or RetinaFace. Photos are where
+the labels say, or found by name anywhere below PHOTOS, or around the labels. More in docs/labels.md.
 """
 
 import csv
@@ -22,7 +21,7 @@ from support.script import InputError, command, new_parser, read_json, require, 
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
 from tools.labels import (FLAGS, LABEL_FOLDERS, Photo, find_files, photos_around, read_coco, read_csv,
-                          read_cvat, read_label_studio, read_retinaface, read_voc, read_xml)
+                          read_label_studio, read_retinaface, read_xml)
 from tools.yolo import begins_with_a_box, read_yolo, write_yolo
 
 KINDS = LABEL_FOLDERS | {"images", "jpegimages"}  # folders that only part labels from photos
@@ -42,15 +41,9 @@ def read_labels(path, own=None):
         return _read_folder(path, own)
     kind = path.suffix.lower()
     readers = {".yaml": read_yolo, ".yml": read_yolo, ".csv": read_csv, ".json": _read_json,
-               ".xml": _read_xml, ".txt": read_retinaface}
+               ".xml": lambda file: read_xml([file], file.parent), ".txt": read_retinaface}
     require(kind in readers, f"{path}: not labels that are known (unpack archives first); {KNOWN}")
     return readers[kind](path)
-
-
-def _read_xml(path):
-    """Read CVAT's xml, or the Pascal VOC xml of one photo."""
-    root = read_xml(path)
-    return read_cvat(path, root) if root.tag == "annotations" else read_voc([path], path.parent)
 
 
 def _read_folder(folder, own):
@@ -67,8 +60,8 @@ def _read_folder(folder, own):
     require(found, f"{folder}: no labels in it; {KNOWN}")
     if kinds == ["txt"]:
         return read_yolo(folder)
-    if kinds == ["xml"] and len(found) > 1:
-        return read_voc(found, folder)
+    if kinds == ["xml"]:
+        return read_xml(found, folder)
     labels = read_labels(found[0]) if len(kinds) == 1 else None  # of another tool it is refused
     require(len(found) == 1, f"{folder}: holds {' and '.join(sorted(kinds))} files, such as {found[0]} and "
             f"{found[-1]}; name the file or folder of one kind")
@@ -116,9 +109,7 @@ def _candidates(photo, by_form, root, folder):
 
 
 def find_photos(labels, root, folder):
-    """Find each labelled photo, from `folder` on or below `root`: ({its path from root: Photo}, the others).
-
-    Raises InputError for photos that are missing, ambiguous, or labelled twice."""
+    """Find each labelled photo from `folder` on or below `root`: ({path from root: Photo}, other photos)."""
     pictures = [file.relative_to(root).as_posix() for file in find_files(root, PICTURES)]
     by_form, found, missing = defaultdict(list), {}, []
     for picture in pictures:
@@ -159,9 +150,7 @@ def choose_categories(path, counts, wanted):
 
 
 def to_coco(photos, relative, names, sizes, faces):
-    """Make the COCO content of photos of these names and sizes: (content, counts of what was found).
-
-    `faces` are the categories to take; boxes may be `relative`."""
+    """Make the COCO content of photos: (content, counts of what was found). `faces` are categories."""
     images, annotations, met = [], [], Counter()
     for image_id, (photo, name, (width, height)) in enumerate(zip(photos, names, sizes), 1):
         stated = tuple(photo.size) if photo.size and all(photo.size) else (width, height)
@@ -170,9 +159,7 @@ def to_coco(photos, relative, names, sizes, faces):
                 f"is {width}x{height}, upright; was it resized or turned since?")
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         scale = (width, height) if relative else (1, 1)
-        for label in photo.labels:
-            if label.category not in faces:
-                continue
+        for label in [own for own in photo.labels if own.category in faces]:
             x1, y1, x2, y2 = (round(value * scale[n % 2], 4) for n, value in enumerate(label.box))
             box, kind = clip([x1, y1, x2 - x1, y2 - y1], width, height)
             box = [round(value, 4) for value in box]
@@ -210,11 +197,10 @@ def convert(path, photos, out, wanted, to):
     files, folder = [os.path.join(root, name) for name in found], os.path.realpath(out.parent)
     names = [Path(os.path.relpath(file, folder)).as_posix() for file in files]
     content, met = to_coco(found.values(), labels.relative, names, sizes, faces)
-    annotations = content["annotations"]
+    annotations = [face for face in content["annotations"] if to == "coco" or not face["iscrowd"]]
     if to == "coco":
         write_json(out, content)
     else:
-        annotations = [face for face in annotations if not face["iscrowd"]]
         labels.left_out["iscrowd"] = met.pop("marked iscrowd", 0)
         names = ["/".join([*reversed(_parts(name)), os.path.basename(name)]) for name in found]
         write_yolo(out, files, names, content["images"], annotations)

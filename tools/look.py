@@ -8,14 +8,13 @@
 import os
 from pathlib import Path
 
-from support.script import (InputError, command, new_parser, parse_picture, parse_size, read_json, require,
-                            write_json)
+from support.script import command, new_parser, parse_picture, parse_size, read_json, require, write_json
 
 import numpy as np
 
 from data import FaceDataset, to_image
 from support.coco import Annotations, moved_images, read_annotations
-from support.pictures import IGNORED, contact_sheet, draw_faces, load_picture, save_picture
+from support.pictures import IGNORED, contact_sheet, draw_faces, save_picture
 from tools.suspects import report
 
 
@@ -47,25 +46,16 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
 
 def show(annotations: Annotations, args) -> list:
     """Draw `args.count` of the photos with their faces (PIL). Raises InputError if none can be read."""
-    dataset, pictures = FaceDataset(annotations, *args.size, args.min_face), []
+    size = args.size if args.augment else (None, None)
+    dataset, pictures = FaceDataset(annotations, *size, args.min_face), []
     for place, index in enumerate(np.random.default_rng(0).permutation(len(dataset))):
-        own = slice(dataset.starts[index], dataset.starts[index + 1])
-        faces, ignored = dataset.faces[own], dataset.ignored[own]
-        try:
-            if args.augment:
-                item = dataset[index, (0, place)]
-                require(not item.error, item.error)
-                image, faces, ignored = to_image(item.picture), item.faces, item.ignored
-            else:
-                image = load_picture(annotations.file(index))
-        except InputError as error:  # report() names all of them
-            unreadable = error
-            continue
-        pictures.append(draw_faces(draw_faces(image, faces[~ignored]), faces[ignored], colour=IGNORED))
+        item = dataset[index, (0, place) if args.augment else None]
+        if not item.error:  # report() names all of them
+            picture = draw_faces(to_image(item.picture), item.faces[~item.ignored])
+            pictures.append(draw_faces(picture, item.faces[item.ignored], colour=IGNORED))
         if len(pictures) == args.count:
             break
-    if not pictures:
-        raise unreadable
+    require(pictures, item.error)
     return pictures
 
 

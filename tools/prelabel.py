@@ -23,9 +23,8 @@ def to_coco(photos, out):
     folder = os.path.realpath(Path(out).parent)
     images, annotations = [], []
     for image_id, (path, (width, height), faces) in enumerate(photos, 1):
-        file = os.path.join(os.path.realpath(path.parent), path.name)
-        images.append({"id": image_id, "file_name": Path(os.path.relpath(file, folder)).as_posix(),
-                       "width": width, "height": height})
+        name = Path(os.path.relpath(path.parent.resolve() / path.name, folder)).as_posix()
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for box, score in zip(to_xywh(faces[:, :4]).round(2).tolist(), faces[:, 4].tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
                                 "bbox": box, "area": round(box[2] * box[3], 2),

@@ -3,9 +3,8 @@
     python -m tools.sample data/sample
     python -m tools.sample data/sample --train 1000 --val 100 --seed 1
 
-Writes train.json and val.json (COCO) to the folder, the photos to train/ and val/, and the WIDER-style texts
-wider_{train,val}_bbx_gt.txt that the json files are converted from. The same arguments draw the same pixels.
-Every photo has its own random stream, so a larger dataset begins with the photos of a smaller one.
+Writes train.json and val.json (COCO), photos in train/ and val/, and their faces as WIDER's texts have them.
+The same arguments draw the same pixels, and a larger dataset begins with the photos of a smaller one.
 """
 
 from pathlib import Path
@@ -23,7 +22,6 @@ SUPER = 3  # people are drawn this much larger and averaged down, for smooth edg
 REACH = 3  # of a drawing, from the middle of its head: half heights of the head
 SKINS = ((250, 219, 191), (235, 192, 155), (210, 160, 118), (176, 122, 82), (139, 90, 59), (98, 63, 43))
 HAIRS = ((28, 22, 20), (58, 38, 26), (96, 62, 36), (150, 104, 56), (208, 172, 104), (170, 168, 165))
-EYES = ((70, 45, 25), (40, 30, 25), (80, 120, 70), (70, 110, 160))
 MASKS = ((235, 238, 240), (150, 195, 220), (40, 40, 45), (230, 170, 180))
 # For a photo 240 px high: event, least and most heads, least and greatest height of one, and what is behind:
 # tiles of this width and height, with this gap around each and this shift of every second row.
@@ -33,9 +31,7 @@ EVENTS = (("0--Portrait", 1, 2, 65, 220, None),
 
 
 class Figure:
-    """A person in the coordinates of the head: its centre (0, 0), crown at y = -1, chin at y = 1.
-
-    `half` is half the height of the head, in pixels of the photo."""
+    """A person in the coordinates of its head: crown at y = -1, chin at 1. `half` is that unit in pixels."""
 
     def __init__(self, half):
         self.side = 2 * round(REACH * half)
@@ -76,7 +72,7 @@ def paint(rng):
 
 
 def background(rng, tiles, width, height):
-    """Draw a photo without people: uneven light, soft noise, and rows of `tiles`."""
+    """Draw a photo without people: uneven light, soft noise, rows of `tiles`, ovals a little like faces."""
     pixels = np.full((height, width, 3), paint(rng), float)
     for grain, most in ((height, 60), (30, 16), (8, 16), (2, 16)):
         shape = height // grain + 2, width // grain + 2
@@ -91,83 +87,53 @@ def background(rng, tiles, width, height):
             x = (column - row % 2 * tiles[3]) * wide
             box = x + gap, row * high + gap, x + wide - gap, (row + 1) * high - gap
             draw.rectangle(box, shade(colour, rng.uniform(.8, 1.15)))
+    for _ in range(rng.integers(1, 7)):
+        figure = Figure(height * np.exp(rng.uniform(np.log(.03), np.log(.16))))
+        figure.oval(0, 0, rng.uniform(.7, 1), 1, pick(rng, SKINS))
+        figure.paste(image, *rng.integers(0, image.size).tolist(), rng.uniform(-35, 35))
     return image
 
 
-def distractors(rng, image):
-    """Draw things that look a little like faces: ovals, and heads from behind."""
-    for _ in range(rng.integers(1, 7)):
-        figure = Figure(image.height * np.exp(rng.uniform(np.log(.03), np.log(.16))))
-        if rng.random() < .5:
-            figure.oval(0, 0, rng.uniform(.7, 1), 1, pick(rng, SKINS))
-        else:
-            body(rng, figure, pick(rng, SKINS))
-            figure.oval(0, -.1, .85, 1.05, pick(rng, HAIRS))
-        figure.paste(image, *rng.integers(0, image.size).tolist(), rng.uniform(-35, 35))
-
-
-def body(rng, figure, skin):
-    """Draw shoulders and neck."""
-    figure.oval(0, 3, rng.uniform(1.3, 1.8), 1.8, paint(rng))
-    figure.oval(0, .9, .4, .7, shade(skin, .78))
-
-
-def head(rng, figure, skin):
-    """Draw a head: returns its half width, without hair and ears, and whether it wears a mask."""
-    yaw = rng.triangular(-.7, 0, .7)
-    pitch = rng.normal(0, .05)
+def person(rng, figure):
+    """Draw a person: the half width of the head, without hair and ears, and whether it wears a mask."""
+    skin, hair = pick(rng, SKINS), pick(rng, HAIRS)
     width = rng.uniform(.7, .82)
-    hair = pick(rng, HAIRS)
-    style = rng.choice(["bald", "short", "long"], p=[.1, .5, .4])
-    for side in (-1, 1):
-        if side * yaw < .35:  # otherwise the head hides this ear
-            figure.oval(side * width * .98, 0, .13, .22, shade(skin, .85))
-    if style == "long":
-        figure.oval(0, .25, width * 1.3, 1.4, hair)
+    figure.oval(0, 3, rng.uniform(1.3, 1.8), 1.8, paint(rng))  # shoulders
+    figure.oval(0, .1, width * rng.uniform(.9, 1.3), rng.uniform(.8, 1.4), hair)
+    figure.oval(0, .9, .4, .7, shade(skin, .78))  # neck
+    figure.oval(0, 0, width * 1.12, .22, shade(skin, .85))  # ears
     light = rng.uniform(-.03, .03)
     for k in range(6):  # nested ovals look like a soft shadow on one side
         figure.oval(light * k, -.01 * k, width * (1 - .07 * k), 1 - .07 * k, shade(skin, .8 + .04 * k))
+    face(rng, figure, skin, hair, width)
+    masked = rng.random() < .15
+    if masked:
+        figure.oval(0, 0, width * .98, .98, pick(rng, MASKS), 5, 175)
+    figure.oval(0, -.1, width * 1.06, 1.02, hair, *rng.uniform((195, 320), (220, 345)))
+    return width, masked
+
+
+def face(rng, figure, skin, hair, width):
+    """Draw eyes, brows, nose and mouth of a head that is turned a little."""
+    yaw, pitch = rng.triangular(-.7, 0, .7), rng.normal(0, .05)
 
     def feature(angle, y):
         """Where a feature of the turned head appears (x, y), and its foreshortening there, 0.3 to 1."""
         return width * np.sin(angle + yaw), y + pitch, max(np.cos(angle + yaw), .3)
 
-    face(rng, figure, skin, hair, feature)
-    masked = rng.random() < .15
-    if masked:
-        x, y, narrow = feature(0, .25)
-        cloth = pick(rng, MASKS)
-        figure.oval(0, 0, width * .98, .98, cloth, 10, 170)
-        figure.oval(x, y, .3 * narrow, .2, cloth)
-    if style != "bald":
-        figure.oval(0, -.1, width * 1.06, 1.02, hair, *rng.uniform((195, 320), (220, 345)))
-    return width, masked
-
-
-def face(rng, figure, skin, hair, feature):
-    """Draw eyes, brows, nose and mouth."""
     size, brow = rng.uniform((.85, .14), (1.25, .2))
-    iris = pick(rng, EYES)
     for side in (-.5, .5):
         x, y, narrow = feature(side, -.12)
         figure.oval(x, y - .02, .17 * size * narrow, .1 * size, shade(skin, .35), 170, 10)
         figure.oval(x, y, .15 * size * narrow, .085 * size, (245, 243, 240))
-        figure.oval(x, y, .078 * size * narrow, .08 * size, iris)
-        figure.oval(x, y, .04 * size * narrow, .045 * size, (15, 12, 12))
+        figure.oval(x, y, .075 * size * narrow, .08 * size, (45, 32, 25))
         figure.oval(x, y - .1, .27 * size * narrow, brow, shade(hair, .8), 215, 325)
     x, y, narrow = feature(.05, .23)
     figure.oval(x, y - .13, .07 * narrow, .22, shade(skin, 1.08))
     figure.oval(x, y, .13 * narrow, .075, shade(skin, .84))
     x, y, narrow = feature(0, .52)
-    half = rng.uniform(.2, .32) * narrow
-    lips = shade((200, 95, 90), .45 + .55 * skin[0] / 255)
-    if rng.random() < .3:
-        figure.oval(x, y, half, rng.uniform(.08, .16), lips)
-        figure.oval(x, y, half * .8, .07, (70, 20, 25))
-        figure.oval(x, y - .04, half * .65, .035, (250, 248, 240))
-    else:
-        figure.oval(x, y, half * .7, .07, lips)
-        figure.oval(x, y - .05, half, .07, shade(lips, .6), 20, 160)
+    lips = shade((200, 95, 90), .3 + .5 * skin[0] / 255)
+    figure.oval(x, y - .05, rng.uniform(.2, .32) * narrow, .11, lips, 10, 170)
 
 
 def placements(rng, event, width, height):
@@ -190,16 +156,13 @@ def photo(rng, width, height, empty):
     A row is x y w h blur expression illumination invalid occlusion pose, as in WIDER FACE."""
     event = EVENTS[rng.integers(len(EVENTS))]
     image = background(rng, event[-1], width, height)
-    distractors(rng, image)
     blur = max(rng.uniform(-2.2, 1.3), 0)
     light = rng.triangular(.45, 1, 1.15)
     rows = []
     for x, y, half in [] if empty else placements(rng, event, width, height):
         figure = Figure(half)
-        skin = pick(rng, SKINS)
         tilt = rng.triangular(-25, 0, 25)
-        body(rng, figure, skin)
-        narrow, masked = head(rng, figure, skin)
+        narrow, masked = person(rng, figure)
         figure.paste(image, x, y, tilt)
         sine, cosine = np.sin(np.radians(tilt)), np.cos(np.radians(tilt))
         reach = figure.half * np.hypot((narrow * cosine, narrow * sine), (sine, cosine))  # of the turned oval
@@ -213,9 +176,7 @@ def photo(rng, width, height, empty):
 
 
 def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
-    """Draw a dataset of `train` + `val` photos of `size` (width, height) into `folder`: `{split: counts}`.
-
-    Raises InputError if `folder` has a train.json or val.json that this script did not write."""
+    """Draw a dataset of `train` + `val` photos of `size` (width, height) into `folder`: `{split: counts}`."""
     folder = Path(folder)
     counts = {}
     for stream, (split, count) in enumerate({"train": train, "val": val}.items()):

@@ -42,9 +42,7 @@ class Suspect(NamedTuple):
 
 
 def check_photos(sets: list[Annotations]) -> tuple[list[Suspect], list[str]]:
-    """Read and compare the photos of one set, or of training and validation.
-
-    Returns Suspects, and a line for each photo that cannot be read or is not of the size its json says."""
+    """Compare the photos of one set, or of training and validation: Suspects, a line for each unusable."""
     files = [annotations.file(index) for annotations in sets for index in range(len(annotations.ids))]
     place = np.repeat(np.arange(len(sets)), [len(annotations.ids) for annotations in sets])
     sizes, pixels = thumbnails(files)
@@ -140,9 +138,8 @@ def report(sets: list[Annotations], folder: Path) -> list[str]:
     suspects += [suspect for annotations in sets for suspect in check_labels(annotations)]
     suspects.sort(key=lambda suspect: (RANKS.index(suspect.reason), -suspect.score))
     counts = Counter(suspect.reason for suspect in suspects)
-    counted = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     lines = [f"{len(errors):,} photos that cannot be used: " + "; ".join(errors[:5])] if errors else []
-    lines.append(f"suspects: {counted or 'none'}")
+    lines.append("suspects: " + (", ".join(f"{n:,} {reason}" for reason, n in counts.items()) or "none"))
     if suspects:
         drawn, listed = folder / "suspects.png", folder / "suspects.csv"
         draw_suspects(suspects, drawn)

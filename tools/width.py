@@ -49,19 +49,16 @@ def channel_groups(model):
     producers: the layers with a row for each channel. consumers: the convolutions with a column for each."""
     stem, *blocks = model.backbone.features  # each has expand, norm, depthwise, norm, project, norm
     layers = [[layer for layer in block.conv if not isinstance(layer, nn.ReLU)] for block in blocks]
-    groups = [hidden_group(block, stem[:2]) for block in layers]
+    groups = []
+    for *expand, depthwise, norm, project, out in layers:  # the stem makes the first block's channels
+        importance = relu_power(norm) * column_power(project, out)
+        groups.append((importance, [*(expand or stem[:2]), depthwise, norm], [project]))
     # Blocks that add to their input share their output's channels with those before them.
     starts = [number for number, block in enumerate(blocks) if not block.residual]
     for first, after in pairwise(starts):
         groups.append(shared_group(layers[first:after], layers[first + 1:after + 1]))
     groups.append(feature_group(layers[-1], [*model.bbox_head.cls_convs, *model.bbox_head.reg_convs]))
     return groups
-
-
-def hidden_group(block, stem):
-    """The group of the channels within a block. The first block has no expansion: the stem makes them."""
-    *expand, depthwise, norm, project, out = block
-    return relu_power(norm) * column_power(project, out), [*(expand or stem), depthwise, norm], [project]
 
 
 def shared_group(writers, readers):

@@ -1,8 +1,6 @@
 """Look at a model's mistakes: the photos with most of them as one picture, a row for each photo as CSV.
 
     python -m tools.worst val.json detections.json --count 12 --score 0.4 --out worst.png --csv photos.csv
-
-detections.json is what evaluate.py --out has written.
 """
 
 import csv
@@ -16,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from evaluate import read_detections
 from metrics import operating_points, outcomes
 from support.coco import Annotations, Detections, arrays, to_xyxy
+from support.options import at_least
 from support.pictures import (FACE, FALSE, IGNORED, MISSED, contact_sheet, draw_faces, drawable,
                               load_picture, save_picture)
 
@@ -91,9 +90,8 @@ def write_per_photo(judged: Judged, path):
     """Write a CSV with the counts of each photo."""
     with whole_file(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            names = map(csv_cell, judged.annotations.names)
-            rows = zip(["file", *names], *([name, *own] for name, own in judged.counts.items()))
-            csv.writer(file).writerows(rows)
+            columns = {"file": map(csv_cell, judged.annotations.names)} | judged.counts
+            csv.writer(file).writerows(zip(*([name, *own] for name, own in columns.items())))
 
 
 @command
@@ -103,13 +101,11 @@ def main(argv=None):
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")
-    add("--count", type=int, default=12, help="photos on the picture (default %(default)s)")
+    add("--count", type=at_least(1), default=12, help="photos on the picture (default %(default)s)")
     add("--score", type=float, help="show detections of at least this score (default: that of the best F1)")
     add("--out", type=parse_picture, default="worst.png", metavar="PNG", help="default %(default)s")
     add("--csv", metavar="CSV", help="a row for each photo: faces, ignored, found, missed, false")
     args = parser.parse_args(argv)
-    if args.count < 1:
-        parser.error("--count must be at least 1")
     annotations, detections, _ = read_detections(args.data, args.detections)
     judged = judge(annotations, detections, args.score)
     save_picture(worst_sheet(judged, args.count), args.out)

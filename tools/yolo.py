@@ -30,8 +30,7 @@ def read_yolo(path):
 
     A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, maybe with keypoints, a score and the number
     of a track after it; all but class and track in fractions of the photo. Names are in that yaml, or in one
-    of NAME_FILES there, or a folder or two above. Lists of names and other texts may lie beside labels, so
-    what cannot be read is kept as the `problem` of a photo, if there is one."""
+    of NAME_FILES there, or a folder or two above. What cannot be read is kept as the `problem` of a photo."""
     folder = path if path.is_dir() else path.parent
     places = (folder, *folder.resolve().parents[:2])
     files = [path, *(place / name for place in places for name in NAME_FILES)]
@@ -57,23 +56,20 @@ def read_yolo(path):
 
 
 def _read_lines(text, names, file):
-    """The lines of a txt: [(place, category, numbers after the class)]. Raises InputError."""
-    lines = []
+    """Yield the lines of a txt: (place, category, numbers after the class). Raises InputError."""
     expected = f"{file} names {len(names)}, from 0" if names else "a whole number from 0 is expected"
     for n, line in enumerate(read_text(text).split("\n"), 1):
         if line.strip():
             category, *values = [number(f"{text}:{n}", "a value", token) for token in line.split()]
             require(category.is_integer() and 0 <= category < (len(names) or np.inf),
                     f"{text}:{n}: class {line.split()[0]!r}; {expected}")
-            lines.append((f"{text}:{n}", names[int(category)] if names else str(int(category)), values))
-    return lines
+            yield f"{text}:{n}", names[int(category)] if names else str(int(category)), values
 
 
 def _count_corners(rows, keypoints, folder):
-    """How many numbers of a line are a polygon's corners: {length: count}; 0 where the first four are a box.
+    """How many numbers of a line are a polygon's corners: {length: count}, 0 for a box, nothing for neither.
 
-    A length that is neither is left out. `rows` are {length: [R, length]} without the class, `keypoints` what
-    kpt_shape says, None if it does not. Raises InputError where a box with landmarks might be a polygon."""
+    `rows` are {length: [R, length]} without the class, `keypoints` what kpt_shape says, if it does."""
     ends = [own[:, -1] for length, own in rows.items() if length >= 6 and length % 2 == 0]
     tracks = bool(ends) and all((end >= 1).all() and (end % 1 == 0).all() for end in ends)
     corners = {}
@@ -96,8 +92,7 @@ def _count_corners(rows, keypoints, folder):
 def _holds_the_rest(rows, count):
     """Whether the first four numbers of most rows are a box in the photo that holds the points after it.
 
-    These are of two numbers each or of three; those that are not seen are 0 or below. `count` of the numbers
-    would be a polygon's corners. A parallelogram is an oriented box."""
+    These have two numbers or three, 0 or below if not seen. A parallelogram is an oriented box."""
     points = rows[:, :count].reshape(len(rows), -1, 2)
     if count == 8 and np.allclose(points[:, 0] + points[:, 2], points[:, 1] + points[:, 3], atol=1e-3):
         return False
@@ -147,9 +142,7 @@ def read_names(file):
 
 
 def write_yolo(folder, files, names, images, annotations):
-    """Write a dataset that Ultralytics reads: copies of `files` as `names` below images/, labels, data.yaml.
-
-    `images` and `annotations` are COCO's. Raises InputError where two photos would share a label."""
+    """Write a dataset for Ultralytics: `files` as `names` below images/, labels of COCO's `annotations`."""
     texts, rows = {}, defaultdict(list)
     for path, name in zip(files, names):
         text = PurePosixPath(name).with_suffix(".txt")
