@@ -1,5 +1,6 @@
 """tools.benchmark: each command runs and prints a row for what it compares. Its figures are not tested."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ def test_the_recipe_beside_its_parts(sample, capsys):
     assert "loader alone" in out and "limits it" in out and "1,803,200 views" in out
 
 
+def test_synthetic_photos_are_drawn_where_none_are_given(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark.sample, "draw_sample", lambda folder, **_: (folder / "train.json").touch())
+    assert benchmark.photos(Namespace(data=None), tmp_path).exists()
+
+
 @pytest.mark.parametrize("name", ["yunet_n_320x320", "ultraface_rfb_320x240"])
 def test_other_detectors_find_the_faces_of_portraits(shared, tmp_path, name):
     content = json.loads((shared / "data/frontal_val.json").read_text())
@@ -43,4 +49,4 @@ def test_other_detectors_find_the_faces_of_portraits(shared, tmp_path, name):
     for one in json.loads((tmp_path / "found.json").read_text()):
         best.setdefault(one["image_id"], one["bbox"])  # best first
     apart = [np.abs(np.array(best[number]) - box).max() / box[2] for number, box in faces.items()]
-    assert np.median(apart) < 0.3
+    assert np.median(apart) < 0.1

@@ -15,9 +15,8 @@ def two(tmp_path):
     return list(map(str, paths))
 
 
-@pytest.mark.parametrize(
-    "shares, first", [([], 0.5), (["--shares", "1", "3"], 0.25), (["--shares", "0", "1"], 0)]
-)
+@pytest.mark.parametrize("shares, first", [
+    ([], 0.5), (["--shares", "1", "3"], 0.25), (["--shares", "0", "1"], 0)])
 def test_the_mean_is_that_of_every_tensor(two, tmp_path, shares, first):
     average.main([*two, *shares, "--out", str(tmp_path / "mean.pth")])
     a, b, mean = (load_model(path).state_dict() for path in (*two, tmp_path / "mean.pth"))

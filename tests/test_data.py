@@ -206,6 +206,7 @@ def test_collate_keeps_faces_with_their_images(tmp_path):
     batch = collate([dataset[n, None] for n in (2, 1, 0)])
     assert (batch.images.shape == (3, 3, 64, 96)
             and batch.image[:3].tolist() == [0, 0, 2] and batch.index == [2, 1, 0])
+    assert len(collate([dataset[2, None]], few_shapes=True).faces) == 64
     nothing = collate([dataset[1, None]])
     assert not nothing.faces.any() and not nothing.has_faces.any()
 
@@ -237,7 +238,7 @@ def test_processes_share_the_batches_of_one(world, batch):
 def test_batches_can_be_resumed_and_differ_between_epochs():
     batches = TrainBatches(7, 2, repeat=3)
     first = list(batches)
-    batches.start = 4
+    assert batches.skip(9) == 8
     assert list(batches) == first[4:] and len(batches) == 11 - 4
     batches.start, batches.epoch = 0, 1
     photos = [[index for group in groups for index, _ in group] for groups in (batches, first)]

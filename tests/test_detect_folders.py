@@ -205,6 +205,11 @@ def test_phones_videos_stand_upright_and_slow_motion_is_written(tmp_path, model_
                  "--out", str(tmp_path / "out")])
     entries = json.loads((tmp_path / "out/detections.json").read_text())
     assert [len(entry["frames"]) for entry in entries] == [8, 8]
+    for score, there in (("0", True), ("1", False)):
+        detect.main([str(tmp_path / "slow.avi"), "--model", str(model_file), "--score", score, "--out",
+                     str(tmp_path / score)])
+        (entry,) = json.loads((tmp_path / score / "detections.json").read_text())
+        assert any(entry["frames"]) == there
     captures = [cv2.VideoCapture(str(tmp_path / "out" / entry["drawn"])) for entry in entries]
     assert captures[0].read()[1].shape == (96, 64, 3)
     assert captures[1].get(cv2.CAP_PROP_FPS) == pytest.approx(105611 / 500, abs=0.01)

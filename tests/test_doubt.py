@@ -112,6 +112,12 @@ def test_outlines_are_those_of_the_boxes(planted, tmp_path):
         assert mask[y:y + h, x:x + w].all() and mask.sum() == w * h == face["area"]
 
 
+def test_what_is_usual_is_the_mean_of_twenty_alike():
+    size = np.random.default_rng(0).permutation(100)
+    expected = size.clip(10, 90) - 0.5  # the mean from 10 below to 9 above
+    np.testing.assert_allclose(doubt.mean_of_alike(size, size.astype(float)), expected)
+
+
 @pytest.mark.parametrize("labels, found", [(False, False), (False, True), (True, False)])
 def test_nothing_on_one_side(planted, labels, found):
     annotations, detections = planted

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tools.sample
 import wider_to_coco
 from support.coco import read_annotations
 from tools.sample import draw_sample, main
@@ -58,6 +59,18 @@ def test_boxes_lie_inside_and_vary_in_size(sample):
     assert min(width.min(), height.min()) >= 10
     assert width.min() < 18 and height.max() > 140
     assert np.mean((width >= 20) & (width <= 150)) > .5
+
+
+def test_boxes_fit_the_turned_heads(monkeypatch):
+    monkeypatch.setattr(tools.sample, "background", lambda rng, tiles, *size: Image.new("RGB", size))
+    monkeypatch.setattr(tools.sample, "person", lambda rng, figure: (
+        0.7, bool(figure.oval(0, 0, 0.7, 1, (255, 255, 255)))))
+    for seed in range(60):
+        _, image, rows = tools.sample.photo(np.random.default_rng(seed), 320, 240, empty=False)
+        if len(rows) == 1:
+            x, y, width, height = rows[0][:4]
+            drawn = Image.fromarray(np.asarray(image)[..., 0] > 60).getbbox()
+            assert np.abs(np.subtract(drawn, (x, y, x + width, y + height))).max() <= 3
 
 
 def test_faces_do_not_hide_each_other(sample):

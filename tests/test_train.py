@@ -53,9 +53,17 @@ def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
     assert last["epoch"] == 2 and last["step"] == 6
     flags, *epochs = map(json.loads, (tmp_path / "r/log.jsonl").read_text().splitlines())
     assert flags["flags"]["lr"] == 0.01 and [line["epoch"] for line in epochs] == [1, 2]
-    assert all({"loss", "lr", "AP", "AP50", "photos_per_second"} <= line.keys() for line in epochs)
+    assert all({"lr", "AP", "AP50", "photos_per_second"} <= line.keys() for line in epochs)
     best = load_model(tmp_path / "r/best.pth")
     assert best.config == Config.scaled_from_300(64, 64, 0.25)
+
+
+def test_the_record_of_an_epoch_holds_means(sample, tmp_path, monkeypatch):
+    losses = iter(torch.tensor([[3.0, 2, 1], [5, 4, 3], [10, 6, 5]]))
+    monkeypatch.setattr(train.Trainer, "update", lambda *_: next(losses))
+    run(tmp_path / "r", sample, "--val", "none", "--epochs", 1)
+    record = json.loads((tmp_path / "r/log.jsonl").read_text().splitlines()[-1])
+    assert (record["loss"], record["class_loss"], record["box_loss"], record["step"]) == (6, 4, 3, 3)
 
 
 @pytest.mark.slow
