@@ -23,8 +23,6 @@ def test_the_mean_is_that_of_every_tensor(two, tmp_path, shares, first):
     for key in a:
         torch.testing.assert_close(
             mean[key], first * a[key] + (1 - first) * b[key] if a[key].is_floating_point() else a[key])
-    assert (torch.load(tmp_path / "mean.pth", weights_only=True).keys()
-            == torch.load(two[0], weights_only=True).keys())
 
 
 def test_the_averaged_weights_of_a_run_count(two, tmp_path):
@@ -38,8 +36,7 @@ def test_the_averaged_weights_of_a_run_count(two, tmp_path):
 def test_refused(two, tmp_path, refused):
     out = ["--out", str(tmp_path / "mean.pth")]
     torch.save(checkpoint(SSD(Config(64, 96, 0.25))), tmp_path / "c.pth")
-    assert "c.pth: is of another architecture" in refused(average.main, *two,
-                                                          str(tmp_path / "c.pth"), *out)
+    assert "c.pth: is of another architecture" in refused(average.main, *two, tmp_path / "c.pth", *out)
     assert "no-such.pth" in refused(average.main, two[0], str(tmp_path / "no-such.pth"), *out)
     for shares in (["1"], ["0", "0"], ["-1", "2"], ["nan", "1"]):
         assert "--shares takes" in refused(average.main, *two, "--shares", *shares, *out)

@@ -111,10 +111,7 @@ def textbook_colours(image, rng):
 
 
 def straightforward(dataset, index, rng):
-    """Augment a photo step by step: decode, colours, then torchvision's zoom out, crop, resize, flip.
-
-    Returns the picture `[3, H, W]` and the faces `[N, 4]` on it.
-    """
+    """The picture `[3, H, W]` and its faces, by torchvision's zoom out, crop, resize and flip."""
     image = textbook_colours(load_picture(dataset.folder / dataset.names[index].decode()), rng)
     faces = dataset.faces[dataset.starts[index]:dataset.starts[index + 1]]
     boxes = tv_tensors.BoundingBoxes(torch.from_numpy(faces), format="XYXY", canvas_size=image.size[::-1])
@@ -146,14 +143,11 @@ def test_statistics_are_those_of_the_straightforward_order(tmp_path):
         lit = pictures.sum(1) > 30  # not the black canvas
         statistics[name] = {
             "faces kept": len(boxes) / len(shown),
-            "small": sides.quantile(0.25),
-            "median": sides.median(),
+            "small": sides.quantile(0.25), "median": sides.median(),
             "share of the view": (sides**2).mean() / 96**2,  # the IoU of a face within the crop with the crop
-            "x": boxes[:, [0, 2]].mean(),
-            "y": boxes[:, [1, 3]].mean(),
+            "x": boxes[:, [0, 2]].mean(), "y": boxes[:, [1, 3]].mean(),
             "canvas": 1 - lit.double().mean(),
-            "mean": pictures.mean(),
-            "deviation": pictures.std(),
+            "mean": pictures.mean(), "deviation": pictures.std(),
             "colourful": (pictures.amax(1) - pictures.amin(1)).mean(),
             "contrast within": pictures.flatten(1).std(1).mean(),
         }
@@ -219,6 +213,7 @@ def test_an_unreadable_photo_is_black_and_named(tmp_path):
     batch = collate([dataset[n, None] for n in range(3)])
     assert not batch.images.any() and not batch.faces.any() and not batch.has_faces.any()
     assert (batch.labels == UNLABELLED).all()  # nothing is learned from them
+    assert not batch.ignored.any() and len(batch.ignored) == len(batch.crowd) == len(batch.faces)
     assert ("cannot be read" in batch.errors[0]
             and "no such picture" in batch.errors[1] and "50x100" in batch.errors[2])
 

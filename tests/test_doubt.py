@@ -17,8 +17,7 @@ PHOTOS = 30
 def planted(tmp_path):
     """Annotations with one error of each kind, and what a good model finds: all true boxes, 1 px off.
 
-    Neither photos nor faces stand in the order of their ids, nor the faces in that of their photos.
-    """
+    Neither photos nor faces stand in the order of their ids, nor the faces in that of their photos."""
     true = [[(20, 20, 30, 40), (120, 60, 28, 36)] for _ in range(PHOTOS)]
     labels = [list(boxes) for boxes in true]
     labels[3][0] = (32, 32, 30, 40)         # off

@@ -169,7 +169,6 @@ def test_refused(sample, tmp_path, answers, refused):
                         (["--wider", tmp_path, "--predictions", tmp_path, "--out", "x"], "need the photos"),
                         ([*results, "--tiles", "64"], "--predictions runs no model: --tiles would do no"),
                         ([*results, "--skip-unreadable"], "--skip-unreadable would do nothing"),
-                        ([*results, "--workers", "1000"], "--workers would do nothing"),
                         ([*results, "--model", "x.pth"], "--model would do nothing")):
         assert line in refused(evaluate.main, *words)
 

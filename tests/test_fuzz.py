@@ -118,9 +118,8 @@ def test_coco_annotations(folder, text, seed):
         own = slice(dataset.starts[index], dataset.starts[index + 1])
         assert np.isfinite(random_view(rng, (60, 40), dataset.faces[own][~dataset.ignored[own]])).all()
     chosen = rng.permutation(len(faces.image))
-    write_json(folder / "r.json",
-               to_results(faces,
-                          Detections(faces.image[chosen], faces.xywh[chosen], rng.random(len(chosen)))))
+    found = Detections(faces.image[chosen], faces.xywh[chosen], rng.random(len(chosen)))
+    write_json(folder / "r.json", to_results(faces, found))
     detections = read_results(folder / "r.json", faces)
     scores = accepted(lambda: score_faces(faces, detections))
     assert all_finite(scores) and "AP50" in table(scores)

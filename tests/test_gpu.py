@@ -1,7 +1,4 @@
-"""Tests that need a GPU: training, evaluation and export there agree with the CPU.
-
-    python -m pytest -m gpu -v
-"""
+"""Tests that need a GPU (python -m pytest -m gpu): training, evaluation and export agree with the CPU."""
 import json
 import os
 import subprocess

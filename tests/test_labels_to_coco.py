@@ -123,6 +123,8 @@ def test_photos_are_found_around_the_labels(folder, where, capsys):
     content = json.loads((folder / "out.json").read_text())
     assert [image["file_name"] for image in content["images"]] == [f"images/{name}.jpg" for name in "abc"]
     assert report(capsys)["photos without txt"] == 2
+    run(folder / where, folder / "images", folder / "out.json")
+    assert "left out: photos without labels" not in report(capsys)
 
 
 def test_a_split_takes_no_photos_of_another(folder, capsys, refused):
@@ -201,6 +203,7 @@ BOX, MARKS = "0 0.5 0.5 0.25 0.5", " 0.5 0.5" * 5
     ("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5 0.9 4", (24, 18, 48, 36), ""),
     ("0 0.25 0.5 0.5 0.5 0.5 0", (24, 0, 24, 36), ""),
     ("0 0.4 0.4 0.6 0.4 0.6 0.6 0.5 0.7 0.4 0.6", (38.4, 28.8, 19.2, 21.6), "kpt_shape: [0, 0]"),
+    ("0 0.9 0.9 0.5 0.9 0.7 0.6 0.95 0.6", (48, 43.2, 43.2, 21.6), ""),          # no box is beyond the photo
     (BOX + " 0.5 0.5 2" * 5, (36, 18, 24, 36), ""),             # a box with landmarks
     (BOX + MARKS, (36, 18, 24, 36), "kpt_shape:\n- 5\n- 2"),
     (BOX + MARKS + " 0.9 7", (36, 18, 24, 36), "kpt_shape:  # points\n  - 5\n  - 2")])

@@ -18,8 +18,7 @@ SEEDS = st.integers(0, 2 ** 32 - 1)
 def random_boxes(rng, count, step):
     """Random boxes `[count, 4]` of all COCO sizes, on a grid of `step` pixels.
 
-    A coarse grid makes many overlaps equal.
-    """
+    A coarse grid makes many overlaps equal."""
     size = np.exp(rng.uniform(np.log(8), np.log(160), (count, 1))) * rng.uniform(0.7, 1.4, (count, 2))
     boxes = np.hstack((rng.uniform(0, 120, (count, 2)), size))
     return np.maximum(np.round(boxes / step), [0, 0, 1, 1]) * step if step else boxes
@@ -29,8 +28,7 @@ def random_set(seed, pictures=6, most=14, apart=0):
     """Random arguments for `coco_ap`: faces, and detections near them.
 
     Some faces are found twice, some not at all; scores and overlaps have ties. Each face lies `apart` pixels
-    further to the right than the one before.
-    """
+    further to the right than the one before."""
     rng = np.random.default_rng(seed)
     step = rng.choice([0, 1, 8, 20])
     ids = rng.choice(1000, pictures, replace=False)

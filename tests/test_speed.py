@@ -27,13 +27,9 @@ def settled(monkeypatch, flags=(), content=None, device="cpu", processes=1, phot
 
 
 @pytest.mark.parametrize("more, expected", [
-    ({}, ("bf16", True)),
-    ({"fast": False}, ("fp32", True)),
-    ({"photos": SHORT}, ("bf16", False)),
-    ({"side": 160}, ("bf16", False)),
-    ({"processes": 2}, ("bf16", False)),
-    ({"device": "cuda:0", "fast": False}, ("bf16", False)),
-    ({"device": "mps"}, ("fp32", False)),
+    ({}, ("bf16", True)), ({"fast": False}, ("fp32", True)), ({"photos": SHORT}, ("bf16", False)),
+    ({"side": 160}, ("bf16", False)), ({"processes": 2}, ("bf16", False)),
+    ({"device": "cuda:0", "fast": False}, ("bf16", False)), ({"device": "mps"}, ("fp32", False)),
     ({"flags": ["--precision", "fp32", "--no-compile"]}, ("fp32", False)),
     ({"flags": ["--compile"], "photos": 10, "processes": 2}, ("bf16", True)),
 ])
@@ -43,8 +39,7 @@ def test_a_new_run_takes_what_is_fast_here(monkeypatch, more, expected):
 
 @pytest.mark.parametrize("before, expected", [
     ({"precision": "fp32", "compile": False}, ("fp32", False)),
-    ({"precision": "bf16", "compile": True}, ("bf16", True)),
-])
+    ({"precision": "bf16", "compile": True}, ("bf16", True))])
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_resumed_run_keeps_its_own(monkeypatch, before, expected, fast):
     assert settled(monkeypatch, content={"flags": before}, fast=fast) == expected

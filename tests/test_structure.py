@@ -29,11 +29,6 @@ def test_imports_run_one_way(floor):
     assert not wrong, "tools -> top -> support"
 
 
-def test_model_imports_nothing_of_ours():
-    own = {path.stem for path in TOP} | {"support", "tools"}
-    assert not own & set(imported(ROOT / "model.py"))
-
-
 def test_scripts_named_in_the_docs_are_there():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

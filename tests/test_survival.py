@@ -20,9 +20,8 @@ from model import load_model
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("KILLS", 2))
-FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1",
-         "--warmup", "3", "--lr", "0.01", "--min-face", "0", "--workers", "1",
-         "--device", "cpu", "--save-every", "2", "--ema", "0.9"]
+FLAGS = ["--size", "64", "--width", "0.25", "--batch-size", "3", "--repeat", "1", "--warmup", "3", "--lr",
+         "0.01", "--min-face", "0", "--workers", "1", "--device", "cpu", "--save-every", "2", "--ema", "0.9"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
