@@ -132,7 +132,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
 
     `size` (width, height) overrides a checkpoint's; `colour` (rgb, bgr) and `white` (1, 255) say what a model
     of others takes; `tiles` (side, overlap) makes it a TiledDetector. Raises InputError."""
-    require(Path(path).is_file(), f"{path}: no such model; train.py makes one, --model names it")
+    require(Path(path).is_file(), f"{path}: no such model; train.py makes .pth, export.py .onnx and .xml")
     if size:
         need_torch("--size")
     if Path(path).suffix in SUFFIXES:

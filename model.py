@@ -278,7 +278,7 @@ def load_imagenet(model: SSD, path=None) -> None:
     except Exception as error:  # a download may fail in any way
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{name}: not torchvision's MobileNetV2 weights ({reason}); fetch {weights.url} "
-                         "and give its path") from None
+                         "and name it, --pretrained FILE") from None
     if model.config.width > 1:
         raise ValueError("ImageNet weights are of width 1.0, they cannot fill a wider network")
     cut = {key: tensor[tuple(slice(n) for n in own.shape)]  # nested differently, but listed in the same order

@@ -244,7 +244,8 @@ class Trainer:
         scores = score_faces(annotations, detections)
         ap50 = scores["coco"]["AP50"]
         if ap50 > self.best and self.rank == 0:
-            save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50)
+            save(Path(self.args.out) / "best.pth", model, epoch=self.epoch, ap50=ap50,
+                 photos=self.run.get("photos"))
         self.waited = 0 if ap50 > self.best else self.waited + 1
         self.best = max(self.best, ap50)
         self.record |= {"AP": scores["coco"]["AP"], "AP50": ap50, "AP50_by_size": scores["AP50_by_size"]}
@@ -404,7 +405,8 @@ def main(argv=None):
         threading.excepthook = lambda error: issubclass(error.exc_type, ConnectionError) or report(error)
         if trainer.rank == 0:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
-                tqdm.write(f"stopped; the run is saved in {last}; to go on, add --resume", file=sys.stderr)
+                tqdm.write(f"stopped; the run is saved in {last}; to go on, give the "
+                           "same command with --resume", file=sys.stderr)
         raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:

@@ -150,10 +150,11 @@ def main(argv=None):
     print(f"wrote {args.out}, with {len(doubts)} corrections suggested")
     if len(doubts) < args.count:
         print(f"  not {args.count}: doubts below {LEAST} are right no more often than chance")
-    if doubts:
-        ignored = sum(doubt.reason in TO_IGNORE for doubt in doubts)
+    ignored = sum(doubt.reason in TO_IGNORE for doubt in doubts)
+    if ignored:
         print(f"  {ignored} of them are labels to delete or keep by hand: they have iscrowd 1, "
               "which labelling tools show as ordinary faces")
+    if doubts:
         picture = Path(args.out).with_suffix(".png")
         draw_suspects(doubts, picture)
         print(f"wrote {picture}: labels in question red, the model's boxes yellow")

@@ -56,7 +56,7 @@ def main(argv=None):
               + " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors))
     at_300 = " ".join(f"{w:.1f}x{h:.1f}" for w, h in anchors * 300 / size)
     print(f"{len(sides)} faces; to train with the fitted ones:\n"
-          f"python train.py --size {size[0]}x{size[1]} --anchors {at_300}")
+          f"python train.py --data {args.data} --size {size[0]}x{size[1]} --anchors {at_300}")
 
 
 if __name__ == "__main__":
