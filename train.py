@@ -405,8 +405,8 @@ def main(argv=None):
         threading.excepthook = lambda error: issubclass(error.exc_type, ConnectionError) or report(error)
         if trainer.rank == 0:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
-                tqdm.write(f"stopped; the run is saved in {last}; to go on, give the "
-                           "same command with --resume", file=sys.stderr)
+                tqdm.write(f"stopped; the run is saved in {last}; to go on, the same "
+                           "with --resume", file=sys.stderr)
         raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:

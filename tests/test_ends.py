@@ -118,7 +118,7 @@ def test_the_same_command_and_resume_go_on(sample, tmp_path, number, code):
     error = process.communicate(timeout=60)[1].splitlines()
     saved = torch.load(out / "last.pth", weights_only=True)
     assert process.returncode == code and saved["step"] > 3
-    assert error[-1] == f"stopped; the run is saved in {out}/last.pth; to go on, give the same command with --resume"
+    assert error[-1] == f"stopped; the run is saved in {out}/last.pth; to go on, the same with --resume"
     done = subprocess.run([*words[:-1], str(saved["epoch"] + 1), "--resume"], text=True, capture_output=True)
     assert f"iteration {saved['step'] + 1}" in done.stdout
     assert done.returncode == 0 and f"finished {saved['epoch'] + 1} epochs" in done.stdout, done.stderr

@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(node):
     assert time.time() - told < 20 and steps[0] == steps[1] == last(folder)["step"]
     assert [(folder / f"rank{n}.code").read_text() for n in (0, 1)] == ["143", "143"], error
     assert f"{REPOSITORY}/train.py" not in error  # no traceback of ours
-    assert error.count("stopped; the run is saved in run/last.pth; to go on, give the same command with --resume\n") == 1
+    assert error.count("stopped; the run is saved in run/last.pth; to go on, the same with --resume\n") == 1
 
 
 def test_a_signal_while_two_processes_validate_loses_nothing(node, tmp_path):
