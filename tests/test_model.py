@@ -112,7 +112,7 @@ def test_imagenet_errors(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth"):
         load_imagenet(SSD(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="its path"):
+    with pytest.raises(ValueError, match="--pretrained FILE"):
         load_imagenet(SSD(), tmp_path / "absent.pth")
     torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
     with pytest.raises(ValueError, match="width 1.0"):
