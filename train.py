@@ -10,6 +10,7 @@ python train.py --resume --epochs 80                       # a finished run long
 import copy
 import functools
 import math
+import shlex
 import sys
 import threading
 from contextlib import suppress
@@ -403,10 +404,11 @@ def main(argv=None):
             raise
         report = threading.excepthook  # a GPU's loader has a thread that would report the end of its workers
         threading.excepthook = lambda error: issubclass(error.exc_type, ConnectionError) or report(error)
+        again = "" if launch_id() else f":\n{shlex.join([*sys.orig_argv, '--resume'])}"
         if trainer.rank == 0:
             with suppress(OSError):  # Ctrl-C may have ended a reader, such as tee, as well
-                tqdm.write(f"stopped; the run is saved in {last}; to go on, the same "
-                           "with --resume", file=sys.stderr)
+                tqdm.write(f"stopped; the run is saved in {last}; to go on, the same with --resume{again}",
+                           file=sys.stderr)
         raise SystemExit(stop.code) from None  # after a RuntimeError too: the others have saved and left
     trainer.loader = None  # ends its workers. At the exit of Python their end could be taken for a failure
     if monitor:
