@@ -106,7 +106,6 @@ def run_model(args, annotations):
     from detector import MODEL, detect_all, load_detector
     from model import read_checkpoint
     from support.distributed import join_processes, leave_processes
-    require(len(annotations.ids), f"{args.data}: no photos")
     annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
