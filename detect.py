@@ -18,7 +18,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.script import InputError, command, new_parser, require, write_json
+from support.script import InputError, command, Parser, require, write_json
 
 from tqdm import tqdm
 
@@ -152,7 +152,7 @@ def describe(entries, pictures):
     faces = [len(entry["faces"]) for entry in entries if "faces" in entry]
     found = [f"faces in {sum(map(bool, entry['frames']))} of {count(len(entry['frames']), 'frame')} of "
              f"{entry['file']}" for entry in entries if "frames" in entry]
-    if pictures or not found:
+    if pictures:
         found.insert(0, f"{count(sum(faces), 'face')} on {count(len(faces), 'picture')}")
     return ", ".join(found)
 
@@ -175,7 +175,7 @@ def chosen_detector(args):
 @command
 def main(argv=None):
     """Detect faces on everything named, write annotated copies and one JSON."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="pictures, folders, patterns, videos, streams or a webcam's number")
     add("--out", default="detections", help="folder of the results (default %(default)s)")
@@ -217,11 +217,10 @@ def main(argv=None):
     for source in filter(is_video, sources):
         results.append(save_video(source, targets[source], find_faces, change))
     entries = [entry for entry, _ in results if entry]
-    where = ""
     if entries:  # what an earlier run has found is not replaced by nothing
         write_json(Path(args.out) / "detections.json", entries)
-        where = f"; see {args.out}"
-    print(f"{describe(entries, pictures)}{where}; {time.perf_counter() - started:.1f} s{reason}{omitted}")
+        seconds = time.perf_counter() - started
+        print(f"{describe(entries, pictures)}; see {args.out}; {seconds:.1f} s{reason}{omitted}")
     refuse_failed([error for _, error in results if error], len(sources))
 
 

@@ -15,7 +15,7 @@ import os
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-from support.script import command, file_hash, git_commit, new_parser, read_json, require, write_json
+from support.script import command, file_hash, git_commit, Parser, read_json, require, write_json
 
 import metrics
 from support import wider
@@ -65,7 +65,7 @@ def hashes(model, **more):
 
 def parse_args(argv):
     """Parse the flags, and refuse what does not go together."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", help=f"COCO json (default {DATA})")
     add("--predictions", metavar="PATH",
@@ -135,6 +135,8 @@ def load_detections(args, truth):
     annotations = read_annotations(args.data) if args.data else None
     made = None
     if not args.predictions:
+        if truth:  # what are no photos of WIDER's fails now, not after the model has run
+            truth.part(wider.wider_names(args.data, annotations.names))
         annotations, detections, made = run_model(args, annotations)
     names = truth.names if truth else None
     if args.data and (truth or args.wider_out):

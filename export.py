@@ -20,7 +20,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.script import ROOT, InputError, bad_values, command, file_hash, new_parser, parse_size, require
+from support.script import ROOT, InputError, bad_values, command, file_hash, Parser, parse_size, require
 
 import numpy as np
 import onnx
@@ -247,8 +247,8 @@ def check(path, reference, pictures, kind):
     pixels, score, least = TOLERANCES[kind]
     gaps = differences(load_detector(path), reference, pictures, least)             # [n, 2]
     most = gaps.max(0, initial=0)
-    line = (f"{kind}, {len(gaps)} faces of {len(pictures)} pictures compared with PyTorch's: boxes within "
-            f"{most[0]:.2g} px, scores within {most[1]:.2g}; allowed for {WITHIN:.0%}: {pixels} px, {score}")
+    line = (f"{kind}, {len(pictures)} pictures compared with PyTorch, {len(gaps)} faces of both: boxes "
+            f"within {most[0]:.2g} px, scores {most[1]:.2g}; allowed for {WITHIN:.0%}: {pixels} px, {score}")
     if len(gaps) and (np.quantile(gaps, WITHIN, 0) > (pixels, score)).any():
         raise InputError(f"{path.name} differs from the checkpoint, nothing was written; {line}")
     return line
@@ -293,6 +293,8 @@ def main(argv=None):
             kinds["model.xml"] = write_ir(graph, metadata, folder / "model.xml", reference, args.fp16, photos)
         lines = [f"{out / name}: {args.head}, {size[0]}x{size[1]}, "
                  + check(folder / name, reference, pictures, kind) for name, kind in kinds.items()]
+        if (out / "model.xml").exists() and not args.ir:
+            lines.append(f"{out / 'model.xml'}: removed, it was an older export's; --ir writes a new one")
         for name in ("model.xml", "model.bin"):  # an older IR never stays beside a new .bin or .onnx
             (out / name).unlink(missing_ok=True)
         for path in sorted(folder.iterdir()):  # the .bin before its .xml
@@ -305,7 +307,7 @@ def main(argv=None):
 
 def parse_args(argv):
     """Parse and check the flags."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default=MODEL, help="a checkpoint (default: the shipped network)")
     add("--out", default="export", help="folder of the files (default %(default)s); an older IR is removed")

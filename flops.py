@@ -5,7 +5,7 @@
     python flops.py --model weights/face_ssd300.pth
 """
 
-from support.script import bad_values, command, new_parser, parse_size
+from support.script import bad_values, command, Parser, parse_size
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def count(model, width, height):
 @command
 def main(argv=None):
     """Print the table of layers and the totals."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="a checkpoint, instead of --width")
     add("--width", type=float, default=0.75, help="channel multiplier (default %(default)s)")

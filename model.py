@@ -4,14 +4,17 @@ Parameter names are those of the official training snapshots, so theirs and ours
 file imports nothing of this repository: copy it, and `load_model` works elsewhere.
 """
 
+import copy
 import math
 import os
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STRIDE = 16  # input pixels per cell of the only feature map
 
@@ -153,6 +156,19 @@ class SSD(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.bbox_head(self.backbone(images))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy to detect with: the same outputs but for rounding, in half the time on a CPU.
+
+    Each batch norm is in the weights of the convolution before it, and pixels are in the order that
+    convolutions like best."""
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for place, (conv, norm) in enumerate(pairwise(layers)):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                layers[place], layers[place + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return model
 
 
 def checkpoint(model: SSD, **more) -> dict:

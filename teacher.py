@@ -9,7 +9,7 @@ from torchvision.ops import batched_nms
 
 from anchors import assign, decode, encode, make_anchors
 from detector import NMS_IOU, SCORE
-from model import load_model
+from model import folded, load_model
 from support.script import InputError, bad_values, parse_size
 
 LEAST = 1e-6  # of a score, so that its logarithm is finite
@@ -85,7 +85,7 @@ def load_teacher(words: list[str], config) -> Teacher:
             size = None
         path, size = (path, size) if size else (word, config.input_size)
         with bad_values():
-            network = load_model(path)
+            network = folded(load_model(path))
         if network.config.anchors != config.anchors:
             raise InputError(f"{path}: --distill needs the same anchors in the model that is trained")
         if any(side < own for side, own in zip(size, config.input_size)):

@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from support.script import command, new_parser, read_text, require, write_json
+from support.script import command, Parser, read_text, require, write_json
 
 from support.coco import clip
 from support.pictures import read_sizes
@@ -120,7 +120,7 @@ def convert(annotation, images, out, skip_missing=False):
 @command
 def main(argv=None):
     """Convert one annotation text, and print what was found in it."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("annotation", help="WIDER FACE text, such as wider_face_train_bbx_gt.txt")
     add("images", help="folder of the pictures named in the text, such as data/WIDER_train/images")

@@ -3,7 +3,7 @@
 import math
 from argparse import Action, ArgumentTypeError, BooleanOptionalAction
 
-from support.script import ROOT, FlagFileParser, new_parser, parse_sides, parse_size
+from support.script import ROOT, FlagFileParser, parse_sides, parse_size
 from support.threads import usable_cores, use_threads
 
 
@@ -57,7 +57,7 @@ def parse_args(argv, description=None):
     """Parse and check the flags of train.py. `description` is what --help shows above them.
 
     What shapes the weights defaults to None: a checkpoint decides, or else the reference."""
-    parser = new_parser(description, FlagFileParser, fromfile_prefix_chars="@")
+    parser = FlagFileParser(description, fromfile_prefix_chars="@")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["data/train.json"], help="COCO files (default data/train.json)")
     add("--unlabelled", nargs="+", metavar="JSON", help="COCO files of photos that a teacher labels")

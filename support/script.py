@@ -166,12 +166,19 @@ def parse_picture(text):
     return text
 
 
-def new_parser(description, kind=argparse.ArgumentParser, **more):
-    """An argument parser that shows a script's docstring as it is written."""
-    return kind(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows a script's docstring as it is written, and says errors in one line."""
+
+    def __init__(self, description=None, **more):
+        more["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, **more)
+
+    def error(self, message):
+        """Print the line alone: the usage before it would fill the screen."""
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-class FlagFileParser(argparse.ArgumentParser):
+class FlagFileParser(Parser):
     """An argument parser that takes `@FILE`: flags as on the command line, with # comments."""
 
     def convert_arg_line_to_args(self, line):

@@ -87,6 +87,6 @@ def refused(capsys):
             main([str(argument) for argument in arguments])
         error = capsys.readouterr().err.strip()
         assert stop.value.code == 2, error
-        assert "Traceback" not in error
+        assert "Traceback" not in error and "usage:" not in error
         return error.splitlines()[-1]
     return check

@@ -15,15 +15,13 @@ def test_training_compares_each_way_with_the_plain_step(sample, monkeypatch, cap
     data = ["--data", str(sample / "train.json")]
     benchmark.main(["training", "--device", "cpu", *data, "--batch-sizes", "2", "--rounds", "1"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "photos/s" in line]
-    assert [row.split(",")[0].split("  ")[0] for row in rows] == [
-        "fp32", "bf16", "bf16 compiled"]
+    assert [row.split(",")[0].split("  ")[0] for row in rows] == ["fp32", "bf16", "bf16 compiled"]
     assert rows[0].endswith("ratio 1.000")
 
 
 def test_the_recipe_beside_its_parts(sample, capsys):
-    data = ["--data", str(sample / "train.json")]
-    benchmark.main(["recipe", "--device", "cpu", *data, "--batch-sizes", "2", "--workers", "0",
-                    "--rounds", "1"])
+    benchmark.main(["recipe", "--device", "cpu", "--data", str(sample / "train.json"), "--batch-sizes", "2",
+                    "--workers", "0", "--rounds", "1"])
     out = capsys.readouterr().out
     assert "loader alone" in out and "limits it" in out and "1,803,200 views" in out
 

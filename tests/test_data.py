@@ -285,9 +285,8 @@ def test_command(sample, tmp_path, capsys, refused):
 def test_split_deals_out_photos_with_their_faces(sample, tmp_path, refused):
     flags = ["--data", sample / "train.json", "--out", tmp_path / "g.png", "--split"]
     module.main([str(word) for word in (*flags, 5, tmp_path / "a/train.json", tmp_path / "val.json")])
-    whole, train, val = (read_annotations(path)
-                         for path in (sample / "train.json", tmp_path / "a/train.json",
-                                      tmp_path / "val.json"))
+    files = sample / "train.json", tmp_path / "a/train.json", tmp_path / "val.json"
+    whole, train, val = map(read_annotations, files)
     kept_out = np.arange(len(whole.ids)) % 5 == 4
     for part, own in ((train, ~kept_out), (val, kept_out)):
         assert part.ids.tolist() == whole.ids[own].tolist() and (part.sizes == whole.sizes[own]).all()
@@ -296,5 +295,6 @@ def test_split_deals_out_photos_with_their_faces(sample, tmp_path, refused):
                 for n in range(len(part.ids))] == [whole.file(n).resolve() for n in np.flatnonzero(own)]
     for bad in ((1, "t.json", "v.json"), ("x", "t.json", "v.json")):
         assert "from 2 on" in refused(module.main, *flags, *bad)
+    assert "has only" in refused(module.main, *flags, 99, tmp_path / "t.json", tmp_path / "v.json")
     assert "two other files" in refused(module.main, *flags, 2, tmp_path / "t.json", sample / "train.json")
     assert "two other files" in refused(module.main, *flags, 2, tmp_path / "t.json", tmp_path / "t.json")

@@ -45,7 +45,6 @@ def test_patience_ends_a_run_however_often_it_is_resumed(sample, tmp_path, score
     assert line.endswith("best.pth AP50 0.3000; stopped early: 2 epochs without a better AP50 (--patience 2)")
     assert torch.load(tmp_path / "whole/best.pth", weights_only=True)["epoch"] == 2
     assert (tmp_path / "whole/curves.png").exists()
-
     flags = [*scored(0.1, 0.3, 0.3, 0.2), "--patience", 2]
     run(sample, tmp_path / "r", "--epochs", 3, *flags)
     assert "stopped early" not in capsys.readouterr().out
@@ -53,7 +52,6 @@ def test_patience_ends_a_run_however_often_it_is_resumed(sample, tmp_path, score
     assert parts["epoch"] == whole["epoch"] == 4 and parts["waited"] == 2
     assert run(sample, tmp_path / "r", "--epochs", 9, *flags, "--resume")["epoch"] == 4
     assert capsys.readouterr().out.count("stopped early") == 2
-
     flags = [*scored(0.1, 0.4, 0.2, 0.2, 0.2), "--patience", 3]
     assert run(sample, tmp_path / "r", "--epochs", 9, *flags, "--resume")["epoch"] == 5  # one more was due
     assert run(sample, tmp_path / "r", "--epochs", 6, *flags[:2], "--resume")["waited"] == 0

@@ -259,6 +259,7 @@ def test_photos_of_something_else_are_refused(wider_world, tmp_path, refused):
     write_json(tmp_path / "r.json", [{"image_id": 1, "category_id": 1, "bbox": [9, 9, 9, 9], "score": 1}])
     words = ["--wider", tmp_path / "mat", "--data", tmp_path / "x.json", "--predictions", tmp_path / "r.json"]
     assert "none of the photos is one of WIDER" in refused(evaluate.main, *words, "--wider-part")
+    assert "none of the photos is one of WIDER" in refused(evaluate.main, *words[:4], "--model", "unread")
     assert "has no image q/z, but there are detections of it" in refused(evaluate.main, *words)
 
 

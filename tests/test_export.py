@@ -134,7 +134,6 @@ def test_raw_batch_equals_singles_and_decodes_as_documented(run, lively):
         for n in (0, 1):
             np.testing.assert_allclose(batch[n], np.concatenate([single[n] for single in singles]), atol=1e-5)
         assert gap(load_detector(folder / name), TorchDetector(lively))[0] < 1e-3
-
     metadata = network.metadata
     names = {"np": np, "H": 48, "W": 64, "logits": batch[0], "offsets": batch[1],
              **{key: json.loads(metadata[key]) for key in ("cell_anchors", "variances")}}
@@ -158,7 +157,6 @@ def test_a_threshold_goes_along_in_its_own_size_and_precision(monkeypatch, graph
         assert load_detector(tmp_path / name, tiles=[200, 50]).threshold == entry
         assert load_detector(tmp_path / name).threshold is None  # it was measured with tiles
     assert "left out" not in capsys.readouterr().out
-
     # INT8 shifts the scores. NNCF is an extra: quantising is left out here.
     monkeypatch.setattr(export, "find_spec", lambda name: True)
     monkeypatch.setattr(export, "quantise", lambda ir, photos, load: ir)
@@ -166,14 +164,12 @@ def test_a_threshold_goes_along_in_its_own_size_and_precision(monkeypatch, graph
     assert "threshold is left out" in capsys.readouterr().out
     assert load_detector(tmp_path / "model.xml", tiles=[200, 50]).threshold is None
     assert load_detector(tmp_path / "model.onnx", tiles=[200, 50]).threshold == entry
-
     graph = onnx.load(tmp_path / "model.onnx")
     for prop in graph.metadata_props:
         prop.value = "{" if prop.key == "threshold" else prop.value
     onnx.save(graph, tmp_path / "broken.onnx")
     with pytest.raises(InputError, match="broken.onnx: its threshold is damaged"):
         load_detector(tmp_path / "broken.onnx")
-
     export.main([*flags, "--head", "raw", "--size", "96x64"])
     assert load_detector(tmp_path / "model.onnx", tiles=[200, 50]).threshold is None
     assert "threshold is left out: it is for 64x48 in float32" in capsys.readouterr().out

@@ -191,12 +191,10 @@ def test_boxes_from_matching_to_the_picture(faces, seed, scale):
         losses[0].backward()
         assert losses.isfinite().all()
         assert all(part.grad.isfinite().all() for part in (logits, offsets, weights))
-
     ordered = torch.cat([torch.minimum(faces[:, :2], faces[:, 2:]),
                          torch.maximum(faces[:, :2], faces[:, 2:]) + 1], 1)[None]  # [1, N, 4]
     coded = encode(ordered, ANCHORS[:1])
     assert coded.isfinite().all() and decode(coded, ANCHORS[:1]).isfinite().all()
-
     found = [to_picture(own, (64, 48), (320, 200))
              for own in postprocess(logits.detach(), offsets.detach(), ANCHORS)]
     for own in found:

@@ -287,8 +287,7 @@ def test_the_criterion_uses_what_it_is_told(monkeypatch):
     no = torch.tensor([False])
     batch = Batch(torch.zeros(1, 3, 300, 300), face, no, no, torch.tensor([0]), ~no, torch.tensor([0]))
     logits, offsets = torch.zeros(1, len(anchors), 2), torch.zeros(1, len(anchors), 4)
-    monkeypatch.setattr("loss.multibox_loss",
-                        lambda *values: seen.append(values) or (torch.zeros(()),) * 3)
+    monkeypatch.setattr("loss.multibox_loss", lambda *values: seen.append(values) or (torch.zeros(()),) * 3)
     for more in ([], ["aligned", "quality-focal", "eiou"]):
         Criterion(anchors, torch.zeros(2), (0, 0), *more)((logits, offsets), batch)
     (_, _, near, *_, first, second), (_, _, aligned, *_, third, fourth) = seen

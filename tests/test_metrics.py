@@ -178,7 +178,6 @@ def test_size_ap_by_hand():
     assert result[60] == pytest.approx(1)                       # so are the face of 50 and the false one
     assert result[100] == -1                                    # no face is larger than 100
     assert size_ap(*arguments, sizes=(99,)) == {99: pytest.approx(1)}
-
     found = outcomes(*arguments, photos=4)
     points = [list(point.values()) for point in operating_points(found, (0.5, 0.7, 0.95))]
     assert points[0] == points[3] == [0.5, 3 / 5, 1, 2 / 4, pytest.approx(2 * 3 / (5 + 3))]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
-from model import HAND_DESIGNED, SSD, Config, checkpoint, grid_size, load_imagenet, load_model, load_weights
+from model import (HAND_DESIGNED, SSD, Config, checkpoint, folded, grid_size, load_imagenet, load_model,
+                   load_weights)
 
 
 @pytest.mark.parametrize("width, height", [(300, 300), (320, 240), (65, 17), (16, 16)])
@@ -33,6 +34,17 @@ def test_a_batch_gives_what_single_images_give(small):
     for n, batch in enumerate(small(images)):
         expected = torch.cat([outputs[n] for outputs in singles])
         torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folded_answers_as_the_network_with_the_norms_in_its_convolutions():
+    model = SSD(Config(64, 48, 0.25)).eval()
+    for name, values in model.state_dict().items():
+        if values.ndim == 1 and "loss" not in name:
+            values.uniform_(0.5, 1.5)
+    images, fold = torch.rand(2, 3, 48, 64), folded(model)
+    assert [type(module) for module in fold.modules()].count(torch.nn.BatchNorm2d) == 1
+    for mine, its in zip(fold(images), model(images)):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_values():

@@ -195,7 +195,6 @@ def test_threshold_in_a_copy_of_the_checkpoint(world, sample, tmp_path, capsys):
     assert entry["data"] == {"file": "val.json", "photos": 6, "faces": (~annotations.ignored).sum(),
                              "fingerprint": annotations.fingerprint()}
     assert load_detector(new).threshold == entry and load_detector(model).threshold is None
-
     # A run that starts from it makes other weights, which the threshold is not of.
     args = train.parse_args(["--data", str(sample / "train.json"), "--load-from", str(new)])
     save(tmp_path / "next.pth", make_model(args, None))

@@ -10,7 +10,7 @@ loses (Model soups, Wortsman et al. 2022). A share of the start forgets less (Wi
 
 import math
 
-from support.script import bad_values, command, new_parser, require
+from support.script import bad_values, command, Parser, require
 
 from checkpoints import save
 from model import load_model
@@ -28,7 +28,7 @@ def average(models, shares):
 @command
 def main(argv=None):
     """Average checkpoints: read, average, write."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="PTH", help="of a run (its averaged weights count) or official")
     add("--shares", type=float, nargs="+", help="of each checkpoint in the mean (default: equal)")

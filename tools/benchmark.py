@@ -17,7 +17,7 @@ import time
 import timeit
 from pathlib import Path
 
-from support.script import ROOT, command, new_parser, require, write_json
+from support.script import ROOT, command, Parser, require, write_json
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ def photos(args, folder):
 @command
 def main(argv=None):
     """Measure what the first argument names."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("command", choices=("latency", "training", "recipe", "peer"))
     add("models", nargs="*", help="latency: .pth, .onnx or .xml; ratios are to the first; peer: its .onnx")

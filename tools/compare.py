@@ -12,7 +12,7 @@ that of a paired bootstrap over photos (Efron 1979): a difference below two of t
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from support.script import command, new_parser, require
+from support.script import command, Parser, require
 
 import numpy as np
 
@@ -100,7 +100,7 @@ def find(path: str, annotations: Annotations) -> Detections:
 @command
 def main(argv=None):
     """Read or detect, match, measure, print."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", help="COCO json")
     add("models", nargs=2, metavar="MODEL", help="detections (.json), or a model that is run")

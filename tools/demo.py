@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from support.script import ROOT, command, new_parser, read_json, require
+from support.script import ROOT, command, Parser, read_json, require
 
 RECIPE = "recipes/demo_finetune.txt"
 OUT, DATA = Path("runs/demo"), Path("data/sample")  # as in the recipe
@@ -51,7 +51,7 @@ def table(measured):
 @command
 def main(argv=None):
     """Run every step, then print the table."""
-    new_parser(__doc__).parse_args(argv)
+    Parser(__doc__).parse_args(argv)
     print("A photo, then synthetic faces: measure, fine-tune, export. 3 to 8 minutes on two CPU cores.")
     os.chdir(ROOT)  # all paths here are the repository's
     shutil.rmtree(OUT, ignore_errors=True)  # train.py never overwrites a run

@@ -15,7 +15,7 @@ doubt.json is the whole set with the corrections made, doubt.png shows the first
 
 from pathlib import Path
 
-from support.script import command, new_parser, write_json
+from support.script import command, Parser, write_json
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def corrected(annotations: Annotations, doubts: list[Suspect], path: str) -> dic
 @command
 def main(argv=None):
     """Read, rank, write."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")

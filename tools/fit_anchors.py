@@ -3,7 +3,7 @@
     python -m tools.fit_anchors --data data/train.json -k 6 --size 320x240
 """
 
-from support.script import command, new_parser, parse_size, require
+from support.script import command, Parser, parse_size, require
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def fit(sides: np.ndarray, k: int) -> np.ndarray:
 @command
 def main(argv=None):
     """Fit anchors to a dataset and print them beside the hand-designed ones."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="data/train.json", help="COCO json (default %(default)s)")
     add("-k", type=int, default=9, help="how many anchors (default 9)")

@@ -16,7 +16,7 @@ import urllib.parse
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.script import InputError, command, new_parser, read_json, require, write_json
+from support.script import InputError, command, Parser, read_json, require, write_json
 
 from support.coco import clip
 from support.pictures import LISTED, PICTURES, read_sizes
@@ -216,7 +216,7 @@ def convert(path, photos, out, wanted, to):
 @command
 def main(argv=None):
     """Convert labels, and print what was found in them."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("labels", type=Path, help="file or folder of labels")
     add("photos", type=Path, nargs="?", help="folder that the photos are in (default: around the labels)")

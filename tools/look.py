@@ -8,7 +8,7 @@
 import os
 from pathlib import Path
 
-from support.script import command, new_parser, parse_picture, parse_size, read_json, require, write_json
+from support.script import command, Parser, parse_picture, parse_size, read_json, require, write_json
 
 import numpy as np
 
@@ -35,6 +35,7 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
     """Write two COCO files of the one annotated: every `every`-th photo to `val`, the others to `train`."""
     content = read_json(annotations.path)
     kept_out = np.arange(len(annotations.ids)) % every == every - 1
+    require(kept_out.any(), f"--split {every}: {annotations.path} has only {len(kept_out)} photos")
     for path, own in ((train, ~kept_out), (val, kept_out)):
         ids = set(annotations.ids[own].tolist())
         images = [image for image in content["images"] if image["id"] in ids]
@@ -62,7 +63,7 @@ def show(annotations: Annotations, args) -> list:
 @command
 def main(argv=None):
     """Draw, describe, check, split."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["data/train.json"], metavar=("JSON", "VAL"),
         help="COCO json (default data/train.json); a second one is compared with it, as the validation set")

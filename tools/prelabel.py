@@ -7,7 +7,7 @@
 import os
 from pathlib import Path
 
-from support.script import command, new_parser, write_json
+from support.script import command, Parser, write_json
 
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ def to_coco(photos, out):
 @command
 def main(argv=None):
     """Search all pictures, and write the json."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", help="pictures, folders, patterns")
     add("json", help=f"COCO file to write: a face from score {SURE} on, iscrowd from {DOUBTFUL} on")

@@ -9,7 +9,7 @@ The same arguments draw the same pixels, and a larger dataset begins with the ph
 
 from pathlib import Path
 
-from support.script import command, new_parser, require, whole_file
+from support.script import command, Parser, require, whole_file
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -201,7 +201,7 @@ def draw_sample(folder, train=240, val=40, size=(320, 240), seed=0):
 @command
 def main(argv=None):
     """Draw the training and the validation photos."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", help="where to write, such as data/sample")
     add("--train", type=at_least(1), default=240, help="photos to train on (default %(default)s)")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.script import InputError, bad_values, command, new_parser, require
+from support.script import InputError, bad_values, command, Parser, require
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def read_model(args, made):
 @command
 def main(argv=None):
     """Read, choose, print, save."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")

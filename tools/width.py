@@ -9,7 +9,7 @@ A cut network has to be trained before it is of use. A widened one computes the 
 import copy
 from itertools import pairwise
 
-from support.script import bad_values, command, new_parser, require
+from support.script import bad_values, command, Parser, require
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ def column_power(convolution, bn):
 @command
 def main(argv=None):
     """Read, resize, write."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a trained network")
     add("width", type=float, help="its new channel multiplier, such as 0.5")

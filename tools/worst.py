@@ -6,7 +6,7 @@
 import csv
 from dataclasses import dataclass
 
-from support.script import command, csv_cell, new_parser, parse_picture, whole_file
+from support.script import command, csv_cell, Parser, parse_picture, whole_file
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -97,7 +97,7 @@ def write_per_photo(judged: Judged, path):
 @command
 def main(argv=None):
     """Read, compare at the score, draw, write."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")
