@@ -17,7 +17,6 @@ SEEDS = st.integers(0, 2 ** 32 - 1)
 
 def random_boxes(rng, count, step):
     """Random boxes `[count, 4]` of all COCO sizes, on a grid of `step` pixels.
-
     A coarse grid makes many overlaps equal."""
     size = np.exp(rng.uniform(np.log(8), np.log(160), (count, 1))) * rng.uniform(0.7, 1.4, (count, 2))
     boxes = np.hstack((rng.uniform(0, 120, (count, 2)), size))
