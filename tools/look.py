@@ -35,7 +35,6 @@ def split(annotations: Annotations, every: int, train: str, val: str) -> None:
     """Write two COCO files of the one annotated: every `every`-th photo to `val`, the others to `train`."""
     content = read_json(annotations.path)
     kept_out = np.arange(len(annotations.ids)) % every == every - 1
-    require(kept_out.any(), f"--split {every}: {annotations.path} has only {len(kept_out)} photos")
     for path, own in ((train, ~kept_out), (val, kept_out)):
         ids = set(annotations.ids[own].tolist())
         images = [image for image in content["images"] if image["id"] in ids]
@@ -84,7 +83,9 @@ def main(argv=None):
         if not number.isdecimal() or int(number) < 2 or len(files) < 3:
             parser.error("--split takes a number from 2 on, and two other files")
     sets = [read_annotations(path) for path in args.data]
-    require(len(sets[0].ids) and args.count > 0, f"{sets[0].path}: no photos to show")
+    photos = len(sets[0].ids)
+    require(photos and args.count > 0, f"{sets[0].path}: no photos to show")
+    require(not args.split or int(number) <= photos, f"{sets[0].path}: has only {photos} photos to --split")
     for each in sets:
         each.require_photos()
     pictures = show(sets[0], args)
