@@ -40,7 +40,7 @@ from support.options import parse_args, report_changes
 from teacher import load_teacher
 
 WARM_UP = 1200  # iterations, but no more than four epochs
-PAYS = 5000  # photos of 300x300 in an epoch from which on compiling on a CPU takes less time than it saves
+PAYS = 10_000  # views of 300x300 in a run from which on compiling on a CPU takes less time than it saves
 
 
 def lr_at(step, epoch, lr, milestones, warmup):
@@ -279,11 +279,11 @@ def choose_precision(args, before, device):
     return "bf16" if fast else "fp32"
 
 
-def choose_compile(args, before, device, processes, photos, pixels):
-    """Whether to compile: as --compile or the resumed run has it, else if an epoch is long enough to pay."""
+def choose_compile(args, before, device, processes, views, pixels):
+    """Whether to compile: as --compile or the resumed run has it, else if the run is long enough to pay."""
     wanted = args.compile
     if wanted is None:
-        pays = device == "cpu" and processes == 1 and photos * pixels >= PAYS * 300 * 300
+        pays = device == "cpu" and processes == 1 and views * pixels >= PAYS * 300 * 300
         wanted = before.get("compile", False) if before else pays
     if not wanted:
         return False
@@ -359,7 +359,7 @@ def prepare(args):
     before = content["flags"] if content else None
     photos = len(dataset) * args.repeat
     args.precision = choose_precision(args, before, device)
-    args.compile = choose_compile(args, before, device, processes, photos, math.prod(size))
+    args.compile = choose_compile(args, before, device, processes, photos * args.epochs, math.prod(size))
     trainer = all_or_none(lambda: Trainer(args, model, dataset, content, run, rank, processes, device))
     trainer.connect()
     validated = trainer.epoch - bool(trainer.record)

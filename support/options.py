@@ -113,7 +113,7 @@ def parse_args(argv, description=None):
     add("--save-every", type=at_least(1), default=500, help="iterations between saves (default 500)")
     add("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs")
     add("--compile", action=BooleanOptionalAction,
-        help="torch.compile the network (default: on a CPU, in one process, if an epoch is long enough)")
+        help="torch.compile the network (default: on a CPU, in one process, if the run is long enough)")
     args = parser.parse_args(argv)
     if not set(args.complete) <= set(args.data):
         parser.error("--complete names files of --data")

@@ -13,7 +13,7 @@ import train
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = ["--size", "64", "--width", "0.25", "--batch-size", "5", "--repeat", "1", "--warmup", "3", "--lr",
          "0.01", "--min-face", "0", "--workers", "0", "--device", "cpu"]
-LONG, SHORT = 6000, 4000  # photos of 300x300 in an epoch
+LONG, SHORT = 12_000, 8000  # views of 300x300 in a run
 
 
 def settled(monkeypatch, flags=(), content=None, device="cpu", processes=1, photos=LONG, side=300, fast=True):
