@@ -106,7 +106,7 @@ def test_a_last_batch_of_one_photo_and_one_cell_is_refused(sample, tmp_path, ref
 def test_the_same_command_and_resume_go_on(sample, tmp_path, number, code):
     out = tmp_path / "a run"
     slow = [sys.executable, "train.py", *SMALL, "--data", sample / "train.json", "--out", out, "--val",
-            "none", "--epochs", "100000"]
+            "none", "--no-compile", "--epochs", "100000"]
     process = subprocess.Popen(slow, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("epoch 2/"):
