@@ -59,8 +59,9 @@ def postprocess(logits: torch.Tensor, offsets: torch.Tensor, anchors: torch.Tens
     boxes = decode(offsets.float(), anchors).gather(1, order[..., None].expand(-1, -1, 4))      # [B, A, 4]
     found = []
     for own, place, likely in zip(scores, boxes, (scores > score).sum(1).tolist()):
-        kept = nms(place[:min(likely, ENOUGH)], own[:min(likely, ENOUGH)], NMS_IOU)
-        if len(kept) < TOP and likely > ENOUGH:
+        best = min(likely, ENOUGH)
+        kept = nms(place[:best], own[:best], NMS_IOU)
+        if len(kept) < TOP and best < likely:
             kept = nms(place[:likely], own[:likely], NMS_IOU)
         found.append(torch.cat([place[kept], own[kept, None]], 1)[:TOP])
     return list(torch.cat(found).cpu().split([len(faces) for faces in found]))  # from a GPU in one copy

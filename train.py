@@ -87,8 +87,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.raw_model).requires_grad_(False) if args.ema else None
         self.teacher = None
         if args.distill:
-            self.teacher = load_teacher(args.teacher or [args.load_from], model.config)
-            self.teacher.to(device, memory_format=self.layout)
+            self.teacher = load_teacher(args.teacher or [args.load_from], model.config).to(device)
         on_gpu = device.startswith("cuda")
         self.optimizer = torch.optim.SGD(self.raw_model.parameters(), args.lr, args.momentum,
                                          weight_decay=args.weight_decay, fused=on_gpu)
