@@ -1,8 +1,8 @@
 # make demo     the shipped network on a photo, fine-tuned, exported, measured (tools.demo)
 # make check    ruff and the quick tests, under a minute
 # make test     all tests
-# make weights PHOTOS=folder RELEASED=wider_face_tiny_ssd_075x.pth     runs/face_ssd300.pth, made as the
-#              shipped one. FLAGS="--device cuda" and the like are handed on to train.py
+# make weights PHOTOS=folder     runs/made/face_ssd300.pth, made as the shipped one. FLAGS="--device cuda" and the
+#              like are handed on to train.py
 # make weights-1.0 ... and weights-0.5 ...     the same at those widths
 # Each makes .venv first and installs requirements.txt there. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
@@ -11,37 +11,28 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m tools.demo
 
-# WIDER's own photos, and nine parts in ten of each other set. Stopped, the same line goes on.
-KINDS = masks_train_seen webcam_train_seen web_train plain_train negatives_train
-SETS = $(KINDS:%=runs/sets/%.json)
+# WIDER's own photos, and nine parts in ten of those without a face. Stopped, the same line goes on.
+SETS = runs/sets/negatives_train.json runs/sets/plain_train.json
 WIDER = $(PHOTOS)/wider_train.json
-# What the shipped networks start from and learn from is in the repository's history.
-BEFORE = 5cf2940
+# What the shipped networks start from is in the repository's history.
+BEFORE = aa01f16
 
-TRAIN = $(BIN)/python train.py @recipes/weights.txt --data $(WIDER) $(SETS) --complete $(WIDER) \
-	--val $(PHOTOS)/wider_dev.json --teacher $(RELEASED) runs/start-1.0.pth
+weights: runs/made/face_ssd300.pth
+weights-%: runs/made/face_ssd300_%.pth ;
 
-# One more epoch at a tenth of the rate, whose weights alone are averaged. A share of the start forgets less.
-LAST = --epochs 23 --ema 0.98
+RUN = $(BIN)/python train.py @recipes/weights.txt --data $(WIDER) $(SETS) --complete $(WIDER) \
+	--val $(PHOTOS)/wider_dev.json --load-from $< --seed $(1) --out runs/$*-$(1) \
+	$(if $(wildcard runs/$*-$(1)/last.pth),--resume) $(FLAGS)
 
-weights: $(SETS) runs/start.pth runs/start-1.0.pth
-	$(TRAIN) --load-from runs/start.pth --out runs/weights $(if $(wildcard runs/weights/last.pth),--resume) $(FLAGS)
-	$(TRAIN) --load-from runs/start.pth --out runs/weights --resume $(LAST) $(FLAGS)
-	$(BIN)/python -m tools.average runs/weights/last.pth runs/start.pth --shares 19 1 --out runs/face_ssd300.pth
+# Half of each is the start, which knows other photos than WIDER's better.
+runs/made/%.pth: runs/start/%.pth $(SETS)
+	$(call RUN,0)
+	$(call RUN,1)
+	$(BIN)/python -m tools.average $< runs/$*-0/last.pth runs/$*-1/last.pth --shares 2 1 1 --out $@
 
-weights-%: $(SETS) runs/start-%.pth runs/start-1.0.pth
-	$(TRAIN) --load-from runs/start-$*.pth --out runs/weights-$* \
-		$(if $(wildcard runs/weights-$*/last.pth),--resume) $(FLAGS)
-	$(TRAIN) --load-from runs/start-$*.pth --out runs/weights-$* --resume $(LAST) $(FLAGS)
-	$(BIN)/python -m tools.average runs/weights-$*/last.pth runs/start-$*.pth --shares 19 1 --out runs/face_ssd300_$*.pth
-
-runs/start.pth: .venv/installed
-	mkdir -p runs
-	git show $(BEFORE):weights/face_ssd300.pth > $@
-
-runs/start-%.pth: .venv/installed
-	mkdir -p runs
-	git show $(BEFORE):weights/face_ssd300_$*.pth > $@
+runs/start/%.pth: .venv/installed
+	mkdir -p runs/start
+	git show $(BEFORE):weights/$*.pth > $@
 
 runs/sets/%.json: .venv/installed
 	$(BIN)/python -m tools.look --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split 10 $@ runs/sets/$*-held-out.json
@@ -65,3 +56,5 @@ test: .venv/installed-dev
 	touch $@
 
 .PHONY: demo check test weights
+.SECONDARY:
+.DELETE_ON_ERROR:
