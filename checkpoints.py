@@ -24,7 +24,7 @@ def find_checkpoint(args):
     path = str(last) if args.resume == "" else args.resume
     if last.exists() and (path is None or os.path.realpath(path) != os.path.realpath(last)):
         own = launch_id() is not None and read_checkpoint(last).get("launch") == launch_id()
-        require(own, f"{last} exists: continue that run with --resume alone, or another folder with --out")
+        require(own, f"{last} exists: continue that run with --resume alone, or name another --out")
         path = str(last)
     if path is None:
         return None
