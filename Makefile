@@ -34,6 +34,11 @@ runs/start/%.pth: .venv/installed
 	mkdir -p runs/start
 	git show $(BEFORE):weights/$*.pth > $@
 
+# Width 1.0 begins as the shipped network, widened.
+runs/start/face_ssd300_1.0.pth: weights/face_ssd300.pth .venv/installed
+	mkdir -p runs/start
+	$(BIN)/python -m tools.width $< 1.0 $@
+
 runs/sets/%.json: .venv/installed
 	$(BIN)/python -m tools.look --data $(PHOTOS)/$*.json --out runs/sets/$*.png --split 10 $@ runs/sets/$*-held-out.json
 

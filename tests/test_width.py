@@ -71,5 +71,8 @@ def test_the_command(tmp_path, capsys, refused):
     main([str(tmp_path / "a.pth"), "0.125", str(tmp_path / "b.pth")])
     assert load_model(tmp_path / "b.pth").config.width == 0.125
     assert "from width 0.25 to 0.125" in capsys.readouterr().out
+    for name in ("c.pth", "d.pth"):
+        main([str(tmp_path / "a.pth"), "0.4", str(tmp_path / name)])
+    assert (tmp_path / "c.pth").read_bytes() == (tmp_path / "d.pth").read_bytes()
     assert "is of width 0.25 already" in refused(main, tmp_path / "a.pth", 0.25, tmp_path / "c.pth")
     assert "between 0.0625 and 8" in refused(main, tmp_path / "a.pth", 99, tmp_path / "c.pth")

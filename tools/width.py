@@ -90,8 +90,7 @@ def relu_power(bn):
 
 def column_power(convolution, bn):
     """How much a 1x1 convolution and its batch norm make of each input channel: mean squares `[C]`."""
-    scale = bn.weight ** 2 / (bn.running_var + bn.eps)
-    return (convolution.weight.square().sum((2, 3)) * scale[:, None]).sum(0)
+    return (bn.weight ** 2 / (bn.running_var + bn.eps)) @ convolution.weight.square().sum((2, 3))
 
 
 @command
@@ -103,6 +102,7 @@ def main(argv=None):
     add("width", type=float, help="its new channel multiplier, such as 0.5")
     add("out", help="the checkpoint to write")
     args = parser.parse_args(argv)
+    torch.manual_seed(0)  # for the channels that a wider one adds
     with bad_values():
         source = load_model(args.checkpoint)
         config = Config(*source.config.input_size, args.width, source.config.anchors)
