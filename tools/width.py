@@ -38,6 +38,8 @@ def resize(source: SSD, config: Config) -> SSD:
         both = tuple(slice(min(sides)) for sides in zip(own.shape, trained.shape))
         if own.ndim > 1:
             own[both[0]] = 0
+        elif own.ndim:  # batch norms: a new one's scale of 1 would drown trained ones of a tenth
+            own.fill_(trained.mean())
         own[both] = trained[both]
     return model
 
@@ -57,8 +59,7 @@ def channel_groups(model):
     starts = [number for number, block in enumerate(blocks) if not block.residual]
     for first, after in pairwise(starts):
         groups.append(shared_group(layers[first:after], layers[first + 1:after + 1]))
-    groups.append(feature_group(layers[-1], [*model.bbox_head.cls_convs, *model.bbox_head.reg_convs]))
-    return groups
+    return [*groups, feature_group(layers[-1], [*model.bbox_head.cls_convs, *model.bbox_head.reg_convs])]
 
 
 def shared_group(writers, readers):
@@ -97,10 +98,9 @@ def column_power(convolution, bn):
 def main(argv=None):
     """Read, resize, write."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("checkpoint", help="a trained network")
-    add("width", type=float, help="its new channel multiplier, such as 0.5")
-    add("out", help="the checkpoint to write")
+    parser.add_argument("checkpoint", help="a trained network")
+    parser.add_argument("width", type=float, help="its new channel multiplier, such as 0.5")
+    parser.add_argument("out", help="the checkpoint to write")
     args = parser.parse_args(argv)
     torch.manual_seed(0)  # for the channels that a wider one adds
     with bad_values():
