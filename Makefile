@@ -36,7 +36,6 @@ runs/start/%.pth: .venv/installed
 
 # Width 1.0 begins as the shipped network, widened.
 runs/start/face_ssd300_1.0.pth: weights/face_ssd300.pth .venv/installed
-	mkdir -p runs/start
 	$(BIN)/python -m tools.width $< 1.0 $@
 
 runs/sets/%.json: .venv/installed

@@ -30,6 +30,9 @@ def test_a_wider_network_starts_as_the_narrow_one_and_all_of_it_learns(trained):
     images = torch.rand(2, 3, 48, 64)
     wider = resize(trained, Config(64, 48, 0.4))
     assert torch.allclose(answers(wider, images), answers(trained, images), atol=1e-4)
+    for own, norm in zip(wider.modules(), trained.modules()):  # added ones are no louder
+        if isinstance(norm, nn.BatchNorm2d):
+            assert torch.allclose(own.weight.mean(), norm.weight.mean())
     layer = wider.backbone.features[3].conv[0]
     before = layer.weight.clone()
     for _ in range(2):  # the first step is that of the next layer, which did not read the added channels
@@ -74,5 +77,5 @@ def test_the_command(tmp_path, capsys, refused):
     for name in ("c.pth", "d.pth"):
         main([str(tmp_path / "a.pth"), "0.4", str(tmp_path / name)])
     assert (tmp_path / "c.pth").read_bytes() == (tmp_path / "d.pth").read_bytes()
-    assert "is of width 0.25 already" in refused(main, tmp_path / "a.pth", 0.25, tmp_path / "c.pth")
-    assert "between 0.0625 and 8" in refused(main, tmp_path / "a.pth", 99, tmp_path / "c.pth")
+    assert "is of width 0.25 already" in refused(main, tmp_path / "a.pth", 0.25, tmp_path / "e.pth")
+    assert "between 0.0625 and 8" in refused(main, tmp_path / "a.pth", 99, tmp_path / "e.pth")
