@@ -107,7 +107,8 @@ def parse_args(argv, description=None):
     add("--out", default="runs/face", help="folder of the run (default %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU or a CPU that computes in it")
-    add("--workers", type=at_least(0), default=usable_cores(), help="loading processes of each process")
+    add("--workers", type=at_least(0), default=usable_cores(),
+        help="loading processes of each process (default: the cores it may use)")
     add("--threads", type=at_least(1), help="of the training step (default: OMP_NUM_THREADS, or the cores)")
     add("--cache", metavar="FOLDER", help="keep the photos there, decoded: faster from epoch 2 on")
     add("--save-every", type=at_least(1), default=500, help="iterations between saves (default 500)")
