@@ -11,7 +11,7 @@ from model import SSD, Config, checkpoint, config_of, load_imagenet, load_weight
 from support.distributed import launch_id, print_once
 from support.script import bad_values, require, whole_file
 
-STATE = {"optimizer", "epoch", "step", "done", "best", "waited", "sums", "record", "flags"}  # of a run
+STATE = {"optimizer", "epoch", "step", "done", "best", "waited", "sums", "record", "val", "flags"}  # of a run
 
 
 @bad_values()

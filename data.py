@@ -26,11 +26,6 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5
 FROM_YIQ = np.linalg.inv(YIQ)
 
 
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """A uint8 tensor `[3, H, W]` as a picture (PIL, RGB)."""
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
 def to_input(images: torch.Tensor) -> torch.Tensor:
     """Pictures, uint8 `[B, 3, H, W]`, as the network takes them: float32 in 0-1."""
     return torch.as_tensor(images).float() / 255

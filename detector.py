@@ -95,9 +95,7 @@ class TorchDetector:
 
 
 class ExportedDetector:
-    """An exported network, used as a TorchDetector is.
-
-    `metadata` says `colour` (RGB, BGR), `value_range` (0-1, 0-255) and `head`, one of export.py's."""
+    """An exported network, used as a TorchDetector is. `metadata`: what export.py's `describe` makes."""
 
     threshold = None
 
@@ -149,6 +147,7 @@ def load_detector(path: str | Path = MODEL, size: tuple | None = None, device: s
                 "{}: takes {}x{}; its size is fixed, see export.py --size".format(path, *detector.size))
     else:
         need_torch(f"{path}: a checkpoint")
+        require(not (colour or white), f"{path}: a checkpoint takes RGB in 0-1, without --colour and --range")
         with bad_values():
             content = read_checkpoint(path)
             detector = TorchDetector(rebuild(content, path), size, choose_device(device))
@@ -306,9 +305,7 @@ class TiledDetector:
 
     def __init__(self, detector, side: int, overlap: int):
         need_torch("--tiles")
-        self.detector = detector
-        self.side = side
-        self.overlap = overlap
+        self.detector, self.side, self.overlap = detector, side, overlap
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> list[np.ndarray]:
         return [self._faces(Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))) for pixels in images]

@@ -105,12 +105,13 @@ def run_model(args, annotations):
 
     from detector import MODEL, detect_all, load_detector
     from model import read_checkpoint
-    from support.distributed import join_processes, leave_processes
+    from support.distributed import all_or_none, join_processes, leave_processes
     annotations.require_photos()
     torch.backends.cudnn.allow_tf32 = False  # a GPU's default: its 10 bits move AP in the third digit
     args.model = args.model or MODEL
     rank, processes, device = join_processes(args.device)
-    detector = load_detector(args.model, args.size, device, args.colour, args.range, args.tiles)
+    detector = all_or_none(lambda: load_detector(args.model, args.size, device, args.colour, args.range,
+                                                 args.tiles))
     made = {"model": os.path.basename(args.model), "sha256": hashes(args.model), "tiles": args.tiles,
             "size": (detector.detector if args.tiles else detector).size}
     if not args.model.endswith(SUFFIXES):
@@ -174,6 +175,7 @@ def write_outputs(args, scores, annotations, names, detections, made):
     """Write the files that were asked for."""
     if args.out:
         write_json(args.out, to_results(annotations, detections))
+        made_path(args.out).unlink(missing_ok=True)  # of what was there before
     if args.out and made:
         made |= {"detections": file_hash(args.out), "photos": photo_list(annotations)}
         write_json(made_path(args.out), made)

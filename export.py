@@ -127,9 +127,7 @@ def add_nms(model, size):
 
 
 def add_detection_output(model, config, size):
-    """Append OpenVINO's DetectionOutput: `[1, 1, 200, 7]`, image, label, score and box in 0-1.
-
-    The anchors of its PriorBoxClustered are not rounded."""
+    """Append DetectionOutput, `[1, 1, 200, 7]`: image, label, score, box in 0-1, by anchors not rounded."""
     node = helper.make_node
     widths, heights = zip(*config.anchors)
     features = np.zeros((1, 1, *grid_size(*size)[::-1]), np.float32)  # only its shape is used

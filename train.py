@@ -77,8 +77,7 @@ class Trainer:
 
     def __init__(self, args, model, dataset, content=None, run=None, rank=0, processes=1, device="cpu"):
         """Begin a run, or with `content` continue that of a checkpoint. `run`: see `prepare`."""
-        self.args = args
-        self.run = run or {}
+        self.args, self.run = args, run or {}
         self.rank, self.processes, self.device = rank, processes, device
         if args.sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -319,8 +318,10 @@ def read_val(path):
 
 
 def read_inputs(args, content):
-    """Read what a process needs before it meets the others: the Annotations to train on, and the model."""
+    """Read what a process needs before it meets the others: the Annotations to train on, what they are joined
+    of, and the model."""
     parts = [read_annotations(path) for path in args.data]
+    trained_on = [part.fingerprint() for part in parts]
     parts = [part.complete() if path in args.complete else part for path, part in zip(args.data, parts)]
     parts += [read_annotations(path).unlabelled() for path in args.unlabelled or []]
     for part in parts:
@@ -329,7 +330,7 @@ def read_inputs(args, content):
     require(len(faces.ids), f"{args.data[0]}: no photos to train on")
     torch.manual_seed(args.seed)
     with bad_values():
-        return faces, make_model(args, content)
+        return faces, trained_on, make_model(args, content)
 
 
 def prepare(args):
@@ -345,9 +346,9 @@ def prepare(args):
     args.val = str(val.path) if val else None
     if args.patience and not val:
         raise InputError("--patience waits for a better AP50: name a set to validate on with --val", rank > 0)
-    faces, model = all_or_none(lambda: read_inputs(args, content))
+    faces, trained_on, model = all_or_none(lambda: read_inputs(args, content))
     # Kept in checkpoints as it is.
-    run = {"launch": from_first(launch_id), "photos": faces.fingerprint(), "commit": git_commit(),
+    run = {"launch": from_first(launch_id), "photos": trained_on, "commit": git_commit(),
            "val": val.fingerprint() if val else None,
            "order": f"{faces.fingerprint()} {args.seed} {args.repeat}"}  # of an epoch's photos
     size = model.config.input_size

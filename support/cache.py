@@ -14,8 +14,8 @@ from PIL import Image
 from support.pictures import load_picture
 from support.script import require, whole_file
 
-# The short side that is kept, in the network's: a view of four fifths of the photo still has a pixel for each
-# of the network's. Smaller views are enlarged from it, as they would be from a smaller photo.
+# How many times as wide and high as the input photos are kept, or more: a view of four fifths of one still
+# has a pixel for each of the network's. Smaller views are enlarged, as they would be from a smaller photo.
 KEPT = 1.25
 
 
@@ -23,14 +23,13 @@ class PhotoCache:
     """A folder of raw photos for an input of `size` (width, height). Absent ones are made when used."""
 
     def __init__(self, folder, size):
-        self.folder = Path(folder)
-        self.short = round(KEPT * min(size))
+        self.folder, self.size = Path(folder), size
 
     def file(self, path):
-        """Where the photo `path` is kept: its place, state and short side are in the name."""
+        """Where the photo `path` is kept: its place, state and the input's size are in the name."""
         state = os.stat(path)
         place = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:20]
-        return self.folder / f"{place}-{self.short}-{state.st_size}-{state.st_mtime_ns}.rgb"
+        return self.folder / "{}-{}x{}-{}-{}.rgb".format(place, *self.size, state.st_size, state.st_mtime_ns)
 
     def check(self, paths):
         """Raise InputError if a photo has changed since it was kept."""
@@ -47,15 +46,19 @@ class PhotoCache:
         file = self.file(path)
         if not file.exists():
             self.keep(path, file)
-        content = np.memmap(file, np.uint8, "r")
-        width, height, *size = content[:16].view("<u4").tolist()
-        return content[16:].reshape(height, width, 3), tuple(size)
+        try:
+            content = np.memmap(file, np.uint8, "r")
+            width, height, *size = content[:16].view("<u4").tolist()
+            return content[16:].reshape(height, width, 3), tuple(size)
+        except ValueError:  # cut short when the machine lost power
+            self.keep(path, file)
+            return self.load(path)
 
     def keep(self, path, file):
         """Reduce a photo and write it, whole or not at all: its size, that on disk, the pixels."""
         image = load_picture(path)
         size = image.size
-        scale = self.short / min(size)
+        scale = KEPT * max(np.divide(self.size, size))
         if scale < 1:
             image = image.resize([max(1, round(side * scale)) for side in size], Image.Resampling.BILINEAR)
         with whole_file(file) as temporary, open(temporary, "wb") as opened:

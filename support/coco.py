@@ -114,8 +114,10 @@ def read_annotations(path: str | Path) -> Annotations:
     path = Path(path)
     images, annotations, categories = _read_lists(path)
     for index, entry in enumerate(images):
-        require(isinstance(entry.get("file_name"), str),
-                f"{path}: images[{index}] (id {entry['id']}) has no file_name")
+        try:
+            os.fsencode(entry.get("file_name"))
+        except (TypeError, UnicodeEncodeError):
+            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name") from None
     category = _face_category(path, categories, annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}

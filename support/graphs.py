@@ -11,10 +11,8 @@ class Graphs:
     overwrites the output."""
 
     def __init__(self, function, buffers):
-        self.function = function
-        self.buffers = list(buffers)
-        self.recorded = {}
-        self.pool = None
+        self.function, self.buffers = function, list(buffers)
+        self.recorded, self.pool = {}, None
 
     def __call__(self, *tensors):
         shapes = tuple(tensor.shape for tensor in tensors)

@@ -37,8 +37,7 @@ class Progress:
     The loss is read once a second and checked: `check_finite` raises where it is not finite."""
 
     def __init__(self, trainer, check_finite):
-        self.trainer = trainer
-        self.check_finite = check_finite
+        self.trainer, self.check_finite = trainer, check_finite
         self.batches = len(trainer.batches)  # of this epoch, that are left
         self.photos = self.steps = 0
         self.began = self.read = self.printed = time.perf_counter()
@@ -77,9 +76,7 @@ class Monitor:
 
     def __init__(self, args, model, epoch, photos):
         """A run resumed after `epoch` epochs, of so many `photos`, loses the lines of later ones."""
-        self.out = Path(args.out)
-        self.epochs = args.epochs
-        self.photos = photos
+        self.out, self.epochs, self.photos = Path(args.out), args.epochs, photos
         self.drawn = time.perf_counter()
         self.undrawn = False  # whether drawing has failed: it is not tried again
         self.lock = claim(self.out)

@@ -118,6 +118,8 @@ def parse_args(argv, description=None):
     args = parser.parse_args(argv)
     if not set(args.complete) <= set(args.data):
         parser.error("--complete names files of --data")
+    if args.cache and args.no_augment:
+        parser.error("--cache is for augmented photos, without --no-augment")
     if args.distill and not (args.load_from or args.teacher):
         parser.error("--distill needs a network to learn from: --load-from or --teacher")
     if (args.teacher or args.unlabelled) and not args.distill:

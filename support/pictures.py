@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from support.script import CONTROL, InputError, require, whole_file
+from support.script import CONTROL, InputError, bad_values, require, whole_file
 
 with suppress(ImportError):  # reads HEIC, where it is installed
     from pillow_heif import register_heif_opener
@@ -173,7 +173,7 @@ def contact_sheet(images, columns=4, side=320):
 
 def save_picture(image, path):
     """Write a PIL image, whole or not at all."""
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, bad_values():  # a WebP ends at 16,383 pixels
         image.save(temporary)
 
 

@@ -90,9 +90,7 @@ def open_network(path, threads=0):
 
 
 def quantise(model, photos, load):
-    """Quantise an IR to INT8 with NNCF (requirements-int8.txt), its ranges taken on `photos`.
-
-    `load(photo)` gives the IR's inputs, a dict."""
+    """Quantise an IR to INT8 with NNCF on `photos`, of which `load(photo)` makes its inputs, a dict."""
     waiting = [result.get_node() for result in model.outputs]
     decoding = set()  # what comes after the last convolutions: INT8 is too coarse for pixels
     while waiting:

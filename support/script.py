@@ -196,9 +196,9 @@ def whole_file(path):
     A reader sees the old file or the new one, never half. Raises InputError if it cannot be written."""
     path = Path(path)
     # Short, since a file system refuses a long name and more. Threads may write to names that begin alike.
+    require(path.name and not os.path.isdir(path), f"{path}: is a folder, a file is to be written there")
     temporary = path.with_name(f".{path.stem[:20]}.{os.getpid()}{threading.get_ident()}{path.suffix}")
     try:
-        require(not path.is_dir(), f"{path}: is a folder, a file is to be written there")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)

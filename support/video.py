@@ -1,6 +1,5 @@
 """Videos, webcams and streams: read, draw, write, by OpenCV."""
 
-import itertools
 import mimetypes
 import time
 from pathlib import Path
@@ -30,8 +29,10 @@ def open_video(source):
 
 def read_frames(capture, total):
     """Yield the frames of a video (BGR arrays) and, up to `total`, None for each that cannot be read."""
-    for number in itertools.count(1):
+    number = lost = 0
+    while lost < 10_000:  # in a row: a damaged header may promise millions
         there, frame = capture.read()
+        number, lost = number + 1, 0 if there else lost + 1
         if not there and number > total:
             return
         yield frame if there else None

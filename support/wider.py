@@ -91,7 +91,7 @@ def read_predictions(folder, names):
         image += [index] * len(boxes)
         values.append(boxes[np.argsort(-boxes[:, 4], kind="stable")])  # equal scores stay in file order
     require(len(missing) < len(names),
-            f"{folder}: no predictions for WIDER FACE val, files such as {names[-1]}.txt are expected")
+            f"{folder}: no predictions for WIDER FACE val, such as {names and names[-1]}.txt")
     values = np.concatenate(values)
     require_pixels(folder, values[:, :4])
     return Detections(np.array(image, np.int64), values[:, :4], values[:, 4]), missing

@@ -74,6 +74,7 @@ def test_no_faces_at_all_and_a_byte_order_mark(tmp_path):
     (coco(images=[{"file_name": "a"}]), 'images[0] has no integer "id"'),
     (coco(images=[{"id": 1, "file_name": "a"}] * 2), "images[1] repeats id 1"),
     (coco(images=[{"id": 1}], annotations=[]), "images[0] (id 1) has no file_name"),
+    (coco(images=[{"id": 1, "file_name": "\ud800"}], annotations=[]), "images[0] (id 1) has no file_name"),
     (coco(images=["a"]), 'images[0] has no integer "id"'),
     (coco(images=[{"id": 7, "file_name": "a", "width": "wide"}]), "width is 'wide'"),
     (coco(annotations=face() * 2), "annotations[1] repeats id 1"),

@@ -42,7 +42,13 @@ CASES = [  # script, arguments, part of the message; all exit with 2
     ("tools.worst", "good.json r-good.json --count 0", "--count: 0 is not at least 1"),
     ("detect", "run --model good.pth", "run: no such file, nor a folder or pattern with pictures"),
     ("detect", "e/a.jpg --model good.pth --out e", "would overwrite it"),
+    ("tools.look", "--data good.json --out suspects.png", "--out not suspects.png"),
+    ("tools.doubt", "good.json r-good.json --out doubt.png", "doubt.png: the name of a .json is expected"),
+    ("tools.doubt", "good.json r-good.json --count -1", "--count: -1 is not at least 1"),
+    ("evaluate", "--data good.json --predictions r-good.json --out .", ".: is a folder"),
     # models
+    ("detect", "e/a.jpg --model good.pth --colour bgr", "good.pth: a checkpoint takes RGB in 0-1"),
+    ("train", "--data good.json --no-augment --cache c", "--cache is for augmented photos"),
     ("detect", "e/a.jpg --model absent.pth", "absent.pth: no such model"),
     ("detect", "e/a.jpg --model cut.pth", "cut.pth: not a checkpoint, or truncated"),
     ("detect", "e/a.jpg --model hostile.pth", "hostile.pth: not a checkpoint, or"),

@@ -66,6 +66,9 @@ def test_doubled_boxes_and_odd_shapes_are_found(faces):
     found = suspects.check_labels(faces(boxes))
     assert [(one.reason, one.file.name) for one in found] == [("doubled", "7.jpg"), ("odd shape", "9.jpg")]
     assert all(0.5 <= one.score <= 1 for one in found) and len(found[0].labels) == 2
+    boxes[11] = boxes[0]
+    unsized = suspects.check_labels(faces(boxes, [(0, 0)] * len(boxes)))
+    assert [one.file.name for one in unsized] == ["7.jpg", "9.jpg"]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -55,6 +55,7 @@ def test_a_run_leaves_checkpoints_log_and_curves(sample, tmp_path, capsys):
     assert flags["flags"]["lr"] == 0.01 and [line["epoch"] for line in epochs] == [1, 2]
     assert all({"lr", "AP", "AP50", "photos_per_second"} <= line.keys() for line in epochs)
     assert torch.load(tmp_path / "r/best.pth", weights_only=True)["photos"] == last["photos"]
+    assert read_annotations(sample / "train.json").fingerprint() in last["photos"]
     assert load_model(tmp_path / "r/best.pth").config == Config.scaled_from_300(64, 64, 0.25)
 
 

@@ -129,7 +129,7 @@ def test_bad_predictions_are_refused_with_file_and_line(tmp_path, content, messa
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="no predictions"):
         read_predictions(tmp_path / "none", NAMES)
-    with pytest.raises(InputError, match="no predictions for WIDER FACE val, files such as .*_7.txt"):
+    with pytest.raises(InputError, match="no predictions for WIDER FACE val, such as .*_7.txt"):
         read_predictions(tmp_path, NAMES)
 
 

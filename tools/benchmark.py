@@ -144,7 +144,8 @@ def peer(args):
     """Find faces with another light detector (YuNet or UltraFace, ONNX): COCO results for evaluate.py."""
     annotations = read_annotations(args.data)
     network = open_network(args.models[0], 1)
-    find = yunet if len(network.session.get_outputs()) > 2 else ultraface
+    find = {2: ultraface, 12: yunet}.get(len(network.session.get_outputs()))
+    require(find and annotations.names, f"{args.models[0]}: not YuNet or UltraFace, or {args.data} is empty")
     found = []
     for index in tqdm(range(len(annotations.ids)), leave=False, disable=None):
         picture = load_picture(annotations.file(index))

@@ -23,7 +23,7 @@ from support.coco import Annotations, Detections, arrays, face_entries, read_ann
 INPUT = 300                                   # px, the sides of the network's input that sizes refer to
 SIZES = (6, 8, 10, 12, 15, 20, 30, 60)        # px there: the square root of a face's area
 RESAMPLES, SEED = 300, 0
-LEAST = 10                                    # faces of a group that is shown
+LEAST = 10                                    # faces of a group that is shown, on two photos at least
 
 
 class Matched:
@@ -64,14 +64,15 @@ def face_groups(annotations: Annotations) -> dict[str, np.ndarray]:
     groups[f"> {SIZES[-1]} px"] = side >= SIZES[-1]
     _, entries = face_entries(annotations)
     for key in ("blur", "occlusion"):
-        values = np.array([entry.get(key) or 0 for entry in entries])
+        values = np.array([own if isinstance(own := entry.get(key), int | float) else 0 for entry in entries])
         if values.any():  # flags of 0 may be left out
             groups |= {f"{key} {value}": values == value for value in np.unique(values)}
     events = np.array([PurePosixPath(name).parent.name for name in annotations.names])[annotations.image]
     if len(set(events)) > 1:
         groups |= {event: events == event for event in np.unique(events)}
-    return {name: own for name, own in groups.items()
-            if name == "all faces" or (own & ~annotations.ignored).sum() >= LEAST}
+    counted = {name: annotations.image[own & ~annotations.ignored] for name, own in groups.items()}
+    return {name: groups[name] for name, image in counted.items()
+            if name == "all faces" or len(image) >= LEAST and len(set(image)) > 1}  # one photo tells no error
 
 
 def compare(one: Matched, other: Matched, groups: dict, rate: float, photos: int) -> np.ndarray:
@@ -107,8 +108,8 @@ def main(argv=None):
     add("--false", type=float, default=0.3, metavar="RATE", help="a photo (default %(default)s)")
     args = parser.parse_args(argv)
     annotations = read_annotations(args.data)
-    if annotations.ignored.all() or not args.false > 0:
-        parser.error(f"{args.data} needs faces and --false a number above 0")
+    if len(set(annotations.image[~annotations.ignored])) < 2 or not args.false > 0:
+        parser.error(f"{args.data} needs faces on two photos, and --false a number above 0")
     models = [Matched(annotations, find(path, annotations)) for path in args.models]
     groups = face_groups(annotations)
     rows = compare(*models, groups, args.false, len(annotations.ids))

@@ -24,6 +24,7 @@ from torchvision.ops import box_iou
 from anchors import covered
 from evaluate import read_detections
 from support.coco import Annotations, Detections, face_entries, moved_images, to_xywh, to_xyxy
+from support.options import at_least
 from tools.suspects import Suspect, doubled, draw_suspects
 
 PARTNER_IOU = 0.1       # a detection that overlaps a label as much may be meant for it
@@ -141,9 +142,11 @@ def main(argv=None):
     add = parser.add_argument
     add("data", help="COCO json")
     add("detections", help="detections on its photos, as evaluate.py --out writes them")
-    add("--count", type=int, default=50, help="doubts at most (default %(default)s)")
+    add("--count", type=at_least(1), default=50, help="doubts at most (default %(default)s)")
     add("--out", default="doubt.json", metavar="JSON", help="default %(default)s; the picture lies beside it")
     args = parser.parse_args(argv)
+    if Path(args.out).suffix != ".json":
+        parser.error(f"{args.out}: the name of a .json is expected")
     annotations, detections, _ = read_detections(args.data, args.detections)
     doubts = find_doubts(annotations, detections, args.count)
     write_json(args.out, corrected(annotations, doubts, args.out))

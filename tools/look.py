@@ -11,10 +11,12 @@ from pathlib import Path
 from support.script import command, Parser, parse_picture, parse_size, read_json, require, write_json
 
 import numpy as np
+from PIL import Image
 
-from data import FaceDataset, to_image
+from data import FaceDataset
 from support.coco import Annotations, moved_images, read_annotations
 from support.pictures import IGNORED, contact_sheet, draw_faces, save_picture
+from support.options import at_least
 from tools.suspects import report
 
 
@@ -51,7 +53,8 @@ def show(annotations: Annotations, args) -> list:
     for place, index in enumerate(np.random.default_rng(0).permutation(len(dataset))):
         item = dataset[index, (0, place) if args.augment else None]
         if not item.error:  # report() names all of them
-            picture = draw_faces(to_image(item.picture), item.faces[~item.ignored])
+            picture = Image.fromarray(item.picture.permute(1, 2, 0).numpy())
+            picture = draw_faces(picture, item.faces[~item.ignored])
             pictures.append(draw_faces(picture, item.faces[item.ignored], colour=IGNORED))
         if len(pictures) == args.count:
             break
@@ -69,14 +72,14 @@ def main(argv=None):
     add("--out", type=parse_picture, default="sheet.png",
         help="the picture (default %(default)s); suspects.png and suspects.csv are written beside it")
     add("--augment", action="store_true", help="show the training's view, augmented, at --size")
-    add("--count", type=int, default=16, help="photos shown (default %(default)s)")
+    add("--count", type=at_least(1), default=16, help="photos shown (default %(default)s)")
     add("--size", type=parse_size, default=(300, 300), help="network input, S or WxH (default 300)")
     add("--min-face", type=int, default=17, help="smaller faces are ignored (default %(default)s px)")
     add("--split", nargs=3, metavar=("N", "TRAIN", "VAL"),
         help="also write every N-th photo to the json VAL and the others to TRAIN")
     args = parser.parse_args(argv)
-    if len(args.data) > 2:
-        parser.error("--data takes one json, or two: training and validation")
+    if len(args.data) > 2 or Path(args.out).stem == "suspects":
+        parser.error("--data takes one json, or two: training and validation; --out not suspects.png")
     if args.split:
         number, *parts = args.split
         files = {os.path.realpath(path) for path in (args.data[0], *parts)}
@@ -84,7 +87,7 @@ def main(argv=None):
             parser.error("--split takes a number from 2 on, and two other files")
     sets = [read_annotations(path) for path in args.data]
     photos = len(sets[0].ids)
-    require(photos and args.count > 0, f"{sets[0].path}: no photos to show")
+    require(photos, f"{sets[0].path}: no photos to show")
     require(not args.split or int(number) <= photos, f"{sets[0].path}: has only {photos} photos to --split")
     for each in sets:
         each.require_photos()

@@ -65,7 +65,8 @@ def check_labels(annotations: Annotations) -> list[Suspect]:
                 for one, other, iou in doubled(image, xyxy)]
     width, height = annotations.xywh[kept, 2:].T
     shape = width / height
-    whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < annotations.sizes[image] - 1)).all(1)  # not cut by the edge
+    sizes = np.where(annotations.sizes > 0, annotations.sizes, np.inf)[image]
+    whole = ((xyxy[:, :2] > 1) & (xyxy[:, 2:] < sizes - 1)).all(1)  # not cut by the edge
     odd = np.maximum(FACE_SHAPE[0] / shape, shape / FACE_SHAPE[1]) * whole
     return suspects + [Suspect(float(1 - 0.5 / odd[n]), "odd shape", annotations.file(image[n]), xyxy[[n]],
                                detail=f"{width[n]:.0f}x{height[n]:.0f} px") for n in np.flatnonzero(odd > 1)]

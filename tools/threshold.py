@@ -149,7 +149,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     annotations, detections, made = read_detections(args.data, args.detections)
     content = read_model(args, made) if args.save else None
-    if made and made.get("trained_on") == read_annotations(args.data).fingerprint():
+    if made and read_annotations(args.data).fingerprint() in (made.get("trained_on") or ()):
         print(f"warning: {made['model']} was trained on the photos of {args.data}, "
               "on others it does worse than what follows")
     found = outcomes(*arrays(annotations, detections), len(annotations.ids))
