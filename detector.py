@@ -95,7 +95,7 @@ class TorchDetector:
 
 
 class ExportedDetector:
-    """An exported network, used as a TorchDetector is. `metadata`: what export.py's `describe` makes."""
+    """An exported network, used as a TorchDetector is. Its metadata: see export.py's `describe`."""
 
     threshold = None
 

@@ -41,7 +41,7 @@ def multibox_loss(logits, offsets, labels, targets, anchors, loss_weights, divis
 
 
 def hard_cross_entropy(logits, offsets, labels, targets, anchors):
-    """Cross-entropy of positives and, per image, of max(3 x positives, 10) hardest negatives (SSD, 2.2)."""
+    """Cross-entropy of positives and, per image, max(3 x positives, 10) hardest negatives (SSD, Liu 2016)."""
     positive, negative = labels == 1, labels == 0
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), positive.flatten().long(), reduction="none")
     cross_entropy = cross_entropy.view_as(labels)

@@ -285,7 +285,7 @@ def _best_face(d, g, iou, detections):
 
 
 def _first_on_face(face, asked):
-    """Which detections, best first, find their `face` `[D]`, if asked for `[M]`: `[D]`; one for a face."""
+    """Which detections, best first, find a face: `[D]`. Each `face` `[D]` that is `asked` for `[M]`, once."""
     candidates = np.flatnonzero(np.append(asked, False)[face])
     _, first = np.unique(face[candidates], return_index=True)
     hit = np.zeros(len(face), bool)

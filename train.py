@@ -318,8 +318,7 @@ def read_val(path):
 
 
 def read_inputs(args, content):
-    """Read what a process needs before it meets the others: the Annotations to train on, what they are joined
-    of, and the model."""
+    """What a process reads before it meets the others: Annotations, the fingerprints of --data, the model."""
     parts = [read_annotations(path) for path in args.data]
     trained_on = [part.fingerprint() for part in parts]
     parts = [part.complete() if path in args.complete else part for path, part in zip(args.data, parts)]
@@ -347,8 +346,7 @@ def prepare(args):
     if args.patience and not val:
         raise InputError("--patience waits for a better AP50: name a set to validate on with --val", rank > 0)
     faces, trained_on, model = all_or_none(lambda: read_inputs(args, content))
-    # Kept in checkpoints as it is.
-    run = {"launch": from_first(launch_id), "photos": trained_on, "commit": git_commit(),
+    run = {"launch": from_first(launch_id), "photos": trained_on, "commit": git_commit(),  # for checkpoints
            "val": val.fingerprint() if val else None,
            "order": f"{faces.fingerprint()} {args.seed} {args.repeat}"}  # of an epoch's photos
     size = model.config.input_size

@@ -117,7 +117,7 @@ def read_annotations(path: str | Path) -> Annotations:
         try:
             os.fsencode(entry.get("file_name"))
         except (TypeError, UnicodeEncodeError):
-            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name") from None
+            raise InputError(f"{path}: images[{index}] (id {entry['id']}) has no file_name of text") from None
     category = _face_category(path, categories, annotations)
     faces = [a for a in annotations if a.get("category_id") == category]
     index_of = {entry["id"]: index for index, entry in enumerate(images)}

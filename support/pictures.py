@@ -173,7 +173,7 @@ def contact_sheet(images, columns=4, side=320):
 
 def save_picture(image, path):
     """Write a PIL image, whole or not at all."""
-    with whole_file(path) as temporary, bad_values():  # a WebP ends at 16,383 pixels
+    with whole_file(path) as temporary, bad_values(f"{path}: "):  # a WebP ends at 16,383 px
         image.save(temporary)
 
 

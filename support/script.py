@@ -61,12 +61,12 @@ def first_line(error):
 
 
 @contextmanager
-def bad_values():
-    """Turn a ValueError into an InputError. model.py raises ValueError, as it imports nothing of ours."""
+def bad_values(place=""):
+    """Turn a ValueError, which model.py raises, into an InputError: `place` and its text."""
     try:
         yield
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"{place}{error}") from None
 
 
 def _interrupted(*_):

@@ -1,5 +1,6 @@
 """Videos, webcams and streams: read, draw, write, by OpenCV."""
 
+import itertools
 import mimetypes
 import time
 from pathlib import Path
@@ -29,10 +30,8 @@ def open_video(source):
 
 def read_frames(capture, total):
     """Yield the frames of a video (BGR arrays) and, up to `total`, None for each that cannot be read."""
-    number = lost = 0
-    while lost < 10_000:  # in a row: a damaged header may promise millions
+    for number in itertools.count(1):
         there, frame = capture.read()
-        number, lost = number + 1, 0 if there else lost + 1
         if not there and number > total:
             return
         yield frame if there else None
@@ -45,7 +44,8 @@ def annotate_video(source, target, find, change, frames):
     true speed: late frames are written twice, early ones left out. Returns how many frames could not be read.
     Raises InputError if `target` (MP4) could not be written."""
     cv2, capture = open_video(source)
-    total = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    total = total if 0 < total < 10 ** 7 else 0  # four days; a damaged header promises more
     live = not isinstance(source, Path) and (isinstance(source, int) or not total)
     rate = capture.get(cv2.CAP_PROP_FPS)
     if not rate > 0 or live and rate > 120:  # drivers without a rate say 0 or their clock's

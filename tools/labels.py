@@ -96,7 +96,8 @@ def read_flags(entry):
 
 def around(place, points):
     """The xyxy box around points `[(x, y)]`, whose numbers are checked."""
-    points = np.array([(number(place, "points", x), number(place, "points", y)) for x, y in points])
+    require(all(len(point) == 2 for point in points), f"{place}: points are not all pairs, x and y")
+    points = np.array([[number(place, "points", value) for value in point] for point in points])
     return *points.min(0).tolist(), *points.max(0).tolist()
 
 
@@ -167,8 +168,9 @@ def _read_cvat(path, root):
                 continue
             flags = read_flags({a.get("name"): a.text for a in shape.findall("attribute")} | shape.attrib)
             labels.append(Label(shape.get("label") or UNNAMED, box, flags))
+        require(image.get("name"), f"{place}: has no name")
         size = numbers(place, image, "width height", 0)
-        result.photos.append(Photo([image.attrib["name"]], place, labels, size))
+        result.photos.append(Photo([image.get("name")], place, labels, size))
     return result
 
 

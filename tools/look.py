@@ -15,8 +15,8 @@ from PIL import Image
 
 from data import FaceDataset
 from support.coco import Annotations, moved_images, read_annotations
-from support.pictures import IGNORED, contact_sheet, draw_faces, save_picture
 from support.options import at_least
+from support.pictures import IGNORED, contact_sheet, draw_faces, save_picture
 from tools.suspects import report
 
 

@@ -115,7 +115,7 @@ def _box(place, values, corners):
     largest = max(shape, key=abs)
     require(abs(largest) <= 2, f"{place}: {largest:g} is no fraction of a photo's side, from 0 to 1")
     if count:
-        return around(place, zip(shape[::2], shape[1::2]))
+        return around(place, [*zip(shape[::2], shape[1::2])])
     cx, cy, w, h = shape
     return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
 
